@@ -1,0 +1,47 @@
+# `make help` lists the targets. Every target but help and clean first makes the environment, once.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+export VENV PYTHON TORCH TORCH_INDEX
+
+.PHONY: help setup demo test lint format type bench clean
+
+help: ## List the targets
+	@echo 'make <target>'
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{ printf "%-10s %s\n", $$1, $$2 }'
+	@echo 'Options: PYTHON=python3.12 (interpreter), TORCH=cpu|cuda (build), TORCH_INDEX=<address> (extra index for torch),'
+	@echo '         WORKERS=2 (test processes)'
+
+setup: ## Make the virtual environment in .venv (a second run installs nothing)
+	@bash scripts/setup.sh
+
+demo: setup ## Train a reward ensemble, align a real model with variance-aware PPO, show the result
+	@PATH="$(abspath $(BIN)):$$PATH" bash examples/sentiment/demo.sh
+
+test: setup ## Run all tests, offline, with line coverage (at least 90%)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --cov
+
+lint: setup ## Check style and layout (ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## Repair layout and what ruff can repair by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: setup ## Check types (mypy)
+	$(BIN)/mypy
+
+bench: setup ## Run every script of benchmarks/
+	@for script in benchmarks/*.py; do \
+		if [[ ! -e $$script ]]; then echo 'no scripts in benchmarks/'; break; fi; \
+		echo "$$ python $$script"; $(BIN)/python "$$script"; \
+	done
+
+clean: ## Remove the environment and all caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,54 @@
+"""Tables of sampled texts, on disk and in Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+
+class SampleTable(Callback):
+    """Writes what the policy said at each evaluation: one JSON line for each response, and a W&B table.
+
+    Reads `samples` of the module, a list of flat records. Files: `samples_val.jsonl` (one block for each
+    evaluation, marked by `step`) and `samples_test.jsonl` in the run's folder.
+
+    Args:
+        num_samples: Most rows of a W&B table.
+    """
+
+    def __init__(self, num_samples: int = 32) -> None:
+        self.num_samples = num_samples
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Append the samples of this evaluation."""
+        if not trainer.sanity_checking:
+            self._write(trainer, pl_module, "val", append=trainer.state.fn == "fit")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the samples of the test."""
+        self._write(trainer, pl_module, "test", append=False)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, split: str, append: bool) -> None:
+        records: list[dict[str, Any]] = getattr(pl_module, "samples", [])
+        if not records or not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir) / f"samples_{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a" if append else "w") as file:
+            for record in records:
+                file.write(json.dumps({"step": trainer.global_step, **record}) + "\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                self._log_table(logger, f"{split}/samples", records[: self.num_samples])
+
+    @staticmethod
+    def _log_table(logger: WandbLogger, key: str, records: list[dict[str, Any]]) -> None:
+        names = [name for name in records[0] if name != "members"]
+        count = len(records[0]["members"])
+        columns = names + [f"member_{k}" for k in range(count)]
+        rows = [[record[name] for name in names] + record["members"] for record in records]
+        logger.log_table(key, columns=columns, data=rows)

@@ -1,0 +1,65 @@
+"""The command line: `lit-vapo STAGE fit|validate|test|predict …`, one LightningCLI for each stage."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+USAGE = """usage: lit-vapo STAGE COMMAND [options]
+
+stages:
+  sft       make a base policy by supervised fine-tuning
+  reward    train an ensemble of reward models
+  ppo       align the policy
+  export    turn a checkpoint into a folder that other programs load
+
+commands of a stage: fit, validate, test, predict; their options: lit-vapo STAGE fit --help
+"""
+STAGES = ("sft", "reward", "ppo")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one stage.
+
+    Args:
+        args: Command line without the program's name; `sys.argv` if `None`.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    # Your own estimators, objectives and judges are found from where you stand, as with `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+    elif words[0] == "export":
+        _export(words[1:])
+    elif words[0] in STAGES:
+        _stage(words[0], words[1:])
+    else:
+        print(USAGE, file=sys.stderr)
+        raise SystemExit(f"lit-vapo: expected a stage ({', '.join(STAGES)}) or export, got {words[0]!r}")
+
+
+def _stage(stage: str, words: list[str]) -> None:
+    # Imported here so that `lit-vapo --help` answers at once.
+    from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule, SFTDataModule
+    from lit_vapo.modules.ppo import PPOModule
+    from lit_vapo.modules.reward import RewardModule
+    from lit_vapo.modules.run import StageCLI
+    from lit_vapo.modules.sft import SFTModule
+
+    classes: dict[str, tuple[Any, Any]] = {
+        "sft": (SFTModule, SFTDataModule),
+        "reward": (RewardModule, PreferenceDataModule),
+        "ppo": (PPOModule, PromptDataModule),
+    }
+    StageCLI(*classes[stage], stage=stage, args=words)
+
+
+def _export(words: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from lit_vapo.modules.export import export
+
+    auto_cli(export, args=words, prog="lit-vapo export")

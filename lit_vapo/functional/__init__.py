@@ -1,0 +1,79 @@
+"""Pure torch maths: no state, no input or output, no logging, no configuration."""
+
+from lit_vapo.functional.advantages import Advantages, gae
+from lit_vapo.functional.calibration import (
+    brier,
+    expected_calibration_error,
+    preference_accuracy,
+    preference_calibration_error,
+    preference_nll,
+)
+from lit_vapo.functional.ensemble import (
+    ensemble_estimate,
+    fit_normaliser,
+    margin_estimate,
+    normalise_members,
+    poisson_bootstrap,
+)
+from lit_vapo.functional.kl import kl_k1, kl_k2, kl_k3, sequence_log_ratio, weighted_k3
+from lit_vapo.functional.logprobs import TokenLogprobs, token_logprobs
+from lit_vapo.functional.masked import Moments, masked_mean, masked_sum, masked_var, masked_whiten, moments
+from lit_vapo.functional.ppo import (
+    PolicyTerms,
+    ValueTerms,
+    approx_kl,
+    explained_variance,
+    policy_loss_terms,
+    value_loss_terms,
+)
+from lit_vapo.functional.preference import bradley_terry_loss
+from lit_vapo.functional.rewards import clip_rewards, token_rewards
+from lit_vapo.functional.tabular import (
+    bregman_kl,
+    objective,
+    optimal_policy,
+    risk_vanilla,
+    risk_variance_aware,
+)
+
+__all__ = [
+    "Advantages",
+    "Moments",
+    "PolicyTerms",
+    "TokenLogprobs",
+    "ValueTerms",
+    "approx_kl",
+    "bradley_terry_loss",
+    "bregman_kl",
+    "brier",
+    "clip_rewards",
+    "ensemble_estimate",
+    "expected_calibration_error",
+    "explained_variance",
+    "fit_normaliser",
+    "gae",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "margin_estimate",
+    "masked_mean",
+    "masked_sum",
+    "masked_var",
+    "masked_whiten",
+    "moments",
+    "normalise_members",
+    "objective",
+    "optimal_policy",
+    "poisson_bootstrap",
+    "policy_loss_terms",
+    "preference_accuracy",
+    "preference_calibration_error",
+    "preference_nll",
+    "risk_vanilla",
+    "risk_variance_aware",
+    "sequence_log_ratio",
+    "token_logprobs",
+    "token_rewards",
+    "value_loss_terms",
+    "weighted_k3",
+]

@@ -1,0 +1,201 @@
+"""Mean and variance over ensemble members, how to make members comparable, and their bootstrap."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lit_vapo.functional.masked import check_same_shape
+from lit_vapo.types import RewardEstimate
+
+_MASK_64 = 2**64 - 1
+
+
+def _check_members(members: Tensor, name: str = "members") -> None:
+    """Raise ValueError unless `members` is (B, K) with K >= 1."""
+    if members.ndim != 2 or members.shape[1] == 0:
+        raise ValueError(f"expected {name} of shape (B, K) with K >= 1, got {tuple(members.shape)}")
+
+
+def ensemble_estimate(members: Tensor) -> RewardEstimate:
+    """Mean and unbiased variance over the members of an ensemble.
+
+    Args:
+        members: `(B, K)`, each member's score, members made comparable beforehand (`normalise_members`).
+
+    Returns:
+        RewardEstimate with mean `(B,)`, variance `(B,)` (ddof 1; zeros for K = 1, where it is not defined)
+        and `members`.
+
+    Raises:
+        ValueError: if `members` is not `(B, K)`.
+
+    Example:
+        >>> estimate = ensemble_estimate(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))
+        >>> estimate.mean, estimate.variance
+        (tensor([2., 2.]), tensor([2., 0.]))
+    """
+    _check_members(members)
+    mean = members.mean(dim=1)
+    variance = members.var(dim=1, correction=1) if members.shape[1] > 1 else torch.zeros_like(mean)
+    return RewardEstimate(mean, variance, members)
+
+
+def margin_estimate(chosen: Tensor, rejected: Tensor) -> RewardEstimate:
+    """Mean and unbiased variance of each member's own difference between two responses.
+
+    The variance of a margin is not the sum of two variances: an offset of a member that both responses share
+    cancels here.
+
+    Args:
+        chosen: `(B, K)`, each member's score of the first response.
+        rejected: `(B, K)`, each member's score of the second.
+
+    Returns:
+        RewardEstimate of chosen - rejected.
+
+    Raises:
+        ValueError: if the shapes are not `(B, K)` or differ.
+
+    Example:
+        >>> margin_estimate(torch.tensor([[1.0, 11.0]]), torch.tensor([[0.0, 10.0]])).variance
+        tensor([0.])
+    """
+    _check_members(chosen, "chosen")
+    check_same_shape(chosen=chosen, rejected=rejected)
+    return ensemble_estimate(chosen - rejected)
+
+
+def fit_normaliser(members: Tensor, scale_floor: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Location and scale of each member over responses of the reference policy.
+
+    A Bradley-Terry reward is identified only up to a shift, and members differ in scale; the variance over
+    members means something only after both are removed.
+
+    Args:
+        members: `(N, K)`, each member's score of N responses of the reference policy.
+        scale_floor: smallest scale returned, in units of reward, so that a member with one constant score
+            stays finite.
+
+    Returns:
+        Mean `(K,)` and standard deviation `(K,)` (ddof 1) over the responses.
+
+    Raises:
+        ValueError: if there are fewer than two responses, or a member has a score that is not finite (naming
+            the member).
+
+    Example:
+        >>> fit_normaliser(torch.tensor([[0.0, 10.0], [2.0, 14.0]]))
+        (tensor([ 1., 12.]), tensor([1.4142, 2.8284]))
+    """
+    _check_members(members)
+    if members.shape[0] < 2:
+        raise ValueError(f"expected at least 2 responses to fit a normaliser, got {members.shape[0]}")
+    if not scale_floor > 0:
+        raise ValueError(f"expected scale_floor > 0, got {scale_floor}")
+    finite = torch.isfinite(members).all(dim=0)
+    if not bool(finite.all()):
+        bad = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"expected finite scores, got {int((~torch.isfinite(members[:, bad])).sum())} of "
+            f"{members.shape[0]} scores not finite for member {bad}"
+        )
+    return members.mean(dim=0), members.std(dim=0, correction=1).clamp(min=scale_floor)
+
+
+def normalise_members(members: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    """Shift and scale each member: (members - loc) / scale.
+
+    Args:
+        members: `(B, K)`, raw scores.
+        loc: `(K,)`, as `fit_normaliser` returns it.
+        scale: `(K,)`, likewise, positive.
+
+    Returns:
+        `(B, K)`, in standard deviations of the reference policy's responses.
+
+    Raises:
+        ValueError: if shapes do not fit.
+
+    Example:
+        >>> normalise_members(torch.tensor([[3.0, 8.0]]), torch.tensor([1.0, 10.0]), torch.tensor([2.0, 4.0]))
+        tensor([[ 1.0000, -0.5000]])
+    """
+    _check_members(members)
+    for name, tensor in (("loc", loc), ("scale", scale)):
+        if tensor.shape != members.shape[1:]:
+            raise ValueError(f"expected {name} of shape ({members.shape[1]},), got {tuple(tensor.shape)}")
+    return (members - loc) / scale
+
+
+def poisson_bootstrap(example_ids: Tensor, num_members: int, seed: int) -> Tensor:
+    """Poisson(1) count of each example for each member, as a pure function of (seed, member, example id).
+
+    An online bootstrap (Oza & Russell 2001): counts are independent between members and examples, and the
+    same example gets the same count in every epoch, batch order and process. Uniform integers come from the
+    finaliser of SplitMix64 (Steele, Lea & Flood 2014) and are inverted through the Poisson distribution
+    function, so there is no generator to save.
+
+    Args:
+        example_ids: `(B,)` int64, distinct for distinct examples.
+        num_members: K >= 1.
+        seed: any integer, taken modulo 2**64.
+
+    Returns:
+        `(B, K)` float32 counts 0, 1, 2, …
+
+    Raises:
+        ValueError: if the ids are not a vector of int64 or num_members < 1.
+
+    Example:
+        >>> a = poisson_bootstrap(torch.tensor([7, 8]), num_members=3, seed=0)
+        >>> b = poisson_bootstrap(torch.tensor([8, 7]), num_members=3, seed=0)
+        >>> bool((a == b.flip(0)).all())
+        True
+    """
+    if example_ids.ndim != 1 or example_ids.dtype != torch.int64:
+        got = f"{tuple(example_ids.shape)} of {example_ids.dtype}"
+        raise ValueError(f"expected example_ids (B,) of torch.int64, got {got}")
+    if num_members < 1:
+        raise ValueError(f"expected num_members >= 1, got {num_members}")
+    device = example_ids.device
+    start = _splitmix64(torch.tensor(_signed(seed), dtype=torch.int64, device=device))
+    streams = _splitmix64(start + torch.arange(num_members, device=device))
+    # Hashing between the additions keeps (member, id) and (member + 1, id - 1) apart.
+    uniform = _shift_right(_splitmix64(streams[None, :] + _splitmix64(example_ids)[:, None]), 1)
+    thresholds = torch.tensor(_poisson_thresholds(), dtype=torch.int64, device=device)
+    return torch.searchsorted(thresholds, uniform, right=True).float()
+
+
+def _poisson_thresholds() -> list[int]:
+    """Return floor(2**63 * P(X <= n)) for X ~ Poisson(1), n = 0, 1, …, while that is below 2**63."""
+    thresholds: list[int] = []
+    cumulative, n = 0.0, 0
+    while True:
+        cumulative += math.exp(-1.0) / math.factorial(n)
+        threshold = int(cumulative * 2.0**63)
+        if threshold >= 2**63 or (thresholds and threshold == thresholds[-1]):
+            return thresholds
+        thresholds.append(threshold)
+        n += 1
+
+
+def _signed(value: int) -> int:
+    """Return the int64 with the low 64 bits of `value`."""
+    value &= _MASK_64
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift int64 to the right and fill with zeros (torch's own shift copies the sign bit)."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _splitmix64(x: Tensor) -> Tensor:
+    """Hash int64 to int64, one to one; products wrap around."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)

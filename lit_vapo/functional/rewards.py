@@ -1,0 +1,85 @@
+"""The reward of each token: the ensemble's score at the end, and the weighted KL penalty all along."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_vapo.functional.masked import check_mask
+
+
+def clip_rewards(rewards: Tensor, limit: float | None) -> Tensor:
+    """Clip rewards to [-limit, limit].
+
+    Args:
+        rewards: any shape, in units of reward.
+        limit: > 0, in the same units; None leaves the rewards alone.
+
+    Returns:
+        Same shape.
+
+    Raises:
+        ValueError: if limit is not positive.
+
+    Example:
+        >>> clip_rewards(torch.tensor([-7.0, 2.0]), 5.0)
+        tensor([-5.,  2.])
+    """
+    if limit is None:
+        return rewards
+    if not limit > 0:
+        raise ValueError(f"expected limit > 0 or None, got {limit}")
+    return rewards.clamp(-limit, limit)
+
+
+def token_rewards(
+    terminal: Tensor, log_ratio_tokens: Tensor, kl_weight: Tensor, kl_coef: float, response_mask: Tensor
+) -> Tensor:
+    """Per-token rewards of the objective E[R] - β * D_w(π || π0).
+
+        r_t = -β * w(x, y) * (log π(a_t) - log π0(a_t)) + [t is the last response token] * R(x, y)
+
+    The gradient of that objective is exactly E[(R - β * w * log(π/π0)) * grad log π], so the penalty belongs
+    here and not in the loss. Source: Banerjee et al., arXiv 2507.15906; w = 1 is Ziegler et al., arXiv
+    1909.08593, equation 2.
+
+    Args:
+        terminal: `(B,)`, R, the score of each whole response, in units of reward.
+        log_ratio_tokens: `(B, T)`, log π - log π0 of each sampled token, in nats.
+        kl_weight: `(B,)`, w >= 0, one weight for each response.
+        kl_coef: β >= 0, in units of reward per nat (per unit of weight).
+        response_mask: bool `(B, T)`, True = counts.
+
+    Returns:
+        `(B, T)`, in units of reward, zeros outside the mask.
+
+    Raises:
+        ValueError: if shapes do not fit, kl_coef is negative, or a row has no response token to carry the
+            score.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> log_ratio = torch.tensor([[1.0, -2.0, 9.0]])
+        >>> token_rewards(torch.tensor([5.0]), log_ratio, torch.tensor([3.0]), 0.1, mask)
+        tensor([[-0.3000,  5.6000,  0.0000]])
+    """
+    if log_ratio_tokens.ndim != 2:
+        raise ValueError(f"expected log_ratio_tokens of shape (B, T), got {tuple(log_ratio_tokens.shape)}")
+    check_mask(log_ratio_tokens, response_mask, "log_ratio_tokens")
+    for name, tensor in (("terminal", terminal), ("kl_weight", kl_weight)):
+        if tensor.shape != log_ratio_tokens.shape[:1]:
+            raise ValueError(
+                f"expected {name} of shape ({log_ratio_tokens.shape[0]},), got {tuple(tensor.shape)}"
+            )
+    if not kl_coef >= 0:
+        raise ValueError(f"expected kl_coef >= 0, got {kl_coef}")
+    empty = ~response_mask.any(dim=1)
+    if bool(empty.any()):
+        raise ValueError(f"expected a response token in every row, got none in row {int(empty.nonzero()[0])}")
+    zeros = torch.zeros_like(log_ratio_tokens)
+    penalty = -kl_coef * kl_weight[:, None] * torch.where(response_mask, log_ratio_tokens, zeros)
+    positions = torch.arange(response_mask.shape[1], device=response_mask.device)
+    last = torch.where(response_mask, positions, -1).amax(dim=1, keepdim=True)
+    rewards = penalty + torch.where(positions == last, terminal[:, None], 0)
+    # Again, because a weight that is not finite times a zero is NaN.
+    return torch.where(response_mask, rewards, torch.zeros_like(rewards))

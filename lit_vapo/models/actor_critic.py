@@ -1,0 +1,161 @@
+"""Actor, critic, reference and reward features in as few forward passes as they allow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lit_vapo.functional import TokenLogprobs
+from lit_vapo.models.critic import Critic, CriticSpec, own_trunk
+from lit_vapo.models.policy import Policy, Role
+from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
+from lit_vapo.models.reward import RewardModel, read_config
+from lit_vapo.models.trunk import pool, response_states, run_trunk
+
+
+class Rows(NamedTuple):
+    """Prompts with their responses, right-padded.
+
+    Attributes:
+        input_ids: Token ids (B, L).
+        prompt_lengths: Tokens of each prompt (B,).
+        response_mask: True at the tokens of each response (B, T), from its first token on.
+    """
+
+    input_ids: Tensor
+    prompt_lengths: Tensor
+    response_mask: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of prompt and response (B,)."""
+        return self.prompt_lengths + self.response_mask.sum(1)
+
+    def select(self, index: Tensor) -> Rows:
+        """The rows of an index (b,), cut to the longest sequence and the longest response among them."""
+        mask = self.response_mask[index]
+        prompts = self.prompt_lengths[index]
+        size = int(mask.sum(1).max())
+        longest = int((prompts + mask.sum(1)).max())
+        return Rows(self.input_ids[index, :longest], prompts, mask[:, :size])
+
+
+class ReferencePass(NamedTuple):
+    """Everything that one pass through the frozen base yields.
+
+    Attributes:
+        logprobs: Log-probabilities of the responses under the reference (B, T).
+        features: Pooled features for the reward heads (B, H), or `None` if the ensemble has another base.
+        value_states: States for the critic (B, T, H), or `None` if it has another trunk.
+    """
+
+    logprobs: Tensor
+    features: Tensor | None
+    value_states: Tensor | None
+
+
+class ActorCritic(nn.Module):
+    """The networks of PPO.
+
+    If the reward ensemble reads frozen hidden states of the policy's own base, its features come from the
+    reference's pass, which the KL needs anyway; the same goes for the critic's states.
+
+    Args:
+        base: The language model to align.
+        lora: Adapters to train, or `None` to train all weights.
+        critic: What the critic reads.
+        reward: Folder of the reward ensemble.
+    """
+
+    def __init__(self, base: Pretrained, lora: Lora | None, critic: CriticSpec, reward: str) -> None:
+        super().__init__()
+        config = read_config(reward)
+        self.shares_base = not config["own_backbone"] and _same_model(Pretrained(**config["spec"]["base"]), base)
+        self.reward_model = RewardModel.from_pretrained(reward, with_backbone=not self.shares_base)
+        spec = self.reward_model.spec
+        self.base = base
+        self.policy = Policy(base, lora, critic_adapter=critic.trunk == "lora")
+        self.critic_trunk = critic.trunk
+        trunk = own_trunk(critic, base) if critic.trunk == "own" else None
+        # Value and reward are read at the same depth where they read the same model.
+        critic_base = (critic.base or base) if critic.trunk == "own" else base
+        comparable = not config["own_backbone"] and _same_model(spec.base, critic_base)
+        self.tap_layer = spec.layer if self.shares_base else None
+        self.value_layer = spec.layer if comparable else None
+        size = int(trunk.config.hidden_size) if trunk is not None else self.policy.hidden_size
+        self.critic = Critic(size, trunk)
+        if critic.warm_start and comparable:
+            self.critic.warm_start(self.reward_model.head)
+
+    @torch.no_grad()
+    def reference(self, rows: Rows, temperature: float) -> ReferencePass:
+        """One pass through the frozen base."""
+        out = self.policy.hidden("reference", rows.input_ids, rows.lengths, self.tap_layer)
+        logprobs = self._logprobs("reference", out.last, rows, temperature).logprobs
+        features = states = None
+        if self.shares_base:
+            features = pool(out.tapped, rows.lengths, rows.prompt_lengths, self.reward_model.spec.pooling)
+        if self.critic_trunk == "reference":
+            states = response_states(out.tapped, rows.prompt_lengths, rows.response_mask.shape[1])
+        return ReferencePass(logprobs, features, states)
+
+    def actor(self, rows: Rows, temperature: float) -> TokenLogprobs:
+        """Log-probabilities and entropies of the responses under the policy (B, T)."""
+        hidden = self.policy.hidden("actor", rows.input_ids, rows.lengths).last
+        return self._logprobs("actor", hidden, rows, temperature)
+
+    def values(self, rows: Rows, value_states: Tensor | None) -> Tensor:
+        """Values before each response token (B, T).
+
+        Args:
+            rows: The sequences.
+            value_states: What `reference` kept for the critic, if that is what it reads.
+        """
+        if value_states is not None:
+            return cast("Tensor", self.critic(value_states))
+        if self.critic.trunk is not None:
+            hidden = run_trunk(self.critic.trunk, rows.input_ids, rows.lengths, self.value_layer).tapped
+        else:
+            hidden = self.policy.hidden("critic", rows.input_ids, rows.lengths, self.value_layer).tapped
+        return cast("Tensor", self.critic(response_states(hidden, rows.prompt_lengths, rows.response_mask.shape[1])))
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """What the policy loss trains."""
+        return self.policy.actor_parameters()
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What the value loss trains."""
+        return [*self.critic.parameters(), *self.policy.critic_parameters()]
+
+    def _logprobs(self, role: Role, hidden: Tensor, rows: Rows, temperature: float) -> TokenLogprobs:
+        return self.policy.logprobs(
+            role, hidden, rows.input_ids, rows.prompt_lengths, rows.response_mask, temperature
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the policy, its tokenizer, and the critic's value head (with its trunk or adapters) below `critic`.
+
+        Raises:
+            FileExistsError: The folder is not empty.
+        """
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder}: expected an empty or new folder, got one with files in it")
+        self.policy.save_pretrained(folder)
+        load_tokenizer(self.base).save_pretrained(folder)
+        critic = folder / "critic"
+        critic.mkdir(parents=True)
+        trained = {n: p.detach().contiguous() for n, p in self.policy.lm.named_parameters() if ".critic." in n}
+        head = {f"value_head.{n}": p.detach() for n, p in self.critic.value_head.state_dict().items()}
+        save_file({**head, **trained}, critic / "critic.safetensors")
+        if self.critic.trunk is not None:
+            self.critic.trunk.save_pretrained(critic / "trunk")
+
+
+def _same_model(one: Pretrained, other: Pretrained) -> bool:
+    """Whether two specifications give the same frozen weights."""
+    return (one.path, one.revision, one.quantization) == (other.path, other.revision, other.quantization)

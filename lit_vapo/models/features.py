@@ -1,0 +1,106 @@
+"""Features of a frozen backbone: computed once, kept in a safetensors cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lit_vapo.models.reward import FeatureSpec
+from lit_vapo.models.trunk import pool, run_trunk
+from transformers import PreTrainedModel
+
+TOKENS_PER_BATCH = 4096
+
+
+class TokenSequence(NamedTuple):
+    """Prompt and response as one list of token ids.
+
+    Attributes:
+        ids: Token ids.
+        prompt_length: How many of them are the prompt.
+    """
+
+    ids: list[int]
+    prompt_length: int
+
+
+def length_batches(lengths: Sequence[int], tokens: int = TOKENS_PER_BATCH) -> Iterable[list[int]]:
+    """Row numbers in batches of similar length, each at most `tokens` tokens with its padding (or one row)."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        # Rows come shortest first, so the newest row sets the padded width.
+        if batch and (len(batch) + 1) * lengths[row] > tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def right_pad(sequences: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Right-padded ids (B, L), padded with 0, and lengths (B,)."""
+    lengths = torch.tensor([len(s) for s in sequences], dtype=torch.long)
+    ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.as_tensor(sequence)
+    return ids.to(device), lengths.to(device)
+
+
+@torch.no_grad()
+def compute_features(
+    backbone: PreTrainedModel, spec: FeatureSpec, sequences: Sequence[TokenSequence], device: torch.device
+) -> Tensor:
+    """Pooled features (N, H), float32 on the CPU, of sequences batched by length."""
+    out: Tensor | None = None
+    for rows in length_batches([len(s.ids) for s in sequences]):
+        ids, lengths = right_pad([sequences[i].ids for i in rows], device)
+        prompts = torch.tensor([sequences[i].prompt_length for i in rows], device=device)
+        features = pool(run_trunk(backbone, ids, lengths).last, lengths, prompts, spec.pooling).cpu()
+        if out is None:
+            out = torch.empty(len(sequences), features.shape[1])
+        out[rows] = features
+    if out is None:
+        raise ValueError("expected at least one sequence, got none")
+    if not torch.isfinite(out).all():
+        row = int((~torch.isfinite(out)).any(1).nonzero()[0, 0])
+        raise ValueError(f"expected finite features, got NaN or infinity for sequence {row}")
+    return out
+
+
+def feature_key(spec: FeatureSpec, sequences: Sequence[TokenSequence]) -> str:
+    """Key of a cache: changes with the model (settings and files), the tokenizer and the data.
+
+    The token ids stand for tokenizer, template, truncation and data at once.
+    """
+    digest = hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode())
+    folder = Path(spec.base.path)
+    if folder.is_dir():
+        for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json")):
+            stat = file.stat()
+            digest.update(f"{file.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
+    for sequence in sequences:
+        digest.update(json.dumps(sequence).encode())
+    return digest.hexdigest()[:32]
+
+
+def save_features(folder: Path, key: str, features: Tensor) -> None:
+    """Write a cache file; readers see all of it or nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{key}.{os.getpid()}.partial"
+    save_file({"features": features}, partial)
+    partial.replace(folder / f"{key}.safetensors")
+
+
+def load_features(folder: Path, key: str) -> Tensor | None:
+    """Cached features (N, H), or `None`."""
+    path = folder / f"{key}.safetensors"
+    return load_file(path)["features"] if path.is_file() else None

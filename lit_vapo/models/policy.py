@@ -1,0 +1,185 @@
+"""Actor and reference (and, if asked, the critic's trunk) on one base."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lit_vapo.functional import TokenLogprobs
+from lit_vapo.models.generation import Generated, Sampling, sample
+from lit_vapo.models.pretrained import Lora, Pretrained, decoder_layers, disable_dropout, freeze, load_causal_lm
+from lit_vapo.models.trunk import TrunkOutput, head_logprobs, response_states, run_trunk
+
+Role = Literal["actor", "critic", "reference"]
+
+
+class Policy(nn.Module):
+    """A policy π and its frozen reference π0.
+
+    With LoRA, one (possibly quantised) base serves both: the reference is the base with its adapters off, and
+    nothing is held twice. Without, the reference is a frozen copy.
+
+    Args:
+        base: The language model to start from.
+        lora: Adapters to train, or `None` to train every weight.
+        critic_adapter: Add a second set of adapters for the critic.
+        keep_reference: Without LoRA, hold a frozen copy as the reference.
+
+    Raises:
+        ValueError: A quantised base without adapters, or a critic adapter without LoRA.
+    """
+
+    def __init__(self, base: Pretrained, lora: Lora | None, critic_adapter: bool = False, keep_reference: bool = True) -> None:
+        super().__init__()
+        if lora is None and base.quantization is not None:
+            raise ValueError(f"model.lora: expected adapters for a {base.quantization} base, which is frozen, got null")
+        if lora is None and critic_adapter:
+            raise ValueError("model.critic.trunk: expected `reference` or `own` when model.lora is null, got `lora`")
+        lm = load_causal_lm(base)
+        disable_dropout(lm)
+        self.reference_lm: PreTrainedModel | None = None
+        self.lm: PreTrainedModel | PeftModel
+        if lora is None:
+            if keep_reference:
+                self.reference_lm = cast("PreTrainedModel", freeze(copy.deepcopy(lm)))
+            self.lm = cast("PreTrainedModel", lm.requires_grad_(True))
+        else:
+            freeze(lm)
+            self.lm = get_peft_model(lm, lora_config(lora, lm), adapter_name="actor")
+            if critic_adapter:
+                self.lm.add_adapter("critic", lora_config(lora, lm))
+        self.eval()
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model underneath the adapters."""
+        return cast("PreTrainedModel", self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width H of the hidden states."""
+        return int(self.causal_lm.config.hidden_size)
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions the model was made for, if it says."""
+        return getattr(self.causal_lm.config, "max_position_embeddings", None)
+
+    @contextmanager
+    def acting_as(self, role: Role) -> Iterator[PreTrainedModel]:
+        """The language model in one of its roles, for the length of a block."""
+        if not isinstance(self.lm, PeftModel):
+            yield self.reference_lm if role == "reference" and self.reference_lm is not None else self.causal_lm
+            return
+        if role == "reference":
+            with self.lm.disable_adapter():
+                yield self.causal_lm
+        else:
+            self.lm.set_adapter(role)
+        self._train_adapters()
+        if role != "reference":
+            yield self.causal_lm
+
+    def _train_adapters(self) -> None:
+        # peft stops the gradients of adapters that are switched off; ours take turns within one optimiser.
+        for name, parameter in self.lm.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(True)
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """What PPO's policy loss trains."""
+        if isinstance(self.lm, PeftModel):
+            return [p for n, p in self.lm.named_parameters() if ".actor." in n and "lora_" in n]
+        return list(self.lm.parameters())
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The critic's own adapters, if it has any."""
+        return [p for n, p in self.lm.named_parameters() if ".critic." in n and "lora_" in n]
+
+    def hidden(self, role: Role, input_ids: Tensor, lengths: Tensor, layer: int | None = None) -> TrunkOutput:
+        """Hidden states of right-padded sequences (B, L) in a role."""
+        with self.acting_as(role) as lm:
+            return run_trunk(cast("PreTrainedModel", lm.base_model), input_ids, lengths, layer)
+
+    def logprobs(
+        self,
+        role: Role,
+        hidden: Tensor,
+        input_ids: Tensor,
+        prompt_lengths: Tensor,
+        response_mask: Tensor,
+        temperature: float,
+    ) -> TokenLogprobs:
+        """Log-probabilities and entropies (B, T) of the responses, from hidden states (B, L, H)."""
+        size = response_mask.shape[1]
+        states = response_states(hidden, prompt_lengths, size)
+        targets = response_tokens(input_ids, prompt_lengths, size)
+        with self.acting_as(role) as lm:
+            return head_logprobs(lm, states, targets, response_mask, temperature)
+
+    @torch.no_grad()
+    def generate(
+        self, role: Role, prompt_ids: Tensor, prompt_lengths: Tensor, sampling: Sampling, stops: list[int], pad: int
+    ) -> Generated:
+        """Sample one response for each left-padded prompt (B, P)."""
+        with self.acting_as(role) as lm:
+            return sample(lm, prompt_ids, prompt_lengths, sampling, stops, pad)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the actor: a peft adapter folder, or a whole transformers model."""
+        if isinstance(self.lm, PeftModel):
+            # peft would put the adapter into a subfolder of its name; readers expect it at the top.
+            with TemporaryDirectory(dir=_parent(folder)) as scratch:
+                self.lm.save_pretrained(scratch, selected_adapters=["actor"])
+                shutil.copytree(Path(scratch) / "actor", folder, dirs_exist_ok=True)
+        else:
+            self.lm.save_pretrained(folder)
+
+
+def _parent(folder: str | Path) -> Path:
+    parent = Path(folder).resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    return parent
+
+
+def response_tokens(input_ids: Tensor, prompt_lengths: Tensor, size: int) -> Tensor:
+    """Response tokens (B, T) of right-padded sequences (B, L); anything past a response's end."""
+    offsets = prompt_lengths[:, None] + torch.arange(size, device=input_ids.device)
+    return input_ids.gather(1, offsets.clamp_max(input_ids.shape[1] - 1))
+
+
+def lora_config(lora: Lora, lm: PreTrainedModel) -> LoraConfig:
+    """The peft configuration of `lora` for this model.
+
+    Raises:
+        ValueError: `top_layers` is not between 1 and the number of layers.
+    """
+    layers, targets = None, lora.target_modules
+    if lora.top_layers is not None:
+        blocks = decoder_layers(cast("nn.Module", lm.base_model))
+        if not 1 <= lora.top_layers <= len(blocks):
+            raise ValueError(f"model.lora.top_layers: expected 1 … {len(blocks)}, got {lora.top_layers}")
+        layers = list(range(len(blocks) - lora.top_layers, len(blocks)))
+        if targets == "all-linear":
+            # peft takes either this word or a choice of layers, so the word is spelt out.
+            linear = (nn.Linear, Conv1D)
+            targets = sorted({n.rpartition(".")[2] for n, m in blocks.named_modules() if isinstance(m, linear)})
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=cast("int", lora.alpha),
+        lora_dropout=0.0,
+        target_modules=targets,
+        layers_to_transform=layers,
+        task_type="CAUSAL_LM",
+    )

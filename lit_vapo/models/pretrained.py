@@ -1,0 +1,178 @@
+"""Loading pretrained models: data type, 8-bit and 4-bit weights, LoRA adapters, in one place.
+
+Nothing here runs code from a model's folder unless `trust_remote_code` is set, and weights are read from
+safetensors only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+@dataclass
+class Pretrained:
+    """Where a pretrained model comes from and how it is held in memory.
+
+    Args:
+        path: Folder or hub name of a transformers model.
+        dtype: Data type of the weights; `auto` takes the one they are stored in.
+        quantization: `8bit` (LLM.int8) or `4bit` (nf4) weights through bitsandbytes; `null` for none. A quantised
+            base is frozen: train adapters or heads on it.
+        attn_implementation: Attention kernel, such as `sdpa` or `flash_attention_2`; `null` lets transformers choose.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run Python code that comes with the model. Leave it off for models you do not trust.
+    """
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["8bit", "4bit"] | None = None
+    attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters (2106.09685), trained in place of the base's own weights.
+
+    Args:
+        rank: Rank r of the update.
+        alpha: The update is scaled by alpha / rank.
+        target_modules: Names of the linear layers to adapt, or `all-linear`.
+        top_layers: Adapt only this many of the topmost layers; `null` adapts all. Backpropagation stops below
+            them, so the cost of a training step falls in proportion.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: str | list[str] = "all-linear"
+    top_layers: int | None = None
+
+
+def _load_kwargs(spec: Pretrained) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {
+        "dtype": spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
+        "revision": spec.revision or "main",
+        "trust_remote_code": spec.trust_remote_code,
+        "use_safetensors": True,
+    }
+    if spec.attn_implementation is not None:
+        kwargs["attn_implementation"] = spec.attn_implementation
+    if spec.quantization is not None:
+        compute = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
+        kwargs["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if spec.quantization == "8bit"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+        )
+        # bitsandbytes quantises where the weights land, so they must land on this process's own device.
+        kwargs["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    return kwargs
+
+
+def _require(spec: Pretrained) -> None:
+    """A folder that looks local but is not there must not be taken for a hub name."""
+    looks_local = spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1
+    if looks_local and not (Path(spec.path).expanduser() / "config.json").is_file():
+        raise ValueError(
+            f"base.path: expected a folder with a transformers model (config.json), or a hub name, got {spec.path!r}"
+        )
+
+
+def load_causal_lm(spec: Pretrained) -> PreTrainedModel:
+    """The language model of `spec`, in evaluation mode.
+
+    Raises:
+        ValueError: The path looks like a folder and holds no model.
+    """
+    _require(spec)
+    return cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(spec.path, **_load_kwargs(spec)))
+
+
+def load_backbone(spec: Pretrained, num_layers: int | None = None) -> PreTrainedModel:
+    """The model of `spec` without its language-model head, cut off after `num_layers` blocks.
+
+    Raises:
+        ValueError: There is no such model, or it has fewer than `num_layers` blocks.
+    """
+    _require(spec)
+    with warnings.catch_warnings():
+        # The unused head's weights are meant to stay unread.
+        warnings.filterwarnings("ignore", message=".*were not used when initializing.*")
+        backbone = cast("PreTrainedModel", AutoModel.from_pretrained(spec.path, **_load_kwargs(spec)))
+    if num_layers is not None:
+        layers = decoder_layers(backbone)
+        if not 1 <= num_layers <= len(layers):
+            raise ValueError(f"layer: expected 1 … {len(layers)} for {spec.path!r}, got {num_layers}")
+        del layers[num_layers:]
+        backbone.config.num_hidden_layers = num_layers
+    return backbone
+
+
+def load_tokenizer(spec: Pretrained) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to `spec`."""
+    _require(spec)
+    tokenizer = AutoTokenizer.from_pretrained(
+        spec.path, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
+    )
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
+    """The list of transformer blocks of a backbone, whatever the architecture calls it.
+
+    Raises:
+        ValueError: No such list is found.
+    """
+    count = getattr(getattr(backbone, "config", None), "num_hidden_layers", None)
+    for module in backbone.children():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"expected a decoder with {count} blocks in one ModuleList, got {type(backbone).__name__}")
+
+
+def final_norm(backbone: nn.Module) -> nn.Module:
+    """The normalisation after the last block (`norm` in Llama-like models, `ln_f` in GPT-2)."""
+    for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm"):
+        module = getattr(backbone, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise ValueError(f"expected a final normalisation layer, got none in {type(backbone).__name__}")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to zero, so that train and eval mode give the same log-probabilities.
+
+    PPO's ratio compares two forward passes of the same policy; dropout would make it differ from 1 by noise.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Take every parameter out of training and switch to evaluation mode."""
+    return module.requires_grad_(False).eval()
+
+
+def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Freeze a model and move it to a device; a quantised one was loaded where it belongs."""
+    freeze(model)
+    return model if getattr(model, "is_quantized", False) else cast("PreTrainedModel", model.to(device))

@@ -1,0 +1,149 @@
+"""One forward pass through a backbone, and what is read off it: hidden states, features, log-probabilities.
+
+The (B, T, V) logits are never made: the head is applied to the response positions only, in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_vapo.functional import TokenLogprobs, token_logprobs
+from lit_vapo.models.pretrained import decoder_layers, final_norm
+
+Pooling = Literal["last", "mean"]
+
+
+class TrunkOutput(NamedTuple):
+    """Hidden states of right-padded sequences.
+
+    Attributes:
+        last: After the last block and the final normalisation (B, L, H).
+        tapped: After an inner block and the final normalisation (B, L, H); `last` if no block was asked for.
+    """
+
+    last: Tensor
+    tapped: Tensor
+
+
+def length_mask(lengths: Tensor, size: int) -> Tensor:
+    """True at the first `lengths` of `size` positions (B, size)."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+@contextmanager
+def _tap(backbone: PreTrainedModel, layer: int, store: list[Tensor]) -> Iterator[None]:
+    layers = decoder_layers(backbone)
+    if not 1 <= layer <= len(layers):
+        raise ValueError(f"layer: expected 1 … {len(layers)}, got {layer}")
+
+    def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        store.append(output if isinstance(output, Tensor) else output[0])
+
+    handle = layers[layer - 1].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run_trunk(
+    backbone: PreTrainedModel, input_ids: Tensor, lengths: Tensor, layer: int | None = None
+) -> TrunkOutput:
+    """Run a backbone on right-padded sequences.
+
+    Args:
+        backbone: A decoder without its language-model head.
+        input_ids: Token ids (B, L), right-padded with anything.
+        lengths: Real tokens of each row (B,); the mask comes from here, never from the ids.
+        layer: Also return the hidden states after this many blocks.
+
+    Returns:
+        The hidden states (see `TrunkOutput`).
+    """
+    mask = length_mask(lengths, input_ids.shape[1]).long()
+    if layer is None or layer == len(decoder_layers(backbone)):
+        last = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return TrunkOutput(last, last)
+    store: list[Tensor] = []
+    with _tap(backbone, layer, store):
+        last = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return TrunkOutput(last, final_norm(backbone)(store[0]))
+
+
+def pool(hidden: Tensor, lengths: Tensor, prompt_lengths: Tensor, pooling: Pooling) -> Tensor:
+    """Features of each response: one vector a row, float32.
+
+    Args:
+        hidden: Hidden states (B, L, H) of prompt and response, right-padded.
+        lengths: Real tokens of each row (B,).
+        prompt_lengths: Tokens of each prompt (B,).
+        pooling: `last`, the state at the last real token; `mean`, the mean over the response's tokens.
+
+    Returns:
+        Features (B, H).
+    """
+    rows = torch.arange(len(lengths), device=hidden.device)
+    if pooling == "last":
+        return hidden[rows, lengths - 1].float()
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    inside = (positions >= prompt_lengths[:, None]) & (positions < lengths[:, None])
+    states = torch.where(inside[..., None], hidden, torch.zeros((), dtype=hidden.dtype, device=hidden.device))
+    return states.sum(1, dtype=torch.float32) / inside.sum(1, keepdim=True).clamp_min(1)
+
+
+def response_states(hidden: Tensor, prompt_lengths: Tensor, size: int) -> Tensor:
+    """States from which each response token is predicted: position prompt_length − 1 + t for token t.
+
+    Args:
+        hidden: Hidden states (B, L, H), right-padded.
+        prompt_lengths: Tokens of each prompt (B,), at least 1.
+        size: Length T of the response axis; positions past the end repeat the last one.
+
+    Returns:
+        States (B, T, H).
+    """
+    offsets = prompt_lengths[:, None] - 1 + torch.arange(size, device=hidden.device)
+    index = offsets.clamp_max(hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])
+    return hidden.gather(1, index)
+
+
+def head_logprobs(
+    lm: PreTrainedModel, states: Tensor, targets: Tensor, response_mask: Tensor, temperature: float
+) -> TokenLogprobs:
+    """Log-probabilities and entropies (B, T) of response tokens; zeros where the mask is False.
+
+    Args:
+        lm: The language model whose head is applied.
+        states: States that predict each response token (B, T, H).
+        targets: Response tokens (B, T).
+        response_mask: True where a token counts (B, T).
+        temperature: Sampling temperature; the logits are divided by it.
+    """
+    head = lm.get_output_embeddings()
+    scale = _logit_scale(lm)
+    out = token_logprobs(
+        states[response_mask],
+        head.weight,
+        targets[response_mask],
+        bias=getattr(head, "bias", None),
+        temperature=temperature / scale,
+        softcap=getattr(lm.config, "final_logit_softcapping", None),
+    )
+    logprobs = torch.zeros(response_mask.shape, dtype=torch.float32, device=states.device)
+    entropy = torch.zeros_like(logprobs)
+    return TokenLogprobs(
+        logprobs.masked_scatter(response_mask, out.logprobs), entropy.masked_scatter(response_mask, out.entropy)
+    )
+
+
+def _logit_scale(lm: PreTrainedModel) -> float:
+    """Some architectures multiply (Cohere) or divide (Granite) their logits by a constant."""
+    return float(getattr(lm.config, "logit_scale", None) or 1.0) / float(
+        getattr(lm.config, "logits_scaling", None) or 1.0
+    )

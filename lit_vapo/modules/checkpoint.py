@@ -1,0 +1,106 @@
+"""What the stages share about checkpoints: only trained weights are saved, and misfits are named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+STAGE_KEY = "lit_vapo_stage"
+
+
+class TrainedWeightsModule(LightningModule):
+    """A LightningModule whose checkpoints hold what training changed and nothing else.
+
+    Frozen weights come from the base model, so a checkpoint of adapters on a large base stays small. `stage` is
+    written into each checkpoint, and one of another stage or architecture is refused by name.
+    """
+
+    stage: str = ""
+
+    def kept_keys(self) -> set[str]:
+        """Names in the state dict that a checkpoint keeps: trained parameters, and buffers outside frozen models."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return trained | {name for name in self.state_dict() if self._is_own_state(name)}
+
+    def _is_own_state(self, name: str) -> bool:
+        """Whether an untrained entry (a buffer, say) belongs to the run rather than to a frozen base."""
+        return False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drop frozen weights and note the stage."""
+        kept = self.kept_keys()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        checkpoint[STAGE_KEY] = self.stage
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that does not fit, and fill in the frozen weights it left out.
+
+        Raises:
+            ValueError: Another stage, other parameters or other shapes.
+        """
+        stage = checkpoint.get(STAGE_KEY)
+        if stage != self.stage:
+            raise ValueError(f"checkpoint: expected one of stage {self.stage!r}, got one of stage {stage!r}")
+        own = self.state_dict()
+        saved = checkpoint["state_dict"]
+        _refuse("unknown weights", (k for k in saved if k not in own))
+        _refuse("no weights for", (k for k in self.kept_keys() if k not in saved))
+        for key, value in saved.items():
+            if own[key].shape != value.shape:
+                raise ValueError(
+                    f"checkpoint of another architecture: expected {key} of shape {tuple(own[key].shape)}, "
+                    f"got {tuple(value.shape)}"
+                )
+        for key, value in own.items():
+            saved.setdefault(key, value)
+
+
+def _refuse(problem: str, keys: Iterable[str]) -> None:
+    found = sorted(keys)
+    if found:
+        shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+        raise ValueError(f"checkpoint of another architecture: {problem} {shown} ({len(found)} in all)")
+
+
+def linear_decay(total: int, warmup: int = 0, floor: float = 0.0) -> Callable[[int], float]:
+    """Learning-rate factor by step: up over `warmup` steps, then straight down to `floor` at `total`."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        left = max(0.0, (total - step) / max(1, total - warmup))
+        return max(floor, min(1.0, left))
+
+    return factor
+
+
+def check_positive(**values: float | None) -> None:
+    """Raise ValueError for the first keyword that is not above zero (None is allowed)."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"model.{name}: expected a number above 0, got {value}")
+
+
+def total_steps(module: LightningModule) -> int:
+    """Planned batches of the whole run.
+
+    Raises:
+        ValueError: The run has no end.
+    """
+    total = module.trainer.estimated_stepping_batches
+    if total == float("inf"):
+        raise ValueError("trainer: expected max_epochs or max_steps, got a run without end")
+    return int(total)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A block whose random numbers depend on `seed` alone, and leave the stream outside as it was."""
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,44 @@
+"""From a checkpoint to a folder that other programs load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lit_vapo.modules.checkpoint import STAGE_KEY
+from lit_vapo.modules.ppo import PPOModule
+from lit_vapo.modules.reward import RewardModule
+from lit_vapo.modules.sft import SFTModule
+
+
+def export(checkpoint: str, output: str) -> None:
+    """Turn a checkpoint into a folder that other programs load.
+
+    A policy becomes an ordinary transformers (or, with LoRA, peft) folder with its tokenizer and the critic below
+    `critic`; a reward ensemble becomes a folder for `lit_vapo.models.reward.RewardModel.from_pretrained`.
+
+    Args:
+        checkpoint: A checkpoint of any stage.
+        output: A folder that is new or empty.
+
+    Raises:
+        ValueError: There is no such checkpoint, or it is of no known stage.
+        FileExistsError: The folder has files in it.
+    """
+    if not Path(checkpoint).is_file():
+        raise ValueError(f"--checkpoint: expected a checkpoint file, got {checkpoint!r}")
+    if Path(output).exists() and any(Path(output).iterdir()):
+        raise FileExistsError(f"--output: expected a new or empty folder, got {output!r} with files in it")
+    stage = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(STAGE_KEY)
+    if stage == PPOModule.stage:
+        # The judge only watches training: it need not be there.
+        module = PPOModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, gold=None)
+        module.export(output)
+    elif stage == RewardModule.stage:
+        RewardModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).export(output)
+    elif stage == SFTModule.stage:
+        SFTModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).export(output)
+    else:
+        raise ValueError(f"{checkpoint}: expected a checkpoint of lit-vapo (sft, reward or ppo), got stage {stage!r}")
+    print(f"exported the {stage} checkpoint to {output}")

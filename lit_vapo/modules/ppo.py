@@ -1,0 +1,264 @@
+"""Variance-aware PPO: one training step is one iteration of rollout and update."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lit_vapo.data.collate import PromptBatch
+from lit_vapo.data.datamodule import PromptDataModule
+from lit_vapo.metrics import rollout_statistics, sample_rows
+from lit_vapo.models.actor_critic import ActorCritic
+from lit_vapo.models.critic import CriticSpec
+from lit_vapo.models.generation import Sampling
+from lit_vapo.models.policy import Role
+from lit_vapo.models.pretrained import Lora, Pretrained
+from lit_vapo.models.reward import read_config
+from lit_vapo.modules.checkpoint import TrainedWeightsModule, check_positive, linear_decay, seeded, total_steps
+from lit_vapo.modules.ppo_update import PPOUpdate, UpdateSettings, compute_advantages
+from lit_vapo.objectives.base import Objective
+from lit_vapo.objectives.variance_aware import VarianceAware
+from lit_vapo.rollout import Rollout, RolloutMaker
+from lit_vapo.types import TextReward
+
+
+class PPOModule(TrainedWeightsModule):
+    """Aligns a language model with PPO against a reward ensemble.
+
+    One batch of prompts is one iteration: the policy answers, the ensemble scores, the objective turns scores
+    into a reward and a KL weight, and the responses are learned from in several epochs of minibatches.
+
+    Args:
+        base: The language model to align; its frozen self is the reference.
+        reward: Folder of the reward ensemble (written by `lit-vapo export`).
+        objective: What to maximise.
+        lora: Adapters to train; `null` trains all weights and keeps a frozen copy as the reference.
+        critic: What the critic reads.
+        sampling: How responses are drawn.
+        update: How PPO learns from them.
+        learning_rate: Peak learning rate of the actor (AdamW, linear decay).
+        critic_learning_rate: Peak learning rate of the critic.
+        kl_coef: β, the price of a nat of KL to the reference, in units of reward; >= 0.
+        kl_target: Adapt β so that the k3 KL of whole responses approaches this many nats; `null` keeps β fixed.
+        reward_clip: Largest absolute terminal reward, or `null`.
+        missing_eos_penalty: Taken off the reward of a response cut off at `max_new_tokens`.
+        gold: A judge that only watches: its mean is logged, training never sees it.
+        num_reference: How many reference responses calibrate an ensemble that is not calibrated yet.
+        seed: Seed of evaluation samples, so that evaluations differ by the policy alone.
+    """
+
+    stage = "ppo"
+    kl_coef: Tensor
+
+    def __init__(
+        self,
+        base: Pretrained,
+        reward: str,
+        objective: Objective | None = None,
+        lora: Lora | None = None,
+        critic: CriticSpec | None = None,
+        sampling: Sampling | None = None,
+        update: UpdateSettings | None = None,
+        learning_rate: float = 1e-5,
+        critic_learning_rate: float = 1e-4,
+        kl_coef: float = 0.05,
+        kl_target: float | None = None,
+        reward_clip: float | None = None,
+        missing_eos_penalty: float = 0.0,
+        gold: TextReward | None = None,
+        num_reference: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_positive(
+            learning_rate=learning_rate,
+            critic_learning_rate=critic_learning_rate,
+            kl_target=kl_target,
+            reward_clip=reward_clip,
+        )
+        if kl_coef < 0:
+            raise ValueError(f"model.kl_coef: expected a number of 0 or more, got {kl_coef}")
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.base = base
+        self.reward = reward
+        self.objective = objective or VarianceAware()
+        self.lora = lora
+        self.critic = critic or CriticSpec()
+        self.sampling = sampling or Sampling()
+        self.update = update or UpdateSettings()
+        self.learning_rate = learning_rate
+        self.critic_learning_rate = critic_learning_rate
+        self.kl_target = kl_target
+        self.reward_clip = reward_clip
+        self.missing_eos_penalty = missing_eos_penalty
+        self.gold = gold
+        self.num_reference = num_reference
+        self.seed = seed
+        self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))
+        self.networks: ActorCritic | None = None
+        self.maker: RolloutMaker | None = None
+        self.samples: list[dict[str, Any]] = []
+        # An ensemble that the objective cannot use is refused before anything heavy is loaded.
+        self.objective.check_members(int(read_config(reward)["num_members"]))
+
+    # 1. Building.
+
+    def configure_model(self) -> None:
+        """Load actor, reference, critic and reward ensemble."""
+        if self.networks is not None:
+            return
+        self.networks = ActorCritic(self.base, self.lora, self.critic, self.reward)
+        head = self.networks.reward_model.head
+        self.objective.prepare(head.num_members, head.reference_variance)
+
+    def _start(self) -> None:
+        """What needs the device and the data: the rollout maker, and a calibrated ensemble."""
+        assert self.networks is not None
+        datamodule = cast("PromptDataModule", self.trainer.datamodule)  # type: ignore[attr-defined]
+        self._check_context(datamodule)
+        self.maker = RolloutMaker(
+            self.networks,
+            datamodule.text_tokenizer,
+            self.sampling,
+            self.gold,
+            self.reward_clip,
+            self.missing_eos_penalty,
+        )
+        head = self.networks.reward_model.head
+        if not bool(head.calibrated):
+            self.print(f"reward: calibrating the ensemble on {self.num_reference} reference responses")
+            batches = [b.to(self.device) for b in datamodule.prompt_batches("train", self.num_reference)]
+            with seeded(self.seed):
+                head.calibrate(self.maker.reference_features(batches))
+            self.objective.prepare(head.num_members, head.reference_variance)
+
+    def _check_context(self, datamodule: PromptDataModule) -> None:
+        assert self.networks is not None
+        context = self.networks.policy.context_length
+        longest = datamodule.max_prompt_length + self.sampling.max_new_tokens
+        if context is not None and longest > context:
+            raise ValueError(
+                f"data.max_prompt_length + model.sampling.max_new_tokens: expected at most the model's context of "
+                f"{context} tokens, got {longest}"
+            )
+
+    def on_fit_start(self) -> None:
+        """Get ready to roll out."""
+        self._start()
+
+    def on_validation_start(self) -> None:
+        """Get ready to roll out, if `validate` is all that runs."""
+        if self.maker is None:
+            self._start()
+        self.samples = []
+
+    def on_test_start(self) -> None:
+        """Get ready to roll out."""
+        self._start()
+        self.samples = []
+
+    # 2. Training: one step is one iteration.
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Roll out, learn, log."""
+        started = time.perf_counter()
+        assert self.maker is not None and self.networks is not None
+        rollout = self.maker.make(batch, self.objective)
+        experience = compute_advantages(rollout, float(self.kl_coef), self.update, self._sum)
+        update_started = time.perf_counter()
+        optimizer = cast("torch.optim.Optimizer", self.optimizers())
+        updater = PPOUpdate(self, self.networks, self.update, self.sampling.temperature)
+        learned = updater.run(experience, optimizer, train_actor=self.trainer.fit_loop.total_batch_idx >= self.update.critic_warmup)
+        cast("Any", self.lr_schedulers()).step()
+        seconds = {**rollout.seconds, "update": time.perf_counter() - update_started}
+        self._log_iteration(rollout, learned, seconds, time.perf_counter() - started)
+        self._adapt_kl(rollout_statistics(rollout)["kl_k3"], len(rollout.prompts))
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Sum over all processes."""
+        return cast("Tensor", self.trainer.strategy.reduce(x, reduce_op="sum"))
+
+    def _adapt_kl(self, kl: Tensor, batch_size: int) -> None:
+        """Proportional control of β in log space (Ziegler et al., 1909.08593, §2.2)."""
+        if self.kl_target is None:
+            return
+        kl = self._sum(kl.clone()) / self.trainer.world_size
+        error = float((kl / self.kl_target - 1).clamp(-0.2, 0.2))
+        # The horizon: at full error (a fifth) β changes by a fifth in 1024 responses.
+        self.kl_coef.mul_(1 + error * min(1.0, batch_size * self.trainer.world_size / 1024))
+
+    def _log_iteration(
+        self, rollout: Rollout, learned: dict[str, Tensor], seconds: dict[str, float], total: float
+    ) -> None:
+        tokens = float(rollout.response_mask.sum())
+        values = {**rollout_statistics(rollout), **learned}
+        values["kl_coef"] = self.kl_coef.clone()
+        values["effective_kl_coef"] = self.kl_coef * rollout.kl_weight.mean()
+        values["tokens_per_second"] = torch.tensor(tokens / total)
+        for phase, time_spent in seconds.items():
+            values[f"{phase}_tokens_per_second"] = torch.tensor(tokens / time_spent)
+        shown = {"reward_mean", "gold", "kl_k3", "ensemble_sigma", "tokens_per_second"}
+        for name, value in values.items():
+            self.log(
+                f"train/{name}",
+                value.to(self.device),
+                prog_bar=name in shown,
+                sync_dist=True,
+                batch_size=len(rollout.prompts),
+            )
+
+    def configure_optimizers(self) -> Any:
+        """One AdamW for actor and critic, each with its own learning rate, decaying linearly over the run."""
+        assert self.networks is not None
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": self.networks.actor_parameters(), "lr": self.learning_rate},
+                {"params": self.networks.critic_parameters(), "lr": self.critic_learning_rate},
+            ],
+            weight_decay=0.0,
+        )
+        decay = linear_decay(total_steps(self))
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, decay)]
+
+    # 3. Evaluation on held-out prompts.
+
+    def _evaluate(self, batch: PromptBatch, batch_idx: int, prefix: str, role: Role) -> None:
+        assert self.maker is not None
+        with seeded(self.seed * 100_003 + batch_idx):
+            rollout = self.maker.make(batch, self.objective, role, values=False)
+        owner = "policy" if role == "actor" else "reference"
+        self.samples += sample_rows(rollout, owner)
+        for name, value in rollout_statistics(rollout).items():
+            self.log(f"{prefix}/{name}", value, on_epoch=True, sync_dist=True, batch_size=len(batch.prompts))
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """The policy answers held-out prompts."""
+        self._evaluate(batch, batch_idx, "val", "actor")
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Reference and policy answer the same held-out prompts, with the same random numbers."""
+        self._evaluate(batch, batch_idx, "test_reference", "reference")
+        self._evaluate(batch, batch_idx, "test", "actor")
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Responses of the policy, scored."""
+        if self.maker is None:
+            self._start()
+        assert self.maker is not None
+        with seeded(self.seed * 100_003 + batch_idx):
+            return sample_rows(self.maker.make(batch, self.objective, "actor", values=False), "policy")
+
+    # 4. Checkpoints and export.
+
+    def _is_own_state(self, name: str) -> bool:
+        return name == "kl_coef" or name.startswith(("objective.", "networks.reward_model.head."))
+
+    def export(self, folder: str | Path) -> None:
+        """Write the policy as an ordinary transformers or peft folder, and the critic's value head beside it."""
+        assert self.networks is not None
+        self.networks.save_pretrained(folder)

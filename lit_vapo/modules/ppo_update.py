@@ -1,0 +1,260 @@
+"""The learning half of a PPO iteration: advantages, minibatches, losses, steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from lit_vapo.functional import (
+    Moments,
+    approx_kl,
+    explained_variance,
+    gae,
+    masked_mean,
+    masked_sum,
+    masked_whiten,
+    moments,
+    policy_loss_terms,
+    token_rewards,
+    value_loss_terms,
+)
+from lit_vapo.models.actor_critic import ActorCritic, Rows
+from lit_vapo.models.features import length_batches
+from lit_vapo.rollout import Rollout
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+
+@dataclass
+class UpdateSettings:
+    """How PPO learns from a rollout.
+
+    Args:
+        epochs: Passes over the rollout.
+        minibatches: Weight updates in each pass; the rows are shuffled anew for each pass.
+        micro_batch_tokens: Tokens of one forward and backward pass, padding included; gradients accumulate over a
+            minibatch, and the result does not depend on this number.
+        clip_range: The ratio's gain ends outside 1 ± this.
+        value_clip_range: New values stay within this of the old ones; `null` to leave them free.
+        value_coef: Weight of the value loss.
+        entropy_coef: Weight of an entropy bonus.
+        gamma: Discount.
+        gae_lambda: λ of generalised advantage estimation.
+        whiten_advantages: Centre and scale the advantages over all response tokens of all processes.
+        max_grad_norm: Gradients are scaled down to this norm.
+        max_approx_kl: Stop the passes once the policy has moved this many nats per token from the one that
+            sampled; `null` for never.
+        critic_warmup: In this many first iterations only the critic learns.
+    """
+
+    epochs: int = 2
+    minibatches: int = 4
+    micro_batch_tokens: int = 4096
+    clip_range: float = 0.2
+    value_clip_range: float | None = 0.2
+    value_coef: float = 0.1
+    entropy_coef: float = 0.0
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    whiten_advantages: bool = True
+    max_grad_norm: float = 1.0
+    max_approx_kl: float | None = None
+    critic_warmup: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "minibatches", "micro_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.update.{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("clip_range", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.update.{name}: expected a number above 0, got {getattr(self, name)}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"model.update.{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+
+
+class Experience(NamedTuple):
+    """What the update learns from; B rows, T response tokens.
+
+    Attributes:
+        rows: Prompts and responses.
+        logprobs: Log-probabilities under the policy that sampled them (B, T).
+        values: Values then (B, T).
+        value_states: Frozen states the critic reads (B, T, H), or `None`.
+        advantages: Advantages, whitened if asked (B, T).
+        returns: Targets of the critic (B, T).
+    """
+
+    rows: Rows
+    logprobs: Tensor
+    values: Tensor
+    value_states: Tensor | None
+    advantages: Tensor
+    returns: Tensor
+
+    def select(self, index: Tensor) -> Experience:
+        """The rows of an index, cut to the longest response among them."""
+        rows = self.rows.select(index)
+        size = rows.response_mask.shape[1]
+        states = None if self.value_states is None else self.value_states[index, :size]
+        tensors = (self.logprobs, self.values, self.advantages, self.returns)
+        logprobs, values, advantages, returns = (x[index, :size] for x in tensors)
+        return Experience(rows, logprobs, values, states, advantages, returns)
+
+
+def compute_advantages(
+    rollout: Rollout, kl_coef: float, settings: UpdateSettings, all_sum: Callable[[Tensor], Tensor]
+) -> Experience:
+    """Rewards per token, GAE, and whitening over all processes.
+
+    Raises:
+        ValueError: Rewards or advantages are not finite.
+    """
+    mask = rollout.response_mask
+    assert rollout.values is not None
+    log_ratio = rollout.logprobs - rollout.ref_logprobs
+    rewards = token_rewards(rollout.reward, log_ratio, rollout.kl_weight, kl_coef, mask)
+    advantages, returns = gae(rewards, rollout.values, mask, settings.gamma, settings.gae_lambda)
+    for name, x in (("rewards", rewards), ("advantages", advantages)):
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    if settings.whiten_advantages:
+        total = Moments(*(all_sum(x) for x in moments(advantages, mask)))
+        advantages = masked_whiten(advantages, mask, total)
+    return Experience(rollout.rows, rollout.logprobs, rollout.values, rollout.value_states, advantages, returns)
+
+
+class PPOUpdate:
+    """Several epochs of minibatch updates on one rollout.
+
+    Args:
+        module: The LightningModule, for backward passes and reductions over processes.
+        networks: Actor and critic.
+        settings: How to learn.
+        temperature: Sampling temperature of the rollout.
+    """
+
+    def __init__(
+        self, module: LightningModule, networks: ActorCritic, settings: UpdateSettings, temperature: float
+    ) -> None:
+        self.module = module
+        self.networks = networks
+        self.settings = settings
+        self.temperature = temperature
+
+    def run(
+        self, experience: Experience, optimizer: torch.optim.Optimizer, train_actor: bool = True
+    ) -> dict[str, Tensor]:
+        """Update the weights.
+
+        Args:
+            experience: What to learn from.
+            optimizer: Steps actor and critic.
+            train_actor: Off while only the critic learns.
+
+        Returns:
+            Statistics of the update, by name; each a scalar, already over all processes.
+
+        Raises:
+            ValueError: The loss is not finite; nothing was stepped with it.
+        """
+        rows = len(experience.rows.prompt_lengths)
+        device = experience.logprobs.device
+        done: list[dict[str, Tensor]] = []
+        updates, stopped = 0, False
+        for _ in range(self.settings.epochs):
+            for index in torch.randperm(rows).tensor_split(min(self.settings.minibatches, rows)):
+                optimizer.zero_grad()
+                done.append(self._accumulate(experience.select(index.to(device)), train_actor))
+                limit = self.settings.max_approx_kl
+                stopped = limit is not None and float(done[-1]["approx_kl"]) > limit
+                if stopped:
+                    break
+                done[-1].update(self._step(optimizer))
+                updates += 1
+            if stopped:
+                break
+        summary = {name: torch.stack([d[name] for d in done if name in d]).mean() for name in done[0]}
+        summary["ratio_max"] = torch.stack([d["ratio_max"] for d in done]).max()
+        summary["first_ratio"] = done[0]["ratio"]
+        summary["first_ratio_max"] = done[0]["ratio_max"]
+        summary["updates"] = torch.tensor(float(updates), device=device)
+        mask = experience.rows.response_mask
+        summary["explained_variance"] = explained_variance(experience.values, experience.returns, mask).to(device)
+        summary["value_mean"] = masked_mean(experience.values, mask)
+        summary["return_mean"] = masked_mean(experience.returns, mask)
+        return summary
+
+    def _accumulate(self, experience: Experience, train_actor: bool) -> dict[str, Tensor]:
+        """Gradients of one minibatch, in microbatches of similar length; its statistics over all processes."""
+        tokens = self._all_reduce(experience.rows.response_mask.sum().double(), "sum")
+        sums: dict[str, Tensor] = {}
+        ratio_max = tokens.new_zeros(())
+        for index in self._micro_batches(experience.rows):
+            part = experience.select(index)
+            loss, terms = self._loss(part, train_actor)
+            # Summed over tokens and divided by the global count, so that neither the number of microbatches nor
+            # that of processes matters. Data-parallel strategies average gradients: undo that.
+            loss = loss / tokens.to(loss) * self.module.trainer.world_size
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"loss: expected a finite number, got {loss.item()} in iteration {self.module.trainer.global_step}; "
+                    "no step was taken with it"
+                )
+            self.module.manual_backward(loss)
+            ratio_max = torch.maximum(ratio_max, terms.pop("ratio_max").double())
+            for name, value in terms.items():
+                sums[name] = sums.get(name, tokens.new_zeros(())) + value.double()
+        means = {name: (self._all_reduce(value, "sum") / tokens).float() for name, value in sums.items()}
+        means["ratio_max"] = self._all_reduce(ratio_max, "max").float()
+        return means
+
+    def _micro_batches(self, rows: Rows) -> list[Tensor]:
+        """Row numbers by microbatch; the same number of microbatches in every process, or they would wait forever."""
+        lengths = rows.lengths
+        wanted = torch.tensor(sum(1 for _ in length_batches(lengths.tolist(), self.settings.micro_batch_tokens)))
+        count = int(self._all_reduce(wanted.to(lengths.device), "max"))
+        return list(lengths.argsort(stable=True).tensor_split(min(count, len(lengths))))
+
+    def _loss(self, part: Experience, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss summed over tokens, and sums of statistics."""
+        settings, mask = self.settings, part.rows.response_mask
+        actor = self.networks.actor(part.rows, self.temperature)
+        policy = policy_loss_terms(actor.logprobs, part.logprobs, part.advantages, mask, settings.clip_range)
+        values = self.networks.values(part.rows, part.value_states)
+        value = value_loss_terms(values, part.values, part.returns, mask, settings.value_clip_range)
+        actor_loss = policy.loss.sum()
+        if settings.entropy_coef:
+            actor_loss = actor_loss - settings.entropy_coef * masked_sum(actor.entropy, mask)
+        # Times zero rather than left out: data-parallel strategies expect a gradient for every parameter.
+        loss = actor_loss * float(train_actor) + settings.value_coef * value.loss.sum()
+        with torch.no_grad():
+            count = mask.sum()
+            terms = {
+                "policy_loss": policy.loss.sum(),
+                "value_loss": value.loss.sum(),
+                "ratio": policy.ratio.sum(),
+                "ratio_max": policy.ratio.max(),
+                "clip_fraction": policy.clipped.sum(),
+                "value_clip_fraction": value.clipped.sum(),
+                "approx_kl": approx_kl(part.logprobs, actor.logprobs, mask) * count,
+            }
+        return loss, {name: x.detach() for name, x in terms.items()}
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """One weight update; actor and critic are clipped apart, since their gradients have different units."""
+        limit = self.settings.max_grad_norm
+        norms = {
+            "actor_grad_norm": torch.nn.utils.clip_grad_norm_(self.networks.actor_parameters(), limit),
+            "critic_grad_norm": torch.nn.utils.clip_grad_norm_(self.networks.critic_parameters(), limit),
+        }
+        optimizer.step()
+        return norms
+
+    def _all_reduce(self, x: Tensor, operation: str) -> Tensor:
+        return cast("Tensor", self.module.trainer.strategy.reduce(x, reduce_op=operation))

@@ -1,0 +1,236 @@
+"""Training an ensemble of reward models on preferences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lit_vapo.data.collate import FeatureBatch, PreferenceBatch
+from lit_vapo.data.datamodule import PreferenceDataModule
+from lit_vapo.metrics import PreferenceMetrics
+from lit_vapo.models.features import TokenSequence, compute_features, feature_key, load_features, save_features
+from lit_vapo.models.generation import Sampling
+from lit_vapo.models.pretrained import Pretrained, load_backbone, load_causal_lm, place
+from lit_vapo.models.reward import FeatureSpec, RewardModel
+from lit_vapo.models.trunk import Pooling
+from lit_vapo.modules.checkpoint import TrainedWeightsModule, check_positive, linear_decay, seeded, total_steps
+from lit_vapo.rollout import sample_references
+from lit_vapo.uncertainty.base import RewardHead
+from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
+
+Batch = PreferenceBatch | FeatureBatch
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+
+
+class RewardModule(TrainedWeightsModule):
+    """Trains a `RewardHead` on preferences, on a frozen or on a trained backbone.
+
+    With a frozen backbone the features of all pairs are computed once and cached, and the heads train from them.
+    After each epoch every member is centred and scaled on responses of the reference policy, which are sampled
+    once at the start.
+
+    Args:
+        base: The backbone.
+        head: The uncertainty estimator.
+        layer: Read the hidden states after this many blocks (the rest is dropped); `null` for the last. Middle
+            layers often say more about a text's quality than the last one, which prepares the next token.
+        pooling: `last` reads the last real token, `mean` averages over the response.
+        freeze_backbone: Keep the backbone's weights and train from cached features.
+        learning_rate: Peak learning rate of the head (AdamW).
+        backbone_learning_rate: Peak learning rate of the backbone, if it is trained.
+        weight_decay: Decoupled weight decay of the head.
+        reference: The reference policy, whose responses fix each member's origin and unit; `null` leaves that to
+            the start of PPO.
+        reference_sampling: How the reference responds; use what PPO will use.
+        num_reference: How many prompts it responds to.
+        feature_cache: Folder of the feature cache; `null` for `features` in the run's folder.
+        seed: Seed of the reference's responses.
+    """
+
+    stage = "reward"
+
+    def __init__(
+        self,
+        base: Pretrained,
+        head: RewardHead | None = None,
+        layer: int | None = None,
+        pooling: Pooling = "last",
+        freeze_backbone: bool = True,
+        learning_rate: float = 1e-3,
+        backbone_learning_rate: float = 1e-5,
+        weight_decay: float = 0.01,
+        reference: Pretrained | None = None,
+        reference_sampling: Sampling | None = None,
+        num_reference: int = 256,
+        feature_cache: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_positive(learning_rate=learning_rate, backbone_learning_rate=backbone_learning_rate)
+        if num_reference < 2:
+            raise ValueError(f"model.num_reference: expected at least 2, got {num_reference}")
+        if not freeze_backbone and base.quantization is not None:
+            raise ValueError(f"model.freeze_backbone: expected true for a {base.quantization} base, got false")
+        self.save_hyperparameters()
+        self.spec = FeatureSpec(base, layer, pooling)
+        self.head = head or HeadEnsemble()
+        self.freeze_backbone = freeze_backbone
+        self.learning_rate = learning_rate
+        self.backbone_learning_rate = backbone_learning_rate
+        self.weight_decay = weight_decay
+        self.reference = reference
+        self.reference_sampling = reference_sampling or Sampling()
+        self.num_reference = num_reference
+        self.feature_cache = feature_cache
+        self.seed = seed
+        self.metrics = PreferenceMetrics()
+        self.backbone: Any = None
+        self.reference_inputs: list[TokenSequence] | Tensor | None = None
+        self.evaluation: dict[str, Any] | None = None
+
+    # 1. Building: load the backbone, compute what is frozen, then let go of it.
+
+    def configure_model(self) -> None:
+        """Load the backbone, and with a frozen one turn every pair into features."""
+        if self.head.hidden_size is not None:
+            return
+        backbone = load_backbone(self.spec.base, self.spec.layer)
+        self.head.build(int(backbone.config.hidden_size))
+        self.backbone = backbone
+        if self._trainer is None:
+            return
+        datamodule = cast("PreferenceDataModule", self.trainer.datamodule)  # type: ignore[attr-defined]
+        fitting = self.trainer.state.fn == "fit"
+        if fitting and self.reference is not None:
+            self.reference_inputs = self._sample_reference(datamodule)
+        if self.freeze_backbone:
+            self.backbone = place(backbone, self.device_of_run)
+            for split in SPLITS.get(str(self.trainer.state.fn), ()):
+                pairs = datamodule.preferences(split)
+                features = self._features([*pairs.chosen, *pairs.rejected], split)
+                datamodule.use_features(split, *features.split(len(pairs.chosen)))
+            if isinstance(self.reference_inputs, list):
+                self.reference_inputs = self._features(self.reference_inputs, "reference")
+            self.backbone = None
+
+    @property
+    def device_of_run(self) -> torch.device:
+        """Where this process computes, known before the model is moved there."""
+        return self.trainer.strategy.root_device
+
+    def _features(self, sequences: list[TokenSequence], name: str) -> Tensor:
+        """Features from the cache; the first process computes what is missing."""
+        assert self.backbone is not None
+        folder = Path(self.feature_cache or Path(self.trainer.default_root_dir) / "features")
+        key = feature_key(self.spec, sequences)
+        if self.trainer.is_global_zero and load_features(folder, key) is None:
+            self.print(f"features: {len(sequences)} sequences of the {name} split")
+            save_features(folder, key, compute_features(self.backbone, self.spec, sequences, self.device_of_run))
+        self.trainer.strategy.barrier()
+        features = load_features(folder, key)
+        assert features is not None
+        return features
+
+    def _sample_reference(self, datamodule: PreferenceDataModule) -> list[TokenSequence]:
+        """Responses of the reference policy, the same in every process."""
+        assert self.reference is not None
+        self.print(f"reference: sampling {self.num_reference} responses to calibrate the ensemble on")
+        lm = place(load_causal_lm(self.reference), self.device_of_run)
+        batches = datamodule.prompt_batches("train", self.num_reference)
+        with seeded(self.seed):
+            return sample_references(lm, datamodule.text_tokenizer, batches, self.reference_sampling)
+
+    # 2. Training.
+
+    def margins(self, batch: Batch) -> Tensor:
+        """Raw margins (B, K) of a batch."""
+        chosen, rejected = self.encode(batch)
+        return self.head.rewards(chosen) - self.head.rewards(rejected)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features (B, H) of the chosen and of the rejected responses."""
+        if isinstance(batch, FeatureBatch):
+            return batch.chosen, batch.rejected
+        model = self.reward_model()
+        return (
+            model.encode(batch.chosen_ids, batch.chosen_lengths, batch.prompt_lengths),
+            model.encode(batch.rejected_ids, batch.rejected_lengths, batch.prompt_lengths),
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of the ensemble, summed over members."""
+        chosen, rejected = self.encode(batch)
+        loss = self.head.loss(chosen, rejected, batch.margin, batch.example_ids)
+        if not torch.isfinite(loss):
+            raise ValueError(f"loss: expected a finite number, got {loss.item()} in batch {batch_idx}")
+        self.log("train/loss", loss.detach() / self.head.num_members, prog_bar=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Centre and scale the members on the reference's responses, before the checkpoint is written."""
+        if self.reference_inputs is None:
+            return
+        features = self.reference_inputs
+        if isinstance(features, list):
+            assert self.backbone is not None
+            features = compute_features(self.backbone, self.spec, features, self.device)
+        self.head.calibrate(features.to(self.device))
+
+    # 3. Evaluation: one step for validation and test.
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect margins."""
+        self.metrics.update(self.margins(batch))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect margins."""
+        self.metrics.update(self.margins(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of members and mean."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of members and mean, and write `evaluation.json`."""
+        self._log_metrics("test")
+        if self.trainer.is_global_zero:
+            path = Path(self.trainer.default_root_dir) / "evaluation.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.evaluation, indent=2) + "\n")
+
+    def _log_metrics(self, prefix: str) -> None:
+        values = self.metrics.compute()
+        self.metrics.reset()
+        names = ("accuracy", "nll", "ece")
+        table = [{n: float(values[n][k]) for n in names} for k in range(self.head.num_members + 1)]
+        self.evaluation = {"mean": table[-1], "members": table[:-1], "num_pairs": int(values["num_pairs"])}
+        for name in names:
+            self.log(f"{prefix}/{name}", table[-1][name], prog_bar=True)
+            self.log(f"{prefix}/member_{name}", sum(row[name] for row in table[:-1]) / self.head.num_members)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear decay; head and backbone have their own learning rates."""
+        groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "lr": self.learning_rate}]
+        if not self.freeze_backbone and self.backbone is not None:
+            groups.append({"params": list(self.backbone.parameters()), "lr": self.backbone_learning_rate})
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
+        decay = linear_decay(total_steps(self))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # 4. Checkpoints and export.
+
+    def reward_model(self) -> RewardModel:
+        """The reward model as it stands; without backbone where features are cached."""
+        return RewardModel(self.spec, self.head, self.backbone)
+
+    def _is_own_state(self, name: str) -> bool:
+        return name.startswith("head.")
+
+    def export(self, folder: str | Path) -> None:
+        """Write the ensemble as a folder that `RewardModel.from_pretrained` loads."""
+        self.reward_model().save_pretrained(folder, save_backbone=not self.freeze_backbone)

@@ -1,0 +1,126 @@
+"""A LightningCLI for one stage: where a run lives, what it keeps, and what it refuses to overwrite."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_vapo.callbacks.samples import SampleTable
+
+FINISHED = "finished.json"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the full configuration beside the logs, and into W&B."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give W&B the whole configuration; Lightning alone would give it the model's only."""
+        config = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update({"lit_vapo": config}, allow_val_change=True)
+
+
+class StageCLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict` of one stage.
+
+    A run lives in `trainer.default_root_dir`: `checkpoints/`, `logs/version_N/` (metrics.csv, config.yaml),
+    samples, and `finished.json` once it ended. A folder that holds a run is not written over unless told to.
+
+    Args:
+        model_class: The stage's module.
+        datamodule_class: The stage's data.
+        stage: Name of the stage.
+        args: Command line.
+    """
+
+    def __init__(
+        self,
+        model_class: type[LightningModule],
+        datamodule_class: type[LightningDataModule],
+        stage: str,
+        args: Sequence[str] | None = None,
+    ) -> None:
+        self.stage = stage
+        super().__init__(
+            model_class,
+            datamodule_class,
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            trainer_defaults={"default_root_dir": f"runs/{stage}"},
+            parser_kwargs={"prog": f"lit-vapo {stage}"},
+            args=list(args) if args is not None else None,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of a run: checkpoints, sample tables, overwriting."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True})
+        if self.stage == "ppo":
+            parser.add_lightning_class_args(SampleTable, "samples")
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Replace the run that the folder holds, if there is one."
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let the checkpoint's hyperparameters beat the command line without a word. Here a
+        # checkpoint gives weights and state; what was configured stands, and a misfit is refused on loading.
+        return
+
+    def before_instantiate_classes(self) -> None:
+        """Checkpoints go to a place that does not depend on the logger, and are read without pickles."""
+        config = self.config[self.subcommand]
+        self.root = Path(config["trainer"]["default_root_dir"])
+        if config["checkpoint"]["dirpath"] is None:
+            config["checkpoint"]["dirpath"] = str(self.root / "checkpoints")
+        if "weights_only" in config and config["weights_only"] is None:
+            config["weights_only"] = True
+        # Before the models are loaded: a refusal should come at once.
+        if self.subcommand == "fit":
+            self._guard(config)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer that always keeps a metrics.csv."""
+        trainer = super().instantiate_trainer(**kwargs)
+        asked = self.config[self.subcommand]["trainer"]["logger"]
+        others: list[Logger] = [] if asked in (None, True, False) else list(trainer.loggers)
+        csv = [x for x in others if isinstance(x, CSVLogger)] or [CSVLogger(str(self.root), name="logs")]
+        # First, since the first logger's folder is where the configuration goes.
+        trainer.loggers = [*csv, *(x for x in others if not isinstance(x, CSVLogger))]
+        return trainer
+
+    @rank_zero_only
+    def _guard(self, config: Any) -> None:
+        """Refuse a folder that holds a run, unless told to resume or to overwrite.
+
+        Raises:
+            ValueError: The folder holds a run.
+        """
+        checkpoints = Path(config["checkpoint"]["dirpath"])
+        held = [p for p in (self.root / FINISHED, checkpoints) if p.exists()]
+        if not held or config["ckpt_path"] is not None:
+            return
+        if not config["overwrite"]:
+            raise ValueError(
+                f"trainer.default_root_dir: expected a folder without a run, got {self.root} which holds {held[0].name}. "
+                f"Resume with --ckpt_path={checkpoints}/last.ckpt, replace it with --overwrite=true, or choose "
+                "another folder."
+            )
+        for path in (*held, *self.root.glob("samples_*.jsonl")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    @rank_zero_only
+    def after_fit(self) -> None:
+        """Mark the run as finished."""
+        record = {"stage": self.stage, "steps": self.trainer.global_step, "ended": datetime.now(UTC).isoformat()}
+        (self.root / FINISHED).write_text(json.dumps(record, indent=2) + "\n")

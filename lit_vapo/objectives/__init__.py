@@ -1,0 +1,1 @@
+"""What PPO maximises: one class in one file, all behind `Objective`."""

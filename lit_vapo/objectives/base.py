@@ -1,0 +1,77 @@
+"""The contract of all objectives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lit_vapo.types import RewardEstimate
+
+
+class Score(NamedTuple):
+    """What an objective makes of an ensemble's estimate.
+
+    Attributes:
+        reward: Reward added at the last response token (B,).
+        kl_weight: Weight w of the KL penalty of each response (B,), >= 0.
+    """
+
+    reward: Tensor
+    kl_weight: Tensor
+
+
+class Objective(nn.Module, ABC):
+    """Turns an ensemble's estimate into a terminal reward and a weight of the KL penalty.
+
+    PPO then maximises Σ_t −β·w·(log π(a_t) − log π0(a_t)) plus the terminal reward. A subclass gives `forward`;
+    if it uses the variance it sets `needs_variance`, and a single-member ensemble is refused for it.
+    """
+
+    needs_variance: bool = False
+
+    def prepare(self, num_members: int, reference_variance: Tensor) -> None:
+        """Meet the ensemble, once, before training.
+
+        Args:
+            num_members: Number of members K.
+            reference_variance: Mean of the member variance over responses of the reference policy, ().
+
+        Raises:
+            ValueError: The objective needs a variance and K < 2.
+        """
+        self.check_members(num_members)
+
+    def check_members(self, num_members: int) -> None:
+        """Refuse an ensemble that this objective cannot use, before anything is loaded.
+
+        Raises:
+            ValueError: The objective needs a variance and K < 2.
+        """
+        if self.needs_variance and num_members < 2:
+            raise ValueError(
+                f"objective {type(self).__name__} needs the variance of an ensemble: expected at least 2 members, "
+                f"got {num_members}. Train the ensemble with model.head.init_args.num_members of 2 or more."
+            )
+
+    @abstractmethod
+    def forward(self, estimate: RewardEstimate) -> Score:
+        """Score an estimate of B responses."""
+
+
+def ones_like_mean(estimate: RewardEstimate) -> Tensor:
+    """The weight of plain RLHF: one for every response (B,)."""
+    return torch.ones_like(estimate.mean)
+
+
+def select_member(estimate: RewardEstimate, member: int) -> Tensor:
+    """Reward of one member (B,).
+
+    Raises:
+        ValueError: The estimator has no separate members.
+    """
+    if estimate.members is None:
+        raise ValueError(f"member {member}: expected an ensemble with separate members, got an estimate without them")
+    return estimate.members[:, member]

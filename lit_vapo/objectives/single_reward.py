@@ -1,0 +1,34 @@
+"""Standard RLHF against one reward model: the baseline of 2507.15906."""
+
+from __future__ import annotations
+
+from lit_vapo.objectives.base import Objective, Score, ones_like_mean, select_member
+from lit_vapo.types import RewardEstimate
+
+
+class SingleReward(Objective):
+    """Reward r_j − β·KL: standard RLHF against member j alone.
+
+    Args:
+        member: Index j of the member, counted from 0.
+    """
+
+    def __init__(self, member: int = 0) -> None:
+        super().__init__()
+        if member < 0:
+            raise ValueError(f"member: expected an index of 0 or more, got {member}")
+        self.member = member
+
+    def check_members(self, num_members: int) -> None:
+        """Refuse an ensemble without a member of this index.
+
+        Raises:
+            ValueError: There is no such member.
+        """
+        super().check_members(num_members)
+        if self.member >= num_members:
+            raise ValueError(f"member: expected an index below the {num_members} members, got {self.member}")
+
+    def forward(self, estimate: RewardEstimate) -> Score:
+        """Score B responses by the chosen member."""
+        return Score(select_member(estimate, self.member), ones_like_mean(estimate))

@@ -1,0 +1,1 @@
+"""Uncertainty estimators: one class in one file, all behind `RewardHead`."""

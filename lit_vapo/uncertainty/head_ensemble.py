@@ -1,0 +1,86 @@
+"""An ensemble of reward heads on one backbone, evaluated in one matrix product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lit_vapo.functional import bradley_terry_loss, poisson_bootstrap
+from lit_vapo.uncertainty.base import RewardHead
+
+
+class HeadEnsemble(RewardHead):
+    """K linear or one-hidden-layer heads that share a backbone and differ by initialisation and bootstrap.
+
+    Each member is drawn from N(0, 1/√(H+1)) and sees each pair a Poisson(1) number of times, a bootstrap that
+    depends on (seed, member, pair) alone and therefore not on batching, order or number of processes. All members
+    are one parameter and one matrix product, so K hardly matters to the time of a step.
+
+    Args:
+        num_members: Number of members K. A variance needs at least 2.
+        hidden_width: Width of a hidden layer per member; `null` for linear heads.
+        bootstrap: Weight pairs by Poisson(1) counts per member; if off, members differ by initialisation only.
+        label_smoothing: Share of preferences taken to be stated the wrong way round, in [0, 0.5).
+        centering: Weight of the penalty (r_chosen + r_rejected)², which keeps rewards near zero.
+        seed: Seed of initialisation and bootstrap.
+    """
+
+    def __init__(
+        self,
+        num_members: int = 10,
+        hidden_width: int | None = None,
+        bootstrap: bool = True,
+        label_smoothing: float = 0.0,
+        centering: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(num_members)
+        self.hidden_width = hidden_width
+        self.bootstrap = bootstrap
+        self.label_smoothing = label_smoothing
+        self.centering = centering
+        self.seed = seed
+
+    def make_parameters(self, hidden_size: int) -> None:
+        """Draw the members' weights, each from its own generator so that member k does not depend on K."""
+        width = self.hidden_width or hidden_size
+        self.weight = nn.Parameter(self._draw((width,), width, stream=0))
+        self.bias = nn.Parameter(torch.zeros(self.num_members))
+        if self.hidden_width is not None:
+            self.hidden_weight = nn.Parameter(self._draw((self.hidden_width, hidden_size), hidden_size, stream=1))
+            self.hidden_bias = nn.Parameter(torch.zeros(self.num_members, self.hidden_width))
+
+    def _draw(self, shape: tuple[int, ...], fan_in: int, stream: int) -> Tensor:
+        members = []
+        for k in range(self.num_members):
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + k) * 2 + stream)
+            members.append(torch.randn(shape, generator=generator) / (fan_in + 1) ** 0.5)
+        return torch.stack(members)
+
+    def rewards(self, features: Tensor) -> Tensor:
+        """Raw rewards (B, K) of features (B, H), computed in float32."""
+        features = features.float()
+        if self.hidden_width is None:
+            return features @ self.weight.T + self.bias
+        hidden = torch.einsum("bh,kwh->bkw", features, self.hidden_weight) + self.hidden_bias
+        return torch.einsum("bkw,kw->bk", torch.tanh(hidden), self.weight) + self.bias
+
+    def loss(self, chosen: Tensor, rejected: Tensor, margin: Tensor | None, example_ids: Tensor) -> Tensor:
+        """Bradley–Terry loss of the bootstrapped pairs, summed over members (see `RewardHead.loss`)."""
+        weights = poisson_bootstrap(example_ids, self.num_members, self.seed) if self.bootstrap else None
+        return bradley_terry_loss(
+            self.rewards(chosen),
+            self.rewards(rejected),
+            margin=margin,
+            weights=weights,
+            label_smoothing=self.label_smoothing,
+            centering=self.centering,
+        ).sum()
+
+    def linear_mean(self) -> tuple[Tensor, Tensor] | None:
+        """Mean of the normalised linear heads: r̄(φ) = mean_k (w_k·φ + b_k − loc_k) / scale_k."""
+        if self.hidden_width is not None:
+            return None
+        weight = (self.weight / self.reward_scale[:, None]).mean(0)
+        bias = ((self.bias - self.reward_loc) / self.reward_scale).mean()
+        return weight.detach().clone(), bias.detach().clone()

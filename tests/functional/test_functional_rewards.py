@@ -1,0 +1,87 @@
+"""Per-token rewards with the weighted KL penalty."""
+
+import pytest
+import torch
+
+from lit_vapo.functional import clip_rewards, token_rewards
+
+NAN = float("nan")
+
+
+def test_hand_worked_values():
+    # β = 0.5. Row 0, w = 2: -1 * (1, -1, 2), and 10 at t = 2. Row 1, w = 4: -2 * (3), and -1 at t = 0.
+    rewards = token_rewards(
+        torch.tensor([10.0, -1.0]),
+        torch.tensor([[1.0, -1.0, 2.0], [3.0, NAN, NAN]]),
+        torch.tensor([2.0, 4.0]),
+        0.5,
+        torch.tensor([[True, True, True], [True, False, False]]),
+    )
+    torch.testing.assert_close(rewards, torch.tensor([[-1.0, 1.0, 8.0], [-7.0, 0.0, 0.0]]))
+
+
+def test_a_row_sums_to_the_score_less_the_penalty():
+    generator = torch.Generator().manual_seed(0)
+    terminal, weight = torch.randn(2, 5, generator=generator)
+    log_ratio = torch.randn(5, 6, generator=generator)
+    mask = torch.arange(6)[None] < torch.tensor([1, 2, 4, 6, 3])[:, None]
+    rewards = token_rewards(terminal, log_ratio, weight.abs(), 0.3, mask)
+    expected = [
+        terminal[b].item()
+        - 0.3 * weight[b].abs().item() * sum(log_ratio[b, t].item() for t in range(6) if mask[b, t])
+        for b in range(5)
+    ]
+    torch.testing.assert_close(rewards.sum(1), torch.tensor(expected))
+    assert rewards[~mask].abs().max() == 0.0
+
+
+def test_the_score_lands_on_the_last_true_position_even_after_a_gap():
+    mask = torch.tensor([[False, True, False, True, False]])
+    rewards = token_rewards(torch.tensor([1.0]), torch.zeros(1, 5), torch.ones(1), 0.1, mask)
+    assert rewards.tolist() == [[0.0, 0.0, 0.0, 1.0, 0.0]]
+
+
+def test_without_a_coefficient_only_the_score_is_left():
+    mask = torch.tensor([[True, True]])
+    rewards = token_rewards(torch.tensor([3.0]), torch.tensor([[5.0, 6.0]]), torch.tensor([9.0]), 0.0, mask)
+    assert rewards.tolist() == [[0.0, 3.0]]
+
+
+def test_nan_in_padding_reaches_neither_value_nor_gradient():
+    mask = torch.tensor([[True, True, False]])
+    log_ratio = torch.tensor([[1.0, 2.0, NAN]], requires_grad=True)
+    terminal = torch.tensor([1.0], requires_grad=True)
+    rewards = token_rewards(terminal, log_ratio, torch.tensor([2.0]), 0.5, mask)
+    rewards.sum().backward()
+    assert torch.isfinite(rewards).all()
+    assert log_ratio.grad.tolist() == [[-1.0, -1.0, 0.0]]
+    assert terminal.grad.tolist() == [1.0]
+
+
+def test_clipping():
+    rewards = torch.tensor([-3.0, 0.5, 3.0])
+    assert clip_rewards(rewards, 2.0).tolist() == [-2.0, 0.5, 2.0]
+    assert clip_rewards(rewards, None) is rewards
+    with pytest.raises(ValueError, match="expected limit > 0 or None, got 0"):
+        clip_rewards(rewards, 0.0)
+
+
+def test_bad_arguments_are_refused():
+    good = {
+        "terminal": torch.zeros(2),
+        "log_ratio_tokens": torch.zeros(2, 3),
+        "kl_weight": torch.ones(2),
+        "kl_coef": 0.1,
+        "response_mask": torch.tensor([[True, False, False], [True, True, False]]),
+    }
+    token_rewards(**good)
+    with pytest.raises(ValueError, match="expected a response token in every row, got none in row 1"):
+        token_rewards(**good | {"response_mask": torch.tensor([[True] * 3, [False] * 3])})
+    with pytest.raises(ValueError, match=r"expected terminal of shape \(2,\), got \(3,\)"):
+        token_rewards(**good | {"terminal": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"expected kl_weight of shape \(2,\), got \(2, 3\)"):
+        token_rewards(**good | {"kl_weight": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match=r"expected kl_coef >= 0, got -0\.1"):
+        token_rewards(**good | {"kl_coef": -0.1})
+    with pytest.raises(ValueError, match=r"expected log_ratio_tokens of shape \(B, T\), got \(3,\)"):
+        token_rewards(**good | {"log_ratio_tokens": torch.zeros(3)})

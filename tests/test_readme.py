@@ -1,0 +1,164 @@
+"""What the README shows must work: its Python runs, and its commands name things that exist."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = {"fit", "validate", "test", "predict"}
+CONFIG_OPTIONS = {"--config", "--trainer", "--data", "--model"}
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """Bodies of the fenced blocks in these languages."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+    return [body for language, body in found if language in languages]
+
+
+def commands(block: str) -> list[list[str]]:
+    """Commands of a shell block, as words: prompts, comments, continuations and output left aside.
+
+    In a block with `$` prompts only the lines with a prompt are commands.
+    """
+    lines = block.replace("\\\n", " ").splitlines()
+    if any(line.startswith("$ ") for line in lines):
+        lines = [line[2:] for line in lines if line.startswith("$ ")]
+    found = []
+    for line in lines:
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if set(word) <= set(";&|"):
+                found += [words] if words else []
+                words = []
+            else:
+                words.append(word)
+    return found
+
+
+def make_targets(makefile: str) -> set[str]:
+    return set(re.findall(r"^([a-z][\w-]*):", makefile, re.M))
+
+
+def problems(words: list[str], root: Path, targets: set[str], stages: set[str]) -> list[str]:
+    """What is wrong with one command, as far as files and names tell."""
+    while words and "=" in words[0]:  # VARIABLE=value before the command
+        words = words[1:]
+    if not words:
+        return []
+    program, arguments = Path(words[0]).name, words[1:]
+    if program == "make":
+        wanted = [word for word in arguments if "=" not in word and not word.startswith("-")]
+        return [f"make has no target {word!r}" for word in wanted if word not in targets]
+    if program.startswith("python") and arguments[:1] == ["-m"]:
+        path = root / arguments[1].replace(".", "/")
+        local = (root / arguments[1].split(".")[0]).is_dir()
+        missing = local and not path.with_suffix(".py").is_file() and not (path / "__main__.py").is_file()
+        return [f"no module {arguments[1]}"] if missing else []
+    if program == "docker" and "run" in arguments[:1] and "lit-vapo" in arguments:
+        return problems(arguments[arguments.index("lit-vapo") :], root, targets, stages)
+    return stage_problems(arguments, root, stages) if program == "lit-vapo" else []
+
+
+def stage_problems(arguments: list[str], root: Path, stages: set[str]) -> list[str]:
+    """What is wrong with the arguments of `lit-vapo`."""
+    found = []
+    stage, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if stage not in stages | {"export", "--help"}:
+        found.append(f"lit-vapo has no stage {stage!r}")
+    elif stage in stages and (not rest or rest[0] not in COMMANDS | {"--help"}):
+        found.append(f"lit-vapo {stage} has no command {rest[:1]}")
+    joined = (tuple(word.split("=", 1)) for word in arguments if "=" in word)
+    for option, value in [*joined, *pairwise(arguments)]:
+        if option in CONFIG_OPTIONS and value.startswith("configs/") and not (root / value).is_file():
+            found.append(f"no file {value}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_blocks_run(readme: str, tmp_path: Path) -> None:
+    """Each block in a process of its own: it must stand alone, and contract tests must not find its classes.
+
+    What `print(…)  # output` promises is compared with what comes.
+    """
+    found = blocks(readme, "python")
+    assert found
+    for code in found:
+        command = [sys.executable, "-W", "error", "-c", code]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, f"{code}\n{run.stderr}"
+        assert run.stdout.splitlines() == re.findall(r"^print\(.*\)  # (.*)$", code, re.M)
+
+
+def test_commands_name_what_exists(readme: str) -> None:
+    stages = set(importlib.import_module("lit_vapo.stages").STAGES)
+    targets = make_targets((ROOT / "Makefile").read_text(encoding="utf-8"))
+    found = [words for block in blocks(readme, "bash", "console", "sh") for words in commands(block)]
+    assert any(words[0] == "make" for words in found)
+    assert any(words[0] == "lit-vapo" for words in found)
+    wrong = [f"{' '.join(words)}: {p}" for words in found for p in problems(words, ROOT, targets, stages)]
+    assert wrong == []
+
+
+def test_links_and_pictures_exist(readme: str) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", readme)
+    local = [a or b for a, b in targets if not re.match(r"https?://|#|mailto:", a or b)]
+    assert local
+    assert [path for path in local if not (ROOT / path.split("#")[0]).exists()] == []
+
+
+def test_named_configs_exist(readme: str) -> None:
+    """Files under configs/ named anywhere, in tables too."""
+    named = set(re.findall(r"configs/[\w./-]+\.yaml", readme))
+    assert named
+    assert sorted(name for name in named if not (ROOT / name).is_file()) == []
+
+
+def test_named_classes_exist(readme: str) -> None:
+    named = set(re.findall(r"\blit_vapo(?:\.[a-z_]\w*)+\.[A-Z]\w*", readme))
+    assert named
+    for name in sorted(named):
+        module, attribute = name.rsplit(".", 1)
+        assert hasattr(importlib.import_module(module), attribute), name
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("make tset", "make has no target 'tset'"),
+        ("make demo PYTHON=python3.12", None),
+        ("lit-vapo pppo fit", "lit-vapo has no stage 'pppo'"),
+        ("lit-vapo ppo train", "lit-vapo ppo has no command ['train']"),
+        ("lit-vapo ppo fit --config configs/none.yaml", "no file configs/none.yaml"),
+        ("lit-vapo ppo fit --config=configs/none.yaml", "no file configs/none.yaml"),
+        ("lit-vapo ppo fit --config my/own.yaml --trainer configs/there.yaml", None),
+        ("WANDB_MODE=offline lit-vapo pppo fit", "lit-vapo has no stage 'pppo'"),
+        ("docker run --rm lit-vapo ppo fit --config configs/none.yaml", "no file configs/none.yaml"),
+        ("python -m examples.none.prepare", "no module examples.none.prepare"),
+        ("python -m pip install x", None),
+    ],
+)
+def test_checker(tmp_path: Path, command: str, expected: str | None) -> None:
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "there.yaml").touch()
+    (words,) = commands(command)
+    found = problems(words, tmp_path, targets={"demo", "test"}, stages={"sft", "reward", "ppo"})
+    assert found == ([] if expected is None else [expected])
+
+
+def test_commands_are_read_as_a_shell_would() -> None:
+    block = "git clone x && cd y  # a comment\nlit-vapo ppo \\\n  fit\n"
+    assert commands(block) == [["git", "clone", "x"], ["cd", "y"], ["lit-vapo", "ppo", "fit"]]
+    assert commands("$ make demo\nsome output\n") == [["make", "demo"]]
