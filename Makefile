@@ -23,7 +23,7 @@ demo: setup ## Train a reward ensemble, align a real model with variance-aware P
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/sentiment/demo.sh
 
 test: setup ## Run all tests, offline, with line coverage (at least 90%)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --cov
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --cov=lit_vapo
 
 lint: setup ## Check style and layout (ruff)
 	$(BIN)/ruff check .

@@ -62,4 +62,4 @@ def _export(words: list[str]) -> None:
 
     from lit_vapo.modules.export import export
 
-    auto_cli(export, args=words, prog="lit-vapo export")
+    auto_cli(export, args=words, as_positional=False, prog="lit-vapo export")

@@ -13,11 +13,11 @@ from torch import Tensor
 from lit_vapo.data.collate import PromptBatch
 from lit_vapo.functional import clip_rewards, sequence_log_ratio
 from lit_vapo.models.actor_critic import ActorCritic, Rows
-from lit_vapo.models.features import TokenSequence, compute_features, length_batches
+from lit_vapo.models.features import compute_features, length_batches
 from lit_vapo.models.generation import Generated, Sampling, sample, stop_ids
 from lit_vapo.models.policy import Role
 from lit_vapo.objectives.base import Objective
-from lit_vapo.types import RewardEstimate, TextReward
+from lit_vapo.types import RewardEstimate, TextReward, TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -22,6 +22,18 @@ class RewardEstimate(NamedTuple):
     members: Tensor | None
 
 
+class TokenSequence(NamedTuple):
+    """Prompt and response as one list of token ids.
+
+    Attributes:
+        ids: L token ids.
+        prompt_length: how many of them are the prompt.
+    """
+
+    ids: list[int]
+    prompt_length: int
+
+
 class TextReward(ABC):
     """A reward computed from text, e.g. a gold judge."""
 

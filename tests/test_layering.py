@@ -28,7 +28,6 @@ FLOORS = {
     "callbacks": 2,
     "study": 2,
     "export": 2,
-    "stages": 3,
     "cli": 3,
     "__main__": 3,
 }
@@ -36,7 +35,7 @@ FLOORS = {
 SIBLING_EXCEPTIONS = {("lit_vapo.models.reward", "lit_vapo.uncertainty.base")}
 
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
-LIGHTNING_HOMES = {"modules", "callbacks", "study", "stages", "cli"}
+LIGHTNING_HOMES = {"modules", "callbacks", "study", "cli"}
 LIGHTNING_FILES = {"lit_vapo.data.datamodule"}
 HUGGING_FACE = {"transformers", "datasets", "peft", "bitsandbytes"}
 HUGGING_FACE_HOMES = {"models", "data"}

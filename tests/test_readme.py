@@ -1,6 +1,7 @@
 """What the README shows must work: its Python runs, and its commands name things that exist."""
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -95,14 +96,20 @@ def test_python_blocks_run(readme: str, tmp_path: Path) -> None:
     found = blocks(readme, "python")
     assert found
     for code in found:
-        command = [sys.executable, "-W", "error", "-c", code]
-        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert run.returncode == 0, f"{code}\n{run.stderr}"
         assert run.stdout.splitlines() == re.findall(r"^print\(.*\)  # (.*)$", code, re.M)
 
 
 def test_commands_name_what_exists(readme: str) -> None:
-    stages = set(importlib.import_module("lit_vapo.stages").STAGES)
+    stages = set(importlib.import_module("lit_vapo.cli").STAGES)
     targets = make_targets((ROOT / "Makefile").read_text(encoding="utf-8"))
     found = [words for block in blocks(readme, "bash", "console", "sh") for words in commands(block)]
     assert any(words[0] == "make" for words in found)

@@ -85,10 +85,9 @@ def policy_loss_terms(
     unclipped = -advantage * ratio
     clipped = -advantage * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     loss = torch.maximum(unclipped, clipped)
-    zeros = torch.zeros_like(loss)
     return PolicyTerms(
-        torch.where(response_mask, loss, zeros),
-        torch.where(response_mask, ratio, zeros),
+        loss,
+        torch.where(response_mask, ratio, torch.zeros_like(ratio)),
         response_mask & (clipped > unclipped),
     )
 

@@ -80,6 +80,4 @@ def token_rewards(
     penalty = -kl_coef * kl_weight[:, None] * torch.where(response_mask, log_ratio_tokens, zeros)
     positions = torch.arange(response_mask.shape[1], device=response_mask.device)
     last = torch.where(response_mask, positions, -1).amax(dim=1, keepdim=True)
-    rewards = penalty + torch.where(positions == last, terminal[:, None], 0)
-    # Again, because a weight that is not finite times a zero is NaN.
-    return torch.where(response_mask, rewards, torch.zeros_like(rewards))
+    return penalty + torch.where(positions == last, terminal[:, None], 0)

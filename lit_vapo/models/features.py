@@ -8,29 +8,17 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lit_vapo.models.reward import FeatureSpec
 from lit_vapo.models.trunk import pool, run_trunk
-from transformers import PreTrainedModel
+from lit_vapo.types import TokenSequence
 
 TOKENS_PER_BATCH = 4096
-
-
-class TokenSequence(NamedTuple):
-    """Prompt and response as one list of token ids.
-
-    Attributes:
-        ids: Token ids.
-        prompt_length: How many of them are the prompt.
-    """
-
-    ids: list[int]
-    prompt_length: int
 
 
 def length_batches(lengths: Sequence[int], tokens: int = TOKENS_PER_BATCH) -> Iterable[list[int]]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 
 @dataclass
@@ -123,6 +125,15 @@ def load_backbone(spec: Pretrained, num_layers: int | None = None) -> PreTrained
     return backbone
 
 
+def hidden_size(spec: Pretrained) -> int:
+    """Width H of the hidden states, from the model's configuration alone."""
+    _require(spec)
+    config = AutoConfig.from_pretrained(
+        spec.path, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
+    )
+    return int(config.hidden_size)
+
+
 def load_tokenizer(spec: Pretrained) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `spec`."""
     _require(spec)
@@ -176,3 +187,9 @@ def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Freeze a model and move it to a device; a quantised one was loaded where it belongs."""
     freeze(model)
     return model if getattr(model, "is_quantized", False) else cast("PreTrainedModel", model.to(device))
+
+
+def quiet() -> None:
+    """No reports of unused heads and no progress bars while weights are read."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -103,4 +104,12 @@ def seeded(seed: int) -> Iterator[None]:
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def unpickled() -> Iterator[None]:
+    """Silence Lightning's remark on modules among the hyperparameters: the command line stores their class path."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
         yield

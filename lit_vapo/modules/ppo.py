@@ -18,7 +18,14 @@ from lit_vapo.models.generation import Sampling
 from lit_vapo.models.policy import Role
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.reward import read_config
-from lit_vapo.modules.checkpoint import TrainedWeightsModule, check_positive, linear_decay, seeded, total_steps
+from lit_vapo.modules.checkpoint import (
+    TrainedWeightsModule,
+    check_positive,
+    linear_decay,
+    seeded,
+    total_steps,
+    unpickled,
+)
 from lit_vapo.modules.ppo_update import PPOUpdate, UpdateSettings, compute_advantages
 from lit_vapo.objectives.base import Objective
 from lit_vapo.objectives.variance_aware import VarianceAware
@@ -82,7 +89,8 @@ class PPOModule(TrainedWeightsModule):
         )
         if kl_coef < 0:
             raise ValueError(f"model.kl_coef: expected a number of 0 or more, got {kl_coef}")
-        self.save_hyperparameters()
+        with unpickled():
+            self.save_hyperparameters()
         self.automatic_optimization = False
         self.base = base
         self.reward = reward

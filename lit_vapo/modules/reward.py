@@ -12,13 +12,21 @@ from torch import Tensor
 from lit_vapo.data.collate import FeatureBatch, PreferenceBatch
 from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.metrics import PreferenceMetrics
-from lit_vapo.models.features import TokenSequence, compute_features, feature_key, load_features, save_features
+from lit_vapo.models.features import compute_features, feature_key, load_features, save_features
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import Pretrained, load_backbone, load_causal_lm, place
+from lit_vapo.models.pretrained import Pretrained, hidden_size, load_backbone, load_causal_lm, place
 from lit_vapo.models.reward import FeatureSpec, RewardModel
 from lit_vapo.models.trunk import Pooling
-from lit_vapo.modules.checkpoint import TrainedWeightsModule, check_positive, linear_decay, seeded, total_steps
+from lit_vapo.modules.checkpoint import (
+    TrainedWeightsModule,
+    check_positive,
+    linear_decay,
+    seeded,
+    total_steps,
+    unpickled,
+)
 from lit_vapo.rollout import sample_references
+from lit_vapo.types import TokenSequence
 from lit_vapo.uncertainty.base import RewardHead
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
@@ -75,7 +83,8 @@ class RewardModule(TrainedWeightsModule):
             raise ValueError(f"model.num_reference: expected at least 2, got {num_reference}")
         if not freeze_backbone and base.quantization is not None:
             raise ValueError(f"model.freeze_backbone: expected true for a {base.quantization} base, got false")
-        self.save_hyperparameters()
+        with unpickled():
+            self.save_hyperparameters()
         self.spec = FeatureSpec(base, layer, pooling)
         self.head = head or HeadEnsemble()
         self.freeze_backbone = freeze_backbone
@@ -98,9 +107,10 @@ class RewardModule(TrainedWeightsModule):
         """Load the backbone, and with a frozen one turn every pair into features."""
         if self.head.hidden_size is not None:
             return
-        backbone = load_backbone(self.spec.base, self.spec.layer)
-        self.head.build(int(backbone.config.hidden_size))
-        self.backbone = backbone
+        self.head.build(hidden_size(self.spec.base))
+        if self.freeze_backbone and self._trainer is None:
+            return
+        self.backbone = backbone = load_backbone(self.spec.base, self.spec.layer)
         if self._trainer is None:
             return
         datamodule = cast("PreferenceDataModule", self.trainer.datamodule)  # type: ignore[attr-defined]
@@ -109,7 +119,7 @@ class RewardModule(TrainedWeightsModule):
             self.reference_inputs = self._sample_reference(datamodule)
         if self.freeze_backbone:
             self.backbone = place(backbone, self.device_of_run)
-            for split in SPLITS.get(str(self.trainer.state.fn), ()):
+            for split in SPLITS.get(self.trainer.state.fn.value, ()):
                 pairs = datamodule.preferences(split)
                 features = self._features([*pairs.chosen, *pairs.rejected], split)
                 datamodule.use_features(split, *features.split(len(pairs.chosen)))

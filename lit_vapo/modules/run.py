@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_vapo.callbacks.samples import SampleTable
+from lit_vapo.models.pretrained import quiet
 
 FINISHED = "finished.json"
 
@@ -52,6 +53,7 @@ class StageCLI(LightningCLI):
         args: Sequence[str] | None = None,
     ) -> None:
         self.stage = stage
+        quiet()
         super().__init__(
             model_class,
             datamodule_class,

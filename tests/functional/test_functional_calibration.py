@@ -42,6 +42,11 @@ def test_preference_ece_hand_worked():
     # Confidence 3/4 four times, right twice, a tie of margin 0 apart: |0.5 - 0.75| * 4/5 + |0.5 - 0.5| * 1/5.
     m = math.log(3.0) * torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0])
     torch.testing.assert_close(preference_calibration_error(m), torch.tensor(0.2))
+    # Confidence 3/4 five times, right four times, and 0.9 once, wrong.
+    # In bins of their own: |0.8 - 0.75| * 5/6 + |0 - 0.9| * 1/6 = 1.15/6. In one: |4/6 - 4.65/6| = 0.65/6.
+    m = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -2.0]) * math.log(3.0)
+    torch.testing.assert_close(preference_calibration_error(m, bins=10), torch.tensor(1.15 / 6))
+    torch.testing.assert_close(preference_calibration_error(m, bins=2), torch.tensor(0.65 / 6))
 
 
 def test_nll_and_brier_against_sklearn(margins):

@@ -50,12 +50,13 @@ def test_without_a_coefficient_only_the_score_is_left():
 def test_nan_in_padding_reaches_neither_value_nor_gradient():
     mask = torch.tensor([[True, True, False]])
     log_ratio = torch.tensor([[1.0, 2.0, NAN]], requires_grad=True)
-    terminal = torch.tensor([1.0], requires_grad=True)
-    rewards = token_rewards(terminal, log_ratio, torch.tensor([2.0]), 0.5, mask)
+    terminal, weight = torch.tensor([1.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)
+    rewards = token_rewards(terminal, log_ratio, weight, 0.5, mask)
     rewards.sum().backward()
     assert torch.isfinite(rewards).all()
     assert log_ratio.grad.tolist() == [[-1.0, -1.0, 0.0]]
     assert terminal.grad.tolist() == [1.0]
+    assert weight.grad.tolist() == [-1.5]
 
 
 def test_clipping():

@@ -43,6 +43,7 @@ def test_divergence_at_the_edge_of_the_simplex():
     corner, middle = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])
     torch.testing.assert_close(bregman_kl(corner, middle), torch.tensor(math.log(2)))
     assert bregman_kl(middle, corner).item() == math.inf
+    assert bregman_kl(corner, corner).item() == 0.0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -127,6 +128,14 @@ def test_optimum_survives_large_rewards_and_responses_out_of_reach():
         reward, torch.tensor([0.5, 0.25, 0.0, 0.25]), 1e-3, torch.tensor([1.0, 2.0, 1.0, 9.0])
     )
     torch.testing.assert_close(found, torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64))
+
+
+def test_a_response_out_of_reach_costs_no_precision():
+    two = optimal_policy(torch.tensor([0.0, -1e-8]), torch.tensor([0.5, 0.5]), 1e-8, torch.tensor([1.0, 2.0]))
+    three = optimal_policy(
+        torch.tensor([0.0, -1e-8, 1e9]), torch.tensor([0.5, 0.5, 0.0]), 1e-8, torch.tensor([1.0, 2.0, 1.0])
+    )
+    torch.testing.assert_close(three[:2], two)
 
 
 def test_a_dear_response_moves_less():

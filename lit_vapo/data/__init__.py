@@ -1,0 +1,1 @@
+"""Preferences and prompts: files, formats, tokens, batches."""

@@ -1,0 +1,131 @@
+"""Batches: what the modules receive. Masks come from the lengths, never from the token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PreferenceBatch(NamedTuple):
+    """Pairs of responses, right-padded.
+
+    Attributes:
+        chosen_ids: Prompt and preferred response (B, Lc).
+        chosen_lengths: Tokens of each (B,).
+        rejected_ids: Prompt and other response (B, Lr).
+        rejected_lengths: Tokens of each (B,).
+        prompt_lengths: Tokens of each prompt (B,).
+        margin: By how much the preference was stated (B,), in units of reward.
+        example_ids: Stable identity of each pair (B,), int64.
+    """
+
+    chosen_ids: Tensor
+    chosen_lengths: Tensor
+    rejected_ids: Tensor
+    rejected_lengths: Tensor
+    prompt_lengths: Tensor
+    margin: Tensor
+    example_ids: Tensor
+
+
+class FeatureBatch(NamedTuple):
+    """Pairs of responses as features of a frozen backbone.
+
+    Attributes:
+        chosen: Features of the preferred responses (B, H).
+        rejected: Features of the others (B, H).
+        margin: As in `PreferenceBatch` (B,).
+        example_ids: As in `PreferenceBatch` (B,).
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    margin: Tensor
+    example_ids: Tensor
+
+
+class PromptBatch(NamedTuple):
+    """Prompts to respond to, left-padded.
+
+    Attributes:
+        input_ids: Token ids (B, P), left-padded.
+        lengths: Tokens of each prompt (B,).
+        prompts: Text of each prompt.
+        example_ids: Stable identity of each prompt (B,), int64.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    prompts: list[str]
+    example_ids: Tensor
+
+    def to(self, device: torch.device) -> PromptBatch:
+        """The batch on a device."""
+        return PromptBatch(
+            self.input_ids.to(device), self.lengths.to(device), self.prompts, self.example_ids.to(device)
+        )
+
+
+class SFTBatch(NamedTuple):
+    """Prompts with the responses to imitate, right-padded.
+
+    Attributes:
+        input_ids: Token ids (B, L).
+        lengths: Tokens of prompt and response (B,).
+        prompt_lengths: Tokens of each prompt (B,); the loss starts after them.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Padded ids (B, L) and lengths (B,)."""
+    lengths = torch.tensor([len(s) for s in sequences], dtype=torch.long)
+    size = int(lengths.max())
+    ids = torch.full((len(sequences), size), pad_id, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        where = slice(size - len(sequence), size) if left else slice(0, len(sequence))
+        ids[row, where] = torch.tensor(sequence, dtype=torch.long)
+    return ids, lengths
+
+
+class Collator:
+    """Turns tokenised rows into batches.
+
+    Args:
+        pad_id: Token to pad with; any will do.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def preferences(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
+        """A batch of pairs."""
+        chosen, chosen_lengths = pad([r["chosen_ids"] for r in rows], self.pad_id)
+        rejected, rejected_lengths = pad([r["rejected_ids"] for r in rows], self.pad_id)
+        return PreferenceBatch(
+            chosen,
+            chosen_lengths,
+            rejected,
+            rejected_lengths,
+            torch.tensor([r["prompt_length"] for r in rows]),
+            torch.tensor([r["margin"] for r in rows], dtype=torch.float32),
+            torch.tensor([r["example_id"] for r in rows]),
+        )
+
+    def prompts(self, rows: list[dict[str, Any]]) -> PromptBatch:
+        """A batch of prompts."""
+        ids, lengths = pad([r["prompt_ids"] for r in rows], self.pad_id, left=True)
+        return PromptBatch(
+            ids, lengths, [r["prompt"] for r in rows], torch.tensor([r["example_id"] for r in rows])
+        )
+
+    def sft(self, rows: list[dict[str, Any]]) -> SFTBatch:
+        """A batch of demonstrations: the preferred responses."""
+        ids, lengths = pad([r["chosen_ids"] for r in rows], self.pad_id)
+        return SFTBatch(ids, lengths, torch.tensor([r["prompt_length"] for r in rows]))

@@ -1,0 +1,310 @@
+"""The datamodules: one set of options for all stages, so that one YAML file serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lit_vapo.data.collate import Collator, FeatureBatch, PromptBatch
+from lit_vapo.data.formats import read_preference, read_prompt
+from lit_vapo.data.sampler import LengthSampler
+from lit_vapo.data.sources import load_rows
+from lit_vapo.data.tokenise import in_fraction, load_text_tokenizer, stable_id, tokenise_preference, tokenise_prompt
+from lit_vapo.types import TokenSequence
+
+Rows = list[dict[str, Any]]
+
+
+class Pairs(NamedTuple):
+    """Both sides of all preferences of a split, in the split's order."""
+
+    chosen: list[TokenSequence]
+    rejected: list[TokenSequence]
+
+
+class FeatureRows(Dataset[FeatureBatch]):
+    """Pairs as features; whole batches are indexed at once."""
+
+    def __init__(self, chosen: Tensor, rejected: Tensor, margin: Tensor, example_ids: Tensor) -> None:
+        self.columns = FeatureBatch(chosen, rejected, margin, example_ids)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.columns.margin)
+
+    def __getitem__(self, index: int) -> FeatureBatch:
+        """A batch of one."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> FeatureBatch:
+        """A batch; DataLoader asks for it this way."""
+        index = torch.tensor(indices)
+        return FeatureBatch(*(column[index] for column in self.columns))
+
+
+class TextDataModule(LightningDataModule):
+    """What the stages share: where texts come from, how they are split, tokenised and cut.
+
+    Preferences have the columns `chosen` and `rejected`, and `prompt` unless both are whole dialogues that share
+    their beginning; texts, or lists of role/content messages that go through the chat template. A number in
+    `margin` says by how much a response was preferred. Prompts have the column `prompt`.
+
+    Args:
+        tokenizer: Folder or hub name of the tokenizer, usually that of the base model.
+        preferences: Files (`.jsonl`, `.parquet`; globs allowed) or hub names of preferences.
+        preferences_validation: The same for validation; `null` sets a part of `preferences` aside.
+        preferences_test: The same for testing; `null` tests on the validation part.
+        prompts: Files or hub names of prompts to respond to; `null` takes those of `preferences`.
+        prompts_validation: The same for validation; `null` sets a part of `prompts` aside.
+        prompts_test: The same for testing; `null` tests on the validation part.
+        validation_fraction: Part set aside where no validation file is given. A row's place depends on its prompt
+            alone (on the pair where nearly all prompts are the same), not on the other rows or a seed.
+        max_length: Most tokens of prompt and response; the prompt loses its beginning first.
+        max_prompt_length: Most tokens of a prompt to respond to; longer ones are an error.
+        append_eos: End preferred and other responses with the end-of-sequence token.
+        batch_size: Pairs of a step in the sft and reward stages, prompts of an iteration in the ppo stage; for each
+            process.
+        num_workers: Processes that prepare batches.
+        seed: Seed of the order of the pairs.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        preferences: str | list[str] | None = None,
+        preferences_validation: str | list[str] | None = None,
+        preferences_test: str | list[str] | None = None,
+        prompts: str | list[str] | None = None,
+        prompts_validation: str | list[str] | None = None,
+        prompts_test: str | list[str] | None = None,
+        validation_fraction: float = 0.1,
+        max_length: int = 1024,
+        max_prompt_length: int = 512,
+        append_eos: bool = True,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction: expected a number from 0 to below 1, got {validation_fraction}")
+        for name, value in (("batch_size", batch_size), ("max_prompt_length", max_prompt_length)):
+            if value < 1:
+                raise ValueError(f"data.{name}: expected at least 1, got {value}")
+        if max_length < 2:
+            raise ValueError(f"data.max_length: expected at least 2, got {max_length}")
+        self.preference_sources = {
+            "train": preferences, "val": preferences_validation, "test": preferences_test
+        }  # fmt: skip
+        self.prompt_sources = {"train": prompts or preferences, "val": prompts_validation, "test": prompts_test}
+        self.validation_fraction = validation_fraction
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.append_eos = append_eos
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.text_tokenizer = load_text_tokenizer(tokenizer)
+        self.collator = Collator(int(self.text_tokenizer.pad_token_id))
+        self._rows: dict[str, dict[str, Rows]] = {}
+
+    # What a split holds.
+
+    def preference_rows(self, split: str) -> Rows:
+        """Tokenised preferences of `train`, `val` or `test`."""
+        return self._split("preferences", self.preference_sources, self._tokenise_preferences, split)
+
+    def prompt_rows(self, split: str) -> Rows:
+        """Tokenised prompts of `train`, `val` or `test`."""
+        return self._split("prompts", self.prompt_sources, self._tokenise_prompts, split)
+
+    def preferences(self, split: str) -> Pairs:
+        """Both sides of all pairs of a split, in a stable order."""
+        rows = self.preference_rows(split)
+        return Pairs(
+            [TokenSequence(r["chosen_ids"], r["prompt_length"]) for r in rows],
+            [TokenSequence(r["rejected_ids"], r["prompt_length"]) for r in rows],
+        )
+
+    def prompt_batches(self, split: str, count: int) -> list[PromptBatch]:
+        """The first `count` prompts of a split (or all, if there are fewer) in batches."""
+        rows = self.prompt_rows(split)[:count]
+        return [self.collator.prompts(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
+
+    def _split(
+        self, name: str, sources: dict[str, Any], tokenise: Callable[[Any, str], Rows], split: str
+    ) -> Rows:
+        found = self._rows.setdefault(name, {})
+        if not found:
+            if sources["train"] is None:
+                raise ValueError(f"data.{name}: expected files or hub names, got null")
+            rows = tokenise(sources["train"], f"data.{name}")
+            found["train"], found["val"] = rows, []
+            if sources["val"] is not None:
+                found["val"] = tokenise(sources["val"], f"data.{name}_validation")
+            elif self.validation_fraction:
+                found["train"], found["val"] = set_aside(rows, self.validation_fraction)
+            found["test"] = found["val"]
+            if sources["test"] is not None:
+                found["test"] = tokenise(sources["test"], f"data.{name}_test")
+            if not found["train"]:
+                raise ValueError(f"data.{name}: expected rows to train on, got none outside the validation part")
+            counts = ", ".join(f"{len(found[s])} {s}" for s in ("train", "val", "test"))
+            rank_zero_info(f"data.{name}: {counts}")
+        return found[split]
+
+    def _tokenise_preferences(self, sources: Any, key: str) -> Rows:
+        rows, prompts, responses = [], 0, 0
+        for row in load_rows(sources, key):
+            preference = read_preference(row, self.text_tokenizer)
+            tokens, cut = tokenise_preference(preference, self.text_tokenizer, self.max_length, self.append_eos)
+            if tokens["chosen_ids"] == tokens["rejected_ids"]:
+                raise ValueError(
+                    f"{row.place}: expected two responses that differ within data.max_length = {self.max_length} "
+                    "tokens, got the same tokens"
+                )
+            rows.append(tokens)
+            prompts += cut.prompts
+            responses += cut.responses
+        if prompts or responses:
+            rank_zero_warn(
+                f"{key}: data.max_length = {self.max_length} cut the beginning off {prompts} prompts and the end off "
+                f"{responses} responses, of {len(rows)} pairs"
+            )
+        return rows
+
+    def _tokenise_prompts(self, sources: Any, key: str) -> Rows:
+        return [
+            tokenise_prompt(read_prompt(row, self.text_tokenizer), self.text_tokenizer, self.max_prompt_length, row.place)
+            for row in load_rows(sources, key)
+        ]
+
+    # Loaders.
+
+    def _loader(self, rows: Any, collate: Callable[..., Any], **kwargs: Any) -> DataLoader[Any]:
+        return DataLoader(
+            rows,
+            batch_size=self.batch_size,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            **kwargs,
+        )
+
+    def _pair_loader(self, rows: Rows, collate: Callable[..., Any], train: bool) -> DataLoader[Any]:
+        if not train:
+            return self._loader(rows, collate)
+        world = self.trainer.world_size if self.trainer is not None else 1
+        lengths = [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+        return self._loader(rows, collate, sampler=LengthSampler(lengths, self.batch_size * world, self.seed))
+
+
+class PreferenceDataModule(TextDataModule):
+    __doc__ = f"Pairs for the reward stage. {TextDataModule.__doc__}"
+
+    def prepare_data(self) -> None:
+        """Read and check the data before any model is loaded."""
+        self.preference_rows("train")
+
+    def use_features(self, split: str, chosen: Tensor, rejected: Tensor) -> None:
+        """Serve features (N, H) in place of tokens, in the order of `preferences(split)`."""
+        rows = self.preference_rows(split)
+        if not len(rows) == len(chosen) == len(rejected):
+            raise ValueError(f"expected features of {len(rows)} pairs, got {len(chosen)} and {len(rejected)}")
+        margin = torch.tensor([r["margin"] for r in rows], dtype=torch.float32)
+        ids = torch.tensor([r["example_id"] for r in rows])
+        self._features = {**getattr(self, "_features", {}), split: FeatureRows(chosen, rejected, margin, ids)}
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Pairs to learn from."""
+        return self._pairs("train")
+
+    def val_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
+        """Pairs set aside."""
+        return self._pairs("val")
+
+    def test_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
+        """Pairs to test on."""
+        return self._pairs("test")
+
+    def _pairs(self, split: str) -> Any:
+        rows = self.preference_rows(split)
+        if not rows:
+            return []
+        features = getattr(self, "_features", {}).get(split)
+        if features is not None:
+            return self._loader(features, _as_it_is, shuffle=split == "train")
+        return self._pair_loader(rows, self.collator.preferences, train=split == "train")
+
+
+class PromptDataModule(TextDataModule):
+    __doc__ = f"Prompts for the ppo stage. {TextDataModule.__doc__}"
+
+    def prepare_data(self) -> None:
+        """Read and check the data before any model is loaded."""
+        self.prompt_rows("train")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Prompts to learn on; an incomplete last batch is left out."""
+        rows = self.prompt_rows("train")
+        if len(rows) < self.batch_size:
+            raise ValueError(f"data.batch_size: expected at most the {len(rows)} prompts there are, got {self.batch_size}")
+        return self._loader(rows, self.collator.prompts, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
+        """Prompts set aside."""
+        rows = self.prompt_rows("val")
+        return self._loader(rows, self.collator.prompts) if rows else []
+
+    def test_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
+        """Prompts to test on."""
+        rows = self.prompt_rows("test")
+        return self._loader(rows, self.collator.prompts) if rows else []
+
+    def predict_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
+        """Prompts to respond to: those of the test."""
+        return self.test_dataloader()
+
+
+class SFTDataModule(TextDataModule):
+    __doc__ = f"Preferred responses to imitate, for the sft stage. {TextDataModule.__doc__}"
+
+    def prepare_data(self) -> None:
+        """Read and check the data before any model is loaded."""
+        self.preference_rows("train")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Responses to imitate."""
+        return self._pair_loader(self.preference_rows("train"), self.collator.sft, train=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
+        """Responses set aside."""
+        rows = self.preference_rows("val")
+        return self._pair_loader(rows, self.collator.sft, train=False) if rows else []
+
+    def test_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
+        """Responses to test on."""
+        rows = self.preference_rows("test")
+        return self._pair_loader(rows, self.collator.sft, train=False) if rows else []
+
+
+def set_aside(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
+    """Rows outside and inside a fraction, by the hash of their prompt.
+
+    Where nearly all rows share one prompt, it cannot tell them apart: the whole example does.
+    """
+    prompts = {row["prompt"] for row in rows}
+    by_prompt = 2 * len(prompts) > len(rows) or len(prompts) >= 100
+    inside = [in_fraction(stable_id(r["prompt"]) if by_prompt else r["example_id"], fraction) for r in rows]
+    train = [r for r, held in zip(rows, inside, strict=True) if not held]
+    return train, [r for r, held in zip(rows, inside, strict=True) if held]
+
+
+def _as_it_is(batch: FeatureBatch) -> FeatureBatch:
+    return batch

@@ -1,0 +1,158 @@
+"""From a row in one of the usual shapes to plain texts.
+
+The shapes are those of TRL: an explicit prompt, an implicit one (the two responses are whole dialogues that share
+their beginning), and conversations of role/content messages, which go through the tokenizer's chat template.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from lit_vapo.data.sources import Row
+
+TURN = "\n\nAssistant:"
+Messages = list[dict[str, str]]
+
+
+class Preference(NamedTuple):
+    """A stated preference, as texts.
+
+    Attributes:
+        prompt: What both responses answer.
+        chosen: The preferred response.
+        rejected: The other one.
+        margin: By how much it was preferred, in units of reward.
+        templated: The texts hold a chat template's special tokens, so none are to be added.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    margin: float
+    templated: bool
+
+
+class Prompt(NamedTuple):
+    """A prompt, as text; `templated` as in `Preference`."""
+
+    prompt: str
+    templated: bool
+
+
+def read_preference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Preference:
+    """The preference that a row states.
+
+    Raises:
+        ValueError: A column is missing or of another type, a response is empty, both are the same, or messages
+            meet a tokenizer without a chat template.
+    """
+    chosen, rejected = column(row, "chosen"), column(row, "rejected")
+    margin = row.values.get("margin")
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float))):
+        raise ValueError(f"{row.place}: expected a number in column 'margin', got {margin!r}")
+    if isinstance(chosen, list) or isinstance(rejected, list):
+        prompt, chosen, rejected = _conversation(row, chosen, rejected, tokenizer)
+        templated = True
+    else:
+        templated = False
+        if row.values.get("prompt") is not None:
+            prompt = _text(row, "prompt")
+        else:
+            prompt = shared_prompt(chosen, rejected)
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        if not response.strip():
+            raise ValueError(f"{row.place}: expected a response in column {name!r}, got an empty one")
+    if chosen == rejected:
+        raise ValueError(f"{row.place}: expected two different responses, got the same in 'chosen' and 'rejected'")
+    return Preference(prompt, chosen, rejected, float(margin or 0.0), templated)
+
+
+def read_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The prompt of a row: its column `prompt`, or what `chosen` and `rejected` share.
+
+    Raises:
+        ValueError: There is none, or it is empty.
+    """
+    value = row.values.get("prompt")
+    if value is None and "chosen" in row.values:
+        preference = read_preference(row, tokenizer)
+        found = Prompt(preference.prompt, preference.templated)
+    elif isinstance(value, list):
+        found = Prompt(_template(row, _messages(row, "prompt"), tokenizer, respond=True), True)
+    else:
+        found = Prompt(_text(row, "prompt"), False)
+    if not found.prompt:
+        raise ValueError(f"{row.place}: expected a prompt in column 'prompt', got an empty one")
+    return found
+
+
+def column(row: Row, name: str) -> Any:
+    """A column's text or messages.
+
+    Raises:
+        ValueError: The column is missing, or holds something else.
+    """
+    if name not in row.values:
+        raise ValueError(f"{row.place}: expected column {name!r}, got columns {sorted(row.values)}")
+    value = row.values[name]
+    if not isinstance(value, (str, list)):
+        raise ValueError(f"{row.place}: expected text or messages in column {name!r}, got {type(value).__name__}")
+    return value
+
+
+def shared_prompt(chosen: str, rejected: str) -> str:
+    """What two dialogues share, up to and with the last `Assistant:` they have in common (HH-RLHF)."""
+    common = os.path.commonprefix([chosen, rejected])
+    turn = common.rfind(TURN)
+    if turn >= 0:
+        return common[: turn + len(TURN)]
+    # No dialogue markers: cut at a space, so that no word is torn apart.
+    return common[: common.rfind(" ")] if " " in common else ""
+
+
+def _text(row: Row, name: str) -> str:
+    value = column(row, name)
+    if not isinstance(value, str):
+        raise ValueError(f"{row.place}: expected text in column {name!r}, got {type(value).__name__}")
+    return value
+
+
+def _messages(row: Row, name: str) -> Messages:
+    value = column(row, name)
+    if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+        raise ValueError(f"{row.place}: expected a list of messages with role and content in column {name!r}")
+    return value
+
+
+def _template(row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase, respond: bool) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{row.place}: expected a tokenizer with a chat template for conversational data, got "
+            f"{tokenizer.name_or_path!r}, which has none"
+        )
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=respond))
+
+
+def _conversation(
+    row: Row, chosen: Any, rejected: Any, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str, str]:
+    answers = [_messages(row, "chosen"), _messages(row, "rejected")]
+    value = row.values.get("prompt")
+    if value is not None:
+        shared = _messages(row, "prompt") if isinstance(value, list) else [{"role": "user", "content": value}]
+    else:
+        count = next((i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), min(map(len, answers)))
+        shared, answers = answers[0][:count], [a[count:] for a in answers]
+    prompt = _template(row, shared, tokenizer, respond=True)
+    texts = []
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        whole = _template(row, shared + answer, tokenizer, respond=False)
+        if not whole.startswith(prompt):
+            raise ValueError(f"{row.place}: expected {name!r} to continue the prompt under the chat template")
+        content = "".join(message["content"] for message in answer)
+        texts.append(whole[len(prompt) :] if content.strip() else "")
+    return prompt, texts[0], texts[1]

@@ -1,0 +1,104 @@
+"""From texts to token ids: prompt and response apart, so that every stage sees the same prompt tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple, cast
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_vapo.data.formats import Preference, Prompt
+
+
+class Truncation(NamedTuple):
+    """How many responses lost prompt tokens, and how many lost tokens of their own."""
+
+    prompts: int
+    responses: int
+
+
+def load_text_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """A tokenizer with a padding token: its own, or the end of sequence.
+
+    Padding may equal the end of sequence, since masks come from lengths.
+    """
+    tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(path))
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"data.tokenizer: expected a pad or an end-of-sequence token, got neither in {path!r}")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, templated: bool) -> list[int]:
+    """Tokens of a prompt; special tokens are added unless a chat template wrote them."""
+    return cast("list[int]", tokenizer(prompt, add_special_tokens=False)["input_ids"]) if templated else _plain(
+        tokenizer, prompt
+    )
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    ids = cast("list[int]", tokenizer(prompt)["input_ids"])
+    # Some tokenizers end every text with the end of sequence; a prompt goes on.
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def response_ids(tokenizer: PreTrainedTokenizerBase, response: str, append_eos: bool) -> list[int]:
+    """Tokens of a response, ended by the end of sequence if asked and not there."""
+    ids = cast("list[int]", tokenizer(response, add_special_tokens=False)["input_ids"])
+    if append_eos and tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+        ids = [*ids, tokenizer.eos_token_id]
+    return ids
+
+
+def tokenise_preference(
+    preference: Preference, tokenizer: PreTrainedTokenizerBase, max_length: int, append_eos: bool
+) -> tuple[dict[str, Any], Truncation]:
+    """Token ids of both sides of a pair, which share their prompt's tokens.
+
+    If prompt and response exceed `max_length`, the prompt loses its beginning, down to one token; only then does
+    the response lose its end.
+    """
+    prompt = prompt_ids(tokenizer, preference.prompt, preference.templated)
+    chosen = response_ids(tokenizer, preference.chosen, append_eos and not preference.templated)
+    rejected = response_ids(tokenizer, preference.rejected, append_eos and not preference.templated)
+    # A response needs a position before it that predicts its first token.
+    least = min(1, len(prompt))
+    room = max(least, max_length - max(len(chosen), len(rejected)))
+    kept = prompt[-room:] if len(prompt) > room else prompt
+    longest = max_length - len(kept)
+    cut = sum(len(ids) > longest for ids in (chosen, rejected))
+    row = {
+        "chosen_ids": kept + chosen[:longest],
+        "rejected_ids": kept + rejected[:longest],
+        "prompt_length": len(kept),
+        "margin": preference.margin,
+        "example_id": stable_id(preference.prompt, preference.chosen, preference.rejected),
+        "prompt": preference.prompt,
+    }
+    return row, Truncation(int(len(kept) < len(prompt)), cut)
+
+
+def tokenise_prompt(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, place: str
+) -> dict[str, Any]:
+    """Token ids of a prompt to respond to.
+
+    Raises:
+        ValueError: The prompt is longer than allowed, or has no token.
+    """
+    ids = prompt_ids(tokenizer, prompt.prompt, prompt.templated)
+    if not 1 <= len(ids) <= max_prompt_length:
+        raise ValueError(f"{place}: expected a prompt of 1 … {max_prompt_length} tokens (data.max_prompt_length), got {len(ids)}")
+    return {"prompt_ids": ids, "prompt": prompt.prompt, "example_id": stable_id(prompt.prompt)}
+
+
+def stable_id(*texts: str) -> int:
+    """A 63-bit identity that depends on the texts alone."""
+    digest = hashlib.sha256("\x1f".join(texts).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def in_fraction(identity: int, fraction: float) -> bool:
+    """Whether an identity falls into a part of the whole; independent of all other rows and of any seed."""
+    return (identity % 1_000_003) / 1_000_003 < fraction

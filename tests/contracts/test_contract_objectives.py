@@ -1,0 +1,147 @@
+"""Every objective passes this suite; a new file under lit_vapo/objectives/ is found and tested unasked."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+
+import lit_vapo.objectives
+from lit_vapo.functional import ensemble_estimate
+from lit_vapo.objectives.base import Objective
+from lit_vapo.objectives.mean_reward import MeanReward
+from lit_vapo.objectives.single_reward import SingleReward
+from lit_vapo.objectives.variance_aware import VarianceAware
+from lit_vapo.types import RewardEstimate
+
+
+def discover():
+    found = []
+    for module in pkgutil.iter_modules(lit_vapo.objectives.__path__):
+        loaded = importlib.import_module(f"lit_vapo.objectives.{module.name}")
+        for _, kind in inspect.getmembers(loaded, inspect.isclass):
+            if issubclass(kind, Objective) and not inspect.isabstract(kind) and kind.__module__ == loaded.__name__:
+                found.append(kind)
+    return found
+
+
+OBJECTIVES = discover()
+
+
+def members(batch=64, count=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, count, generator=generator) * torch.rand(batch, 1, generator=generator)
+
+
+def prepared(kind, count=5, variance=0.5):
+    objective = kind()
+    objective.prepare(count, torch.tensor(variance))
+    return objective
+
+
+def test_all_three_are_discovered():
+    assert {MeanReward, SingleReward, VarianceAware} <= set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_shapes_finiteness_and_sign_of_the_weight(kind):
+    score = prepared(kind)(ensemble_estimate(members()))
+    assert score.reward.shape == score.kl_weight.shape == (64,)
+    assert torch.isfinite(score.reward).all()
+    assert torch.isfinite(score.kl_weight).all()
+    assert (score.kl_weight >= 0).all()
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_permuting_members_changes_nothing(kind):
+    if kind is SingleReward:
+        pytest.skip("chooses a member by its place")
+    scores = members()
+    one = prepared(kind)(ensemble_estimate(scores))
+    two = prepared(kind)(ensemble_estimate(scores[:, [4, 2, 0, 1, 3]]))
+    torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_equal_members_and_matching_variance_give_the_mean_reward(kind):
+    scores = members()[:, :1].expand(-1, 5)
+    objective = prepared(kind, variance=0.0)
+    score = objective(ensemble_estimate(scores))
+    plain = prepared(MeanReward)(ensemble_estimate(scores))
+    torch.testing.assert_close(score, plain)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_a_single_member_is_refused_where_a_variance_is_needed(kind):
+    if kind.needs_variance:
+        with pytest.raises(ValueError, match="expected at least 2 members, got 1"):
+            prepared(kind, count=1)
+    else:
+        prepared(kind, count=1)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_state_survives_a_round_trip(kind):
+    objective = prepared(kind, variance=0.7)
+    again = kind()
+    again.load_state_dict(objective.state_dict())
+    estimate = ensemble_estimate(members(seed=1))
+    torch.testing.assert_close(objective(estimate), again(estimate))
+
+
+def test_variance_aware_by_hand():
+    # σ² = 0.5, 2, 8 with a reference of 2 → 0.25, 1, 4; clamped to [0.5, 3] → 0.5, 1, 3
+    estimate = RewardEstimate(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 2.0, 8.0]), None)
+    objective = VarianceAware(min_weight=0.5, max_weight=3.0)
+    objective.prepare(4, torch.tensor(2.0))
+    score = objective(estimate)
+    torch.testing.assert_close(score.kl_weight, torch.tensor([0.5, 1.0, 3.0]))
+    torch.testing.assert_close(score.reward, estimate.mean)
+
+
+def test_scale_none_is_the_raw_variance():
+    estimate = RewardEstimate(torch.zeros(2), torch.tensor([0.5, 2.0]), None)
+    objective = VarianceAware(scale="none", min_weight=0.0, max_weight=100.0)
+    objective.prepare(4, torch.tensor(7.0))
+    torch.testing.assert_close(objective(estimate).kl_weight, estimate.variance)
+
+
+def test_reference_scale_has_mean_one_over_the_reference():
+    estimate = ensemble_estimate(members(4000))
+    objective = VarianceAware(min_weight=0.0, max_weight=1e9)
+    objective.prepare(5, estimate.variance.mean())
+    torch.testing.assert_close(objective(estimate).kl_weight.mean(), torch.tensor(1.0))
+
+
+def test_constant_variance_gives_plain_rlhf():
+    estimate = RewardEstimate(torch.randn(8), torch.full((8,), 0.3), None)
+    objective = VarianceAware()
+    objective.prepare(5, torch.tensor(0.3))
+    torch.testing.assert_close(objective(estimate).kl_weight, torch.ones(8))
+
+
+def test_a_members_reward_with_the_ensembles_variance():
+    scores = members()
+    objective = VarianceAware(member=2)
+    objective.prepare(5, torch.tensor(0.5))
+    torch.testing.assert_close(objective(ensemble_estimate(scores)).reward, scores[:, 2])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VarianceAware(min_weight=2.0, max_weight=1.0), "expected 0 <= min_weight <= max_weight, got 2.0 and 1.0"),
+        (lambda: VarianceAware(min_weight=-1.0), "expected 0 <= min_weight"),
+        (lambda: SingleReward(-1), "expected an index of 0 or more, got -1"),
+        (lambda: SingleReward(5).check_members(5), "expected an index below the 5 members, got 5"),
+        (lambda: VarianceAware(member=3).check_members(3), "expected an index below the 3 members, got 3"),
+        (
+            lambda: SingleReward(0)(RewardEstimate(torch.zeros(1), torch.zeros(1), None)),
+            "expected an ensemble with separate members",
+        ),
+    ],
+)
+def test_bad_settings_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
