@@ -66,7 +66,7 @@ class Rollout:
 
     @property
     def log_ratio(self) -> Tensor:
-        """log π(y)/π0(y) of whole responses (B,)."""
+        """Log π(y)/π0(y) of whole responses (B,)."""
         return sequence_log_ratio(self.logprobs, self.ref_logprobs, self.response_mask)
 
 
@@ -207,12 +207,11 @@ class RolloutMaker:
             index = torch.tensor(chosen, device=rows.input_ids.device)
             part = rows.select(index)
             reference = self.networks.reference(part, self.sampling.temperature)
-            # The reference as sampler is its own policy; its entropy is of no interest.
-            actor = self.networks.actor(part, self.sampling.temperature) if role == "actor" else None
+            sampler = self.networks.actor(part, self.sampling.temperature) if role == "actor" else reference
             outputs.append(
                 _Scored(
-                    _widen(reference.logprobs if actor is None else actor.logprobs, size),
-                    _widen(torch.zeros_like(reference.logprobs) if actor is None else actor.entropy, size),
+                    _widen(sampler.logprobs, size),
+                    _widen(sampler.entropy, size),
                     _widen(reference.logprobs, size),
                     _widen(self.networks.values(part, reference.value_states), size) if values else None,
                     None if reference.value_states is None or not values else _widen(reference.value_states, size),
@@ -243,7 +242,10 @@ class RolloutMaker:
 
 
 def sample_references(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: Iterable[PromptBatch], sampling: Sampling
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterable[PromptBatch],
+    sampling: Sampling,
 ) -> list[TokenSequence]:
     """Responses of a frozen language model to prompts, as token sequences.
 

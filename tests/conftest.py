@@ -4,10 +4,9 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline", WANDB_SILENT="true")
 
+import helpers
 import pytest
 import torch
-
-import helpers
 
 torch.set_num_threads(1)
 

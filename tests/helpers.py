@@ -24,7 +24,9 @@ def tiny_tokenizer(path, chat_template=False, pad=True):
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<eos>", "<bos>", *(["<pad>"] if pad else [])]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(TEXT, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>" if pad else None

@@ -57,9 +57,7 @@ def imported_modules(name: str, source: str, is_package: bool, known: set[str]) 
     and does not count; a module of the package does, since the importer knows of it all the same.
     """
     tree = ast.parse(source)
-    guards = [
-        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) in TYPE_GUARDS
-    ]
+    guards = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) in TYPE_GUARDS]
     unloaded = {inner for guard in guards for statement in guard.body for inner in ast.walk(statement)}
     for node in ast.walk(tree):
         for imported in names_of(node, name, is_package, known):

@@ -121,9 +121,7 @@ class Collator:
     def prompts(self, rows: list[dict[str, Any]]) -> PromptBatch:
         """A batch of prompts."""
         ids, lengths = pad([r["prompt_ids"] for r in rows], self.pad_id, left=True)
-        return PromptBatch(
-            ids, lengths, [r["prompt"] for r in rows], torch.tensor([r["example_id"] for r in rows])
-        )
+        return PromptBatch(ids, lengths, [r["prompt"] for r in rows], torch.tensor([r["example_id"] for r in rows]))
 
     def sft(self, rows: list[dict[str, Any]]) -> SFTBatch:
         """A batch of demonstrations: the preferred responses."""

@@ -3,49 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lit_vapo.data.collate import Collator, FeatureBatch, PromptBatch
 from lit_vapo.data.formats import read_preference, read_prompt
 from lit_vapo.data.sampler import LengthSampler
 from lit_vapo.data.sources import load_rows
-from lit_vapo.data.tokenise import in_fraction, load_text_tokenizer, stable_id, tokenise_preference, tokenise_prompt
+from lit_vapo.data.splits import FeatureRows, Pairs, Rows, set_aside
+from lit_vapo.data.tokenise import load_text_tokenizer, tokenise_preference, tokenise_prompt
 from lit_vapo.types import TokenSequence
-
-Rows = list[dict[str, Any]]
-
-
-class Pairs(NamedTuple):
-    """Both sides of all preferences of a split, in the split's order."""
-
-    chosen: list[TokenSequence]
-    rejected: list[TokenSequence]
-
-
-class FeatureRows(Dataset[FeatureBatch]):
-    """Pairs as features; whole batches are indexed at once."""
-
-    def __init__(self, chosen: Tensor, rejected: Tensor, margin: Tensor, example_ids: Tensor) -> None:
-        self.columns = FeatureBatch(chosen, rejected, margin, example_ids)
-
-    def __len__(self) -> int:
-        """Number of pairs."""
-        return len(self.columns.margin)
-
-    def __getitem__(self, index: int) -> FeatureBatch:
-        """A batch of one."""
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: list[int]) -> FeatureBatch:
-        """A batch; DataLoader asks for it this way."""
-        index = torch.tensor(indices)
-        return FeatureBatch(*(column[index] for column in self.columns))
 
 
 class TextDataModule(LightningDataModule):
@@ -93,7 +65,9 @@ class TextDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if not 0 <= validation_fraction < 1:
-            raise ValueError(f"data.validation_fraction: expected a number from 0 to below 1, got {validation_fraction}")
+            raise ValueError(
+                f"data.validation_fraction: expected a number from 0 to below 1, got {validation_fraction}"
+            )
         for name, value in (("batch_size", batch_size), ("max_prompt_length", max_prompt_length)):
             if value < 1:
                 raise ValueError(f"data.{name}: expected at least 1, got {value}")
@@ -102,7 +76,11 @@ class TextDataModule(LightningDataModule):
         self.preference_sources = {
             "train": preferences, "val": preferences_validation, "test": preferences_test
         }  # fmt: skip
-        self.prompt_sources = {"train": prompts or preferences, "val": prompts_validation, "test": prompts_test}
+        self.prompt_sources = {
+            "train": prompts or preferences,
+            "val": prompts_validation,
+            "test": prompts_test,
+        }
         self.validation_fraction = validation_fraction
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
@@ -137,9 +115,7 @@ class TextDataModule(LightningDataModule):
         rows = self.prompt_rows(split)[:count]
         return [self.collator.prompts(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
 
-    def _split(
-        self, name: str, sources: dict[str, Any], tokenise: Callable[[Any, str], Rows], split: str
-    ) -> Rows:
+    def _split(self, name: str, sources: dict[str, Any], tokenise: Callable[[Any, str], Rows], split: str) -> Rows:
         found = self._rows.setdefault(name, {})
         if not found:
             if sources["train"] is None:
@@ -181,7 +157,9 @@ class TextDataModule(LightningDataModule):
 
     def _tokenise_prompts(self, sources: Any, key: str) -> Rows:
         return [
-            tokenise_prompt(read_prompt(row, self.text_tokenizer), self.text_tokenizer, self.max_prompt_length, row.place)
+            tokenise_prompt(
+                read_prompt(row, self.text_tokenizer), self.text_tokenizer, self.max_prompt_length, row.place
+            )
             for row in load_rows(sources, key)
         ]
 
@@ -254,7 +232,9 @@ class PromptDataModule(TextDataModule):
         """Prompts to learn on; an incomplete last batch is left out."""
         rows = self.prompt_rows("train")
         if len(rows) < self.batch_size:
-            raise ValueError(f"data.batch_size: expected at most the {len(rows)} prompts there are, got {self.batch_size}")
+            raise ValueError(
+                f"data.batch_size: expected at most the {len(rows)} prompts there are, got {self.batch_size}"
+            )
         return self._loader(rows, self.collator.prompts, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
@@ -292,18 +272,6 @@ class SFTDataModule(TextDataModule):
         """Responses to test on."""
         rows = self.preference_rows("test")
         return self._pair_loader(rows, self.collator.sft, train=False) if rows else []
-
-
-def set_aside(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
-    """Rows outside and inside a fraction, by the hash of their prompt.
-
-    Where nearly all rows share one prompt, it cannot tell them apart: the whole example does.
-    """
-    prompts = {row["prompt"] for row in rows}
-    by_prompt = 2 * len(prompts) > len(rows) or len(prompts) >= 100
-    inside = [in_fraction(stable_id(r["prompt"]) if by_prompt else r["example_id"], fraction) for r in rows]
-    train = [r for r, held in zip(rows, inside, strict=True) if not held]
-    return train, [r for r, held in zip(rows, inside, strict=True) if held]
 
 
 def _as_it_is(batch: FeatureBatch) -> FeatureBatch:

@@ -137,9 +137,7 @@ def _template(row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase, 
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=respond))
 
 
-def _conversation(
-    row: Row, chosen: Any, rejected: Any, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, str, str]:
+def _conversation(row: Row, chosen: Any, rejected: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     answers = [_messages(row, "chosen"), _messages(row, "rejected")]
     value = row.values.get("prompt")
     if value is not None:

@@ -32,8 +32,10 @@ def load_text_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, templated: bool) -> list[int]:
     """Tokens of a prompt; special tokens are added unless a chat template wrote them."""
-    return cast("list[int]", tokenizer(prompt, add_special_tokens=False)["input_ids"]) if templated else _plain(
-        tokenizer, prompt
+    return (
+        cast("list[int]", tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if templated
+        else _plain(tokenizer, prompt)
     )
 
 
@@ -89,7 +91,9 @@ def tokenise_prompt(
     """
     ids = prompt_ids(tokenizer, prompt.prompt, prompt.templated)
     if not 1 <= len(ids) <= max_prompt_length:
-        raise ValueError(f"{place}: expected a prompt of 1 … {max_prompt_length} tokens (data.max_prompt_length), got {len(ids)}")
+        raise ValueError(
+            f"{place}: expected a prompt of 1 … {max_prompt_length} tokens (data.max_prompt_length), got {len(ids)}"
+        )
     return {"prompt_ids": ids, "prompt": prompt.prompt, "example_id": stable_id(prompt.prompt)}
 
 

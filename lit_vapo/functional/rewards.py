@@ -68,9 +68,7 @@ def token_rewards(
     check_mask(log_ratio_tokens, response_mask, "log_ratio_tokens")
     for name, tensor in (("terminal", terminal), ("kl_weight", kl_weight)):
         if tensor.shape != log_ratio_tokens.shape[:1]:
-            raise ValueError(
-                f"expected {name} of shape ({log_ratio_tokens.shape[0]},), got {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"expected {name} of shape ({log_ratio_tokens.shape[0]},), got {tuple(tensor.shape)}")
     if not kl_coef >= 0:
         raise ValueError(f"expected kl_coef >= 0, got {kl_coef}")
     empty = ~response_mask.any(dim=1)

@@ -49,11 +49,13 @@ class ReferencePass(NamedTuple):
 
     Attributes:
         logprobs: Log-probabilities of the responses under the reference (B, T).
+        entropy: Entropy of the reference at each position (B, T), nats.
         features: Pooled features for the reward heads (B, H), or `None` if the ensemble has another base.
         value_states: States for the critic (B, T, H), or `None` if it has another trunk.
     """
 
     logprobs: Tensor
+    entropy: Tensor
     features: Tensor | None
     value_states: Tensor | None
 
@@ -89,19 +91,19 @@ class ActorCritic(nn.Module):
         size = int(trunk.config.hidden_size) if trunk is not None else self.policy.hidden_size
         self.critic = Critic(size, trunk)
         if critic.warm_start and comparable:
-            self.critic.warm_start(self.reward_model.head)
+            self.critic.warm_start(self.reward_model.head.linear_mean())
 
     @torch.no_grad()
     def reference(self, rows: Rows, temperature: float) -> ReferencePass:
         """One pass through the frozen base."""
         out = self.policy.hidden("reference", rows.input_ids, rows.lengths, self.tap_layer)
-        logprobs = self._logprobs("reference", out.last, rows, temperature).logprobs
+        logprobs = self._logprobs("reference", out.last, rows, temperature)
         features = states = None
         if self.shares_base:
             features = pool(out.tapped, rows.lengths, rows.prompt_lengths, self.reward_model.spec.pooling)
         if self.critic_trunk == "reference":
             states = response_states(out.tapped, rows.prompt_lengths, rows.response_mask.shape[1])
-        return ReferencePass(logprobs, features, states)
+        return ReferencePass(logprobs.logprobs, logprobs.entropy, features, states)
 
     def actor(self, rows: Rows, temperature: float) -> TokenLogprobs:
         """Log-probabilities and entropies of the responses under the policy (B, T)."""
@@ -132,9 +134,7 @@ class ActorCritic(nn.Module):
         return [*self.critic.parameters(), *self.policy.critic_parameters()]
 
     def _logprobs(self, role: Role, hidden: Tensor, rows: Rows, temperature: float) -> TokenLogprobs:
-        return self.policy.logprobs(
-            role, hidden, rows.input_ids, rows.prompt_lengths, rows.response_mask, temperature
-        )
+        return self.policy.logprobs(role, hidden, rows.input_ids, rows.prompt_lengths, rows.response_mask, temperature)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the policy, its tokenizer, and the critic's value head (with its trunk or adapters) below `critic`.

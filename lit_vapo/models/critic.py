@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_vapo.models.pretrained import Pretrained, disable_dropout, load_backbone
-from lit_vapo.uncertainty.base import RewardHead
 
 
 @dataclass
@@ -51,9 +50,8 @@ class Critic(nn.Module):
         return values.float()
 
     @torch.no_grad()
-    def warm_start(self, head: RewardHead) -> bool:
-        """Start from the ensemble's mean reward, if that is linear in states of this width; tell whether it was."""
-        linear = head.linear_mean()
+    def warm_start(self, linear: tuple[Tensor, Tensor] | None) -> bool:
+        """Start from the ensemble's mean reward, a weight (H,) and a bias (), if there is one; tell whether."""
         if linear is None or linear[0].shape != self.value_head.weight.shape[1:]:
             return False
         self.value_head.weight.copy_(linear[0][None])

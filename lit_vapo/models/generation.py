@@ -63,7 +63,12 @@ def stop_ids(lm: PreTrainedModel, sampling: Sampling, eos_token_id: int | None) 
 
 @torch.no_grad()
 def sample(
-    lm: PreTrainedModel, prompt_ids: Tensor, prompt_lengths: Tensor, sampling: Sampling, stops: list[int], pad: int
+    lm: PreTrainedModel,
+    prompt_ids: Tensor,
+    prompt_lengths: Tensor,
+    sampling: Sampling,
+    stops: list[int],
+    pad: int,
 ) -> Generated:
     """Sample one response for each prompt.
 

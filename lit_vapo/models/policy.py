@@ -18,7 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.generation import Generated, Sampling, sample
-from lit_vapo.models.pretrained import Lora, Pretrained, decoder_layers, disable_dropout, freeze, load_causal_lm
+from lit_vapo.models.pretrained import (
+    Lora,
+    Pretrained,
+    decoder_layers,
+    disable_dropout,
+    freeze,
+    load_causal_lm,
+)
 from lit_vapo.models.trunk import TrunkOutput, head_logprobs, response_states, run_trunk
 
 Role = Literal["actor", "critic", "reference"]
@@ -40,7 +47,9 @@ class Policy(nn.Module):
         ValueError: A quantised base without adapters, or a critic adapter without LoRA.
     """
 
-    def __init__(self, base: Pretrained, lora: Lora | None, critic_adapter: bool = False, keep_reference: bool = True) -> None:
+    def __init__(
+        self, base: Pretrained, lora: Lora | None, critic_adapter: bool = False, keep_reference: bool = True
+    ) -> None:
         super().__init__()
         if lora is None and base.quantization is not None:
             raise ValueError(f"model.lora: expected adapters for a {base.quantization} base, which is frozen, got null")
@@ -80,7 +89,7 @@ class Policy(nn.Module):
     def acting_as(self, role: Role) -> Iterator[PreTrainedModel]:
         """The language model in one of its roles, for the length of a block."""
         if not isinstance(self.lm, PeftModel):
-            yield self.reference_lm if role == "reference" and self.reference_lm is not None else self.causal_lm
+            yield (self.reference_lm if role == "reference" and self.reference_lm is not None else self.causal_lm)
             return
         if role == "reference":
             with self.lm.disable_adapter():
@@ -130,7 +139,13 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, role: Role, prompt_ids: Tensor, prompt_lengths: Tensor, sampling: Sampling, stops: list[int], pad: int
+        self,
+        role: Role,
+        prompt_ids: Tensor,
+        prompt_lengths: Tensor,
+        sampling: Sampling,
+        stops: list[int],
+        pad: int,
     ) -> Generated:
         """Sample one response for each left-padded prompt (B, P)."""
         with self.acting_as(role) as lm:

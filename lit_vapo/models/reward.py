@@ -85,7 +85,10 @@ class RewardModel(nn.Module):
             "hidden_size": self.head.hidden_size,
             "num_members": self.head.num_members,
             "own_backbone": save_backbone,
-            "head": {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": self.head.init_args()},
+            "head": {
+                "class_path": f"{kind.__module__}.{kind.__qualname__}",
+                "init_args": self.head.init_args(),
+            },
         }
         if save_backbone:
             if self.backbone is None:

@@ -52,9 +52,7 @@ def _tap(backbone: PreTrainedModel, layer: int, store: list[Tensor]) -> Iterator
         handle.remove()
 
 
-def run_trunk(
-    backbone: PreTrainedModel, input_ids: Tensor, lengths: Tensor, layer: int | None = None
-) -> TrunkOutput:
+def run_trunk(backbone: PreTrainedModel, input_ids: Tensor, lengths: Tensor, layer: int | None = None) -> TrunkOutput:
     """Run a backbone on right-padded sequences.
 
     Args:
@@ -138,7 +136,8 @@ def head_logprobs(
     logprobs = torch.zeros(response_mask.shape, dtype=torch.float32, device=states.device)
     entropy = torch.zeros_like(logprobs)
     return TokenLogprobs(
-        logprobs.masked_scatter(response_mask, out.logprobs), entropy.masked_scatter(response_mask, out.entropy)
+        logprobs.masked_scatter(response_mask, out.logprobs),
+        entropy.masked_scatter(response_mask, out.entropy),
     )
 
 

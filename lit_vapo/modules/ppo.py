@@ -181,7 +181,11 @@ class PPOModule(TrainedWeightsModule):
         update_started = time.perf_counter()
         optimizer = cast("torch.optim.Optimizer", self.optimizers())
         updater = PPOUpdate(self, self.networks, self.update, self.sampling.temperature)
-        learned = updater.run(experience, optimizer, train_actor=self.trainer.fit_loop.total_batch_idx >= self.update.critic_warmup)
+        learned = updater.run(
+            experience,
+            optimizer,
+            train_actor=self.trainer.fit_loop.total_batch_idx >= self.update.critic_warmup,
+        )
         cast("Any", self.lr_schedulers()).step()
         seconds = {**rollout.seconds, "update": time.perf_counter() - update_started}
         self._log_iteration(rollout, learned, seconds, time.perf_counter() - started)

@@ -119,7 +119,7 @@ class RewardModule(TrainedWeightsModule):
             self.reference_inputs = self._sample_reference(datamodule)
         if self.freeze_backbone:
             self.backbone = place(backbone, self.device_of_run)
-            for split in SPLITS.get(self.trainer.state.fn.value, ()):
+            for split in SPLITS.get(getattr(self.trainer.state.fn, "value", ""), ()):
                 pairs = datamodule.preferences(split)
                 features = self._features([*pairs.chosen, *pairs.rejected], split)
                 datamodule.use_features(split, *features.split(len(pairs.chosen)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +55,8 @@ class StageCLI(LightningCLI):
     ) -> None:
         self.stage = stage
         quiet()
+        # Lightning warns when it is handed arguments while the command line has some: the stage's name, here.
+        warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended to run from within.*")
         super().__init__(
             model_class,
             datamodule_class,
@@ -71,7 +74,10 @@ class StageCLI(LightningCLI):
         if self.stage == "ppo":
             parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_argument(
-            "--overwrite", type=bool, default=False, help="Replace the run that the folder holds, if there is one."
+            "--overwrite",
+            type=bool,
+            default=False,
+            help="Replace the run that the folder holds, if there is one.",
         )
 
     def _parse_ckpt_path(self) -> None:
@@ -124,5 +130,9 @@ class StageCLI(LightningCLI):
     @rank_zero_only
     def after_fit(self) -> None:
         """Mark the run as finished."""
-        record = {"stage": self.stage, "steps": self.trainer.global_step, "ended": datetime.now(UTC).isoformat()}
+        record = {
+            "stage": self.stage,
+            "steps": self.trainer.global_step,
+            "ended": datetime.now(UTC).isoformat(),
+        }
         (self.root / FINISHED).write_text(json.dumps(record, indent=2) + "\n")

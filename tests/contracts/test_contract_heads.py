@@ -160,5 +160,5 @@ def test_hidden_layer_is_a_loop_over_members():
 
 
 def test_another_class_in_a_folder_is_refused():
-    with pytest.raises(ValueError, match="expected a subclass of RewardHead, got collections.OrderedDict"):
+    with pytest.raises(ValueError, match="expected a subclass of RewardHead, got collections"):
         build_head("collections.OrderedDict", {}, HIDDEN)

@@ -131,7 +131,10 @@ def test_a_members_reward_with_the_ensembles_variance():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: VarianceAware(min_weight=2.0, max_weight=1.0), "expected 0 <= min_weight <= max_weight, got 2.0 and 1.0"),
+        (
+            lambda: VarianceAware(min_weight=2.0, max_weight=1.0),
+            "expected 0 <= min_weight <= max_weight, got 2.0 and 1.0",
+        ),
         (lambda: VarianceAware(min_weight=-1.0), "expected 0 <= min_weight"),
         (lambda: SingleReward(-1), "expected an index of 0 or more, got -1"),
         (lambda: SingleReward(5).check_members(5), "expected an index below the 5 members, got 5"),

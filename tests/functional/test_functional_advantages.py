@@ -44,9 +44,7 @@ def test_hand_worked_values():
     torch.testing.assert_close(out.returns, torch.tensor([[3.3175, 3.15, 3.0, 0.0]]))
 
 
-@pytest.mark.parametrize(
-    ("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0), (0.0, 1.0)]
-)
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0), (0.0, 1.0)])
 @pytest.mark.parametrize("block", [1024, 4, 1])
 def test_against_a_loop(batch, monkeypatch, gamma, gae_lambda, block):
     rewards, values, mask = batch

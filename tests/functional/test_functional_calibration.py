@@ -25,9 +25,7 @@ def test_hand_worked_values():
     # Margins log 3, 0, -log 3: probabilities 3/4, 1/2, 1/4.
     m = torch.tensor([math.log(3.0), 0.0, -math.log(3.0)])
     torch.testing.assert_close(preference_accuracy(m), torch.tensor(0.5))
-    torch.testing.assert_close(
-        preference_nll(m), torch.tensor((math.log(4 / 3) + math.log(2) + math.log(4)) / 3)
-    )
+    torch.testing.assert_close(preference_nll(m), torch.tensor((math.log(4 / 3) + math.log(2) + math.log(4)) / 3))
     torch.testing.assert_close(brier(m), torch.tensor((1 / 16 + 1 / 4 + 9 / 16) / 3))
 
 

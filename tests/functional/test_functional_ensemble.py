@@ -62,9 +62,7 @@ def test_normalising_on_reference_responses_removes_offset_and_scale(members):
     normalised = normalise_members(moved, *fit_normaliser(moved))
     torch.testing.assert_close(normalised.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
     torch.testing.assert_close(normalised.std(0), torch.ones(5), rtol=1e-5, atol=0)
-    torch.testing.assert_close(
-        normalised, normalise_members(members, *fit_normaliser(members)), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(normalised, normalise_members(members, *fit_normaliser(members)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_constant_member_gets_the_floor():
@@ -149,9 +147,7 @@ def test_counts_are_the_same_in_every_release():
 
 
 def test_bad_bootstrap_arguments_are_refused():
-    with pytest.raises(
-        ValueError, match=r"expected example_ids \(B,\) of torch.int64, got \(2,\) of torch.int32"
-    ):
+    with pytest.raises(ValueError, match=r"expected example_ids \(B,\) of torch.int64, got \(2,\) of torch.int32"):
         poisson_bootstrap(torch.zeros(2, dtype=torch.int32), 2, 0)
     with pytest.raises(ValueError, match="expected num_members >= 1, got 0"):
         poisson_bootstrap(torch.zeros(2, dtype=torch.int64), 0, 0)

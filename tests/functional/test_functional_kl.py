@@ -21,9 +21,7 @@ def test_hand_worked_values():
     torch.testing.assert_close(kl_k1(ratio), torch.tensor([0.693147]))
     torch.testing.assert_close(kl_k2(ratio), torch.tensor([0.240227]))
     torch.testing.assert_close(kl_k3(ratio), torch.tensor([0.193147]))
-    torch.testing.assert_close(
-        weighted_k3(ratio, torch.tensor([3.0])), torch.tensor([0.579442]), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(weighted_k3(ratio, torch.tensor([3.0])), torch.tensor([0.579442]), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -53,9 +51,7 @@ def test_the_naive_weighted_kl_can_be_negative():
     weight = torch.tensor([4.0, 0.0])
     log_ratio = (policy / ref).log()
     torch.testing.assert_close((policy * weight * kl_k1(log_ratio)).sum(), torch.tensor(-math.log(2.0)))
-    torch.testing.assert_close(
-        (policy * weighted_k3(log_ratio, weight)).sum(), torch.tensor(1 - math.log(2.0))
-    )
+    torch.testing.assert_close((policy * weighted_k3(log_ratio, weight)).sum(), torch.tensor(1 - math.log(2.0)))
 
 
 def test_without_weights_k1_and_k3_have_the_same_mean():
@@ -101,9 +97,7 @@ def test_sequence_log_ratio_against_a_loop_with_nan_in_padding():
 
 def test_bad_shapes_are_refused():
     mask = torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(
-        ValueError, match=r"expected ref_logprobs of shape \(2, 3\), as logprobs, got \(2, 2\)"
-    ):
+    with pytest.raises(ValueError, match=r"expected ref_logprobs of shape \(2, 3\), as logprobs, got \(2, 2\)"):
         sequence_log_ratio(torch.zeros(2, 3), torch.zeros(2, 2), mask)
     with pytest.raises(ValueError, match=r"expected a mask of shape \(2, 3\), as logprobs, got \(2, 2\)"):
         sequence_log_ratio(torch.zeros(2, 3), torch.zeros(2, 3), mask[:, :2])

@@ -78,9 +78,7 @@ def test_explained_variance_hand_worked():
     # Returns 0, 2 (population variance 1); residuals 0, 1 (variance 1/4): 3/4. Perfect 1, a constant 0.
     mask = torch.tensor([[True, True, False]])
     returns = torch.tensor([[0.0, 2.0, NAN]])
-    torch.testing.assert_close(
-        explained_variance(torch.tensor([[0.0, 1.0, NAN]]), returns, mask), torch.tensor(0.75)
-    )
+    torch.testing.assert_close(explained_variance(torch.tensor([[0.0, 1.0, NAN]]), returns, mask), torch.tensor(0.75))
     assert explained_variance(returns, returns, mask).item() == 1.0
     assert explained_variance(torch.full((1, 3), 7.0), returns, mask).item() == 0.0
     assert explained_variance(-returns, returns, mask).item() == -3.0

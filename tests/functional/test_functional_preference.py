@@ -38,9 +38,7 @@ def test_margin_smoothing_and_centering_hand_worked():
 def test_against_scipy(scores):
     chosen, rejected = scores
     difference = (chosen - rejected).numpy()
-    np.testing.assert_allclose(
-        bradley_terry_loss(chosen, rejected), -log_expit(difference).mean(0), rtol=1e-5
-    )
+    np.testing.assert_allclose(bradley_terry_loss(chosen, rejected), -log_expit(difference).mean(0), rtol=1e-5)
 
 
 def test_weighting_by_n_equals_repeating_n_times(scores):

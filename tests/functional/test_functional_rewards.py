@@ -27,8 +27,7 @@ def test_a_row_sums_to_the_score_less_the_penalty():
     mask = torch.arange(6)[None] < torch.tensor([1, 2, 4, 6, 3])[:, None]
     rewards = token_rewards(terminal, log_ratio, weight.abs(), 0.3, mask)
     expected = [
-        terminal[b].item()
-        - 0.3 * weight[b].abs().item() * sum(log_ratio[b, t].item() for t in range(6) if mask[b, t])
+        terminal[b].item() - 0.3 * weight[b].abs().item() * sum(log_ratio[b, t].item() for t in range(6) if mask[b, t])
         for b in range(5)
     ]
     torch.testing.assert_close(rewards.sum(1), torch.tensor(expected))

@@ -65,9 +65,7 @@ def test_gradient_of_the_objective_is_the_expected_score_times_the_penalised_rew
     torch.testing.assert_close(torch.tensor(finite, dtype=torch.float64), expected, rtol=1e-6, atol=1e-8)
     # A weighted k1 term as a loss, E[w log(π/π0)], has another gradient.
     leaf = theta.clone().requires_grad_()
-    naive = (
-        leaf.softmax(0) @ reward - kl_coef * (leaf.softmax(0) * weight * (leaf.softmax(0) / ref).log()).sum()
-    )
+    naive = leaf.softmax(0) @ reward - kl_coef * (leaf.softmax(0) * weight * (leaf.softmax(0) / ref).log()).sum()
     naive.backward()
     assert (leaf.grad - expected).abs().max() > 1e-2
 
@@ -124,9 +122,7 @@ def test_optimum_satisfies_its_own_equation():
 
 def test_optimum_survives_large_rewards_and_responses_out_of_reach():
     reward = torch.tensor([1e6, -1e6, 3e6, 0.0])
-    found = optimal_policy(
-        reward, torch.tensor([0.5, 0.25, 0.0, 0.25]), 1e-3, torch.tensor([1.0, 2.0, 1.0, 9.0])
-    )
+    found = optimal_policy(reward, torch.tensor([0.5, 0.25, 0.0, 0.25]), 1e-3, torch.tensor([1.0, 2.0, 1.0, 9.0]))
     torch.testing.assert_close(found, torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64))
 
 
@@ -186,9 +182,7 @@ def test_variance_aware_is_never_riskier_and_equal_for_equal_variances():
         flat = torch.full_like(variance, 0.7)
         torch.testing.assert_close(risk_variance_aware(reward, flat), risk_vanilla(reward, flat))
         # A shift of all rewards is no information.
-        torch.testing.assert_close(
-            risk_variance_aware(reward + 9, variance), risk_variance_aware(reward, variance)
-        )
+        torch.testing.assert_close(risk_variance_aware(reward + 9, variance), risk_variance_aware(reward, variance))
 
 
 def test_a_small_optimal_step_from_a_uniform_reference_is_along_m():
