@@ -193,10 +193,8 @@ class RolloutMaker:
         return torch.cat(features)
 
     def _decode(self, rows: Rows) -> list[str]:
-        texts = []
-        for ids, start, end in zip(rows.input_ids, rows.prompt_lengths, rows.lengths, strict=True):
-            texts.append(self.tokenizer.decode(ids[start:end], skip_special_tokens=True))
-        return texts
+        bounds = zip(rows.input_ids, rows.prompt_lengths, rows.lengths, strict=True)
+        return [self.tokenizer.decode(ids[start:end], skip_special_tokens=True) for ids, start, end in bounds]
 
     def _score(self, rows: Rows, role: Role, values: bool) -> _Scored:
         """Log-probabilities, values and features in batches of similar length."""

@@ -184,7 +184,7 @@ class TextDataModule(LightningDataModule):
 
 
 class PreferenceDataModule(TextDataModule):
-    __doc__ = f"Pairs for the reward stage. {TextDataModule.__doc__}"
+    """Pairs for the reward stage; options as in `TextDataModule`."""
 
     def prepare_data(self) -> None:
         """Read and check the data before any model is loaded."""
@@ -222,7 +222,7 @@ class PreferenceDataModule(TextDataModule):
 
 
 class PromptDataModule(TextDataModule):
-    __doc__ = f"Prompts for the ppo stage. {TextDataModule.__doc__}"
+    """Prompts for the ppo stage; options as in `TextDataModule`."""
 
     def prepare_data(self) -> None:
         """Read and check the data before any model is loaded."""
@@ -253,7 +253,7 @@ class PromptDataModule(TextDataModule):
 
 
 class SFTDataModule(TextDataModule):
-    __doc__ = f"Preferred responses to imitate, for the sft stage. {TextDataModule.__doc__}"
+    """Preferred responses to imitate, for the sft stage; options as in `TextDataModule`."""
 
     def prepare_data(self) -> None:
         """Read and check the data before any model is loaded."""

@@ -6,7 +6,6 @@ their beginning), and conversations of role/content messages, which go through t
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -106,7 +105,10 @@ def column(row: Row, name: str) -> Any:
 
 def shared_prompt(chosen: str, rejected: str) -> str:
     """What two dialogues share, up to and with the last `Assistant:` they have in common (HH-RLHF)."""
-    common = os.path.commonprefix([chosen, rejected])
+    size = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
+    common = chosen[:size]
     turn = common.rfind(TURN)
     if turn >= 0:
         return common[: turn + len(TURN)]

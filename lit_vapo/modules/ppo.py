@@ -175,7 +175,8 @@ class PPOModule(TrainedWeightsModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Roll out, learn, log."""
         started = time.perf_counter()
-        assert self.maker is not None and self.networks is not None
+        assert self.maker is not None
+        assert self.networks is not None
         rollout = self.maker.make(batch, self.objective)
         experience = compute_advantages(rollout, float(self.kl_coef), self.update, self._sum)
         update_started = time.perf_counter()
