@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -165,11 +166,11 @@ def poisson_bootstrap(example_ids: Tensor, num_members: int, seed: int) -> Tenso
     streams = _splitmix64(start + torch.arange(num_members, device=device))
     # Hashing between the additions keeps (member, id) and (member + 1, id - 1) apart.
     uniform = _shift_right(_splitmix64(streams[None, :] + _splitmix64(example_ids)[:, None]), 1)
-    thresholds = torch.tensor(_poisson_thresholds(), dtype=torch.int64, device=device)
-    return torch.searchsorted(thresholds, uniform, right=True).float()
+    return torch.searchsorted(_poisson_thresholds(device), uniform, right=True).float()
 
 
-def _poisson_thresholds() -> list[int]:
+@cache
+def _poisson_thresholds(device: torch.device) -> Tensor:
     """Return floor(2**63 * P(X <= n)) for X ~ Poisson(1), n = 0, 1, …, while that is below 2**63."""
     thresholds: list[int] = []
     cumulative, n = 0.0, 0
@@ -177,7 +178,7 @@ def _poisson_thresholds() -> list[int]:
         cumulative += math.exp(-1.0) / math.factorial(n)
         threshold = int(cumulative * 2.0**63)
         if threshold >= 2**63 or (thresholds and threshold == thresholds[-1]):
-            return thresholds
+            return torch.tensor(thresholds, dtype=torch.int64, device=device)
         thresholds.append(threshold)
         n += 1
 

@@ -203,7 +203,7 @@ class PPOUpdate:
             loss = loss / tokens.to(loss) * self.module.trainer.world_size
             if not torch.isfinite(loss):
                 raise ValueError(
-                    f"loss: expected a finite number, got {loss.item()} in iteration {self.module.trainer.global_step}; "
+                    f"loss: expected a finite number, got {loss.item()} at step {self.module.trainer.global_step}; "
                     "no step was taken with it"
                 )
             self.module.manual_backward(loss)

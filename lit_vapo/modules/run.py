@@ -61,6 +61,8 @@ class StageCLI(LightningCLI):
             model_class,
             datamodule_class,
             save_config_callback=SaveConfig,
+            # The modules make their own optimisers; options that do nothing would mislead.
+            auto_configure_optimizers=False,
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": f"runs/{stage}"},
             parser_kwargs={"prog": f"lit-vapo {stage}"},
@@ -120,7 +122,8 @@ class StageCLI(LightningCLI):
             return
         if not config["overwrite"]:
             raise ValueError(
-                f"trainer.default_root_dir: expected a folder without a run, got {self.root} which holds {held[0].name}. "
+                f"trainer.default_root_dir: expected a folder without a run, got {self.root}, which holds "
+                f"{held[0].name}. "
                 f"Resume with --ckpt_path={checkpoints}/last.ckpt, replace it with --overwrite=true, or choose "
                 "another folder."
             )

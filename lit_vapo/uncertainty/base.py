@@ -17,9 +17,9 @@ class RewardHead(nn.Module, ABC):
     """Maps pooled features (B, H) to a `RewardEstimate`, and knows its own training loss.
 
     A subclass keeps every constructor argument as an attribute of the same name (so that a saved head can be built
-    again), creates its parameters in `make_parameters`, and gives `rewards` and `loss`. Members leave `forward` normalised:
-    each is centred and scaled on responses of the reference policy (`calibrate`), because a Bradley–Terry reward
-    has neither an origin nor a unit, and a variance across members that disagree on those means nothing.
+    again), creates its parameters in `make_parameters`, and gives `rewards` and `loss`. Members leave `forward`
+    normalised: each is centred and scaled on responses of the reference policy (`calibrate`), because a Bradley–Terry
+    reward has neither an origin nor a unit, and a variance across members that disagree on those means nothing.
 
     Args:
         num_members: Number of members K.

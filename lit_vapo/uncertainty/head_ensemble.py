@@ -61,16 +61,17 @@ class HeadEnsemble(RewardHead):
         """Raw rewards (B, K) of features (B, H), computed in float32."""
         features = features.float()
         if self.hidden_width is None:
-            return features @ self.weight.T + self.bias
+            return torch.addmm(self.bias, features, self.weight.T)
         hidden = torch.einsum("bh,kwh->bkw", features, self.hidden_weight) + self.hidden_bias
         return torch.einsum("bkw,kw->bk", torch.tanh(hidden), self.weight) + self.bias
 
     def loss(self, chosen: Tensor, rejected: Tensor, margin: Tensor | None, example_ids: Tensor) -> Tensor:
         """Bradley–Terry loss of the bootstrapped pairs, summed over members (see `RewardHead.loss`)."""
         weights = poisson_bootstrap(example_ids, self.num_members, self.seed) if self.bootstrap else None
+        both = self.rewards(torch.cat([chosen, rejected]))
         return bradley_terry_loss(
-            self.rewards(chosen),
-            self.rewards(rejected),
+            both[: len(chosen)],
+            both[len(chosen) :],
             margin=margin,
             weights=weights,
             label_smoothing=self.label_smoothing,
