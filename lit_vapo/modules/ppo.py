@@ -210,6 +210,7 @@ class PPOModule(TrainedWeightsModule):
     ) -> None:
         tokens = float(rollout.response_mask.sum())
         values = {**rollout_statistics(rollout), **learned}
+        values["iteration"] = torch.tensor(float(self.trainer.fit_loop.total_batch_idx + 1))
         values["kl_coef"] = self.kl_coef.clone()
         values["effective_kl_coef"] = self.kl_coef * rollout.kl_weight.mean()
         values["tokens_per_second"] = torch.tensor(tokens / total)
