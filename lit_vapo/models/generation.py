@@ -14,29 +14,24 @@ from transformers import GenerationConfig, PreTrainedModel
 class Sampling:
     """How responses are drawn.
 
-    Only the temperature shapes the distribution: top-k, top-p and penalties would make the log-probabilities of
-    the sampled tokens differ from those PPO computes, so they are always off.
+    Only the temperature shapes the distribution: top-k, top-p, penalties and a minimum length would make the
+    log-probabilities of the sampled tokens differ from those PPO computes, so they are always off.
 
     Args:
         max_new_tokens: Longest response.
-        min_new_tokens: Shortest response; stop tokens are suppressed before it.
         temperature: The logits are divided by it, in sampling and in every log-probability alike.
         stop_token_ids: Tokens that end a response, besides the model's own end-of-sequence tokens.
     """
 
     max_new_tokens: int = 64
-    min_new_tokens: int = 0
     temperature: float = 1.0
     stop_token_ids: list[int] | None = None
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"sampling.temperature: expected a positive number, got {self.temperature}")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens or self.max_new_tokens < 1:
-            raise ValueError(
-                "sampling: expected 0 <= min_new_tokens <= max_new_tokens and max_new_tokens >= 1, "
-                f"got {self.min_new_tokens} and {self.max_new_tokens}"
-            )
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sampling.max_new_tokens: expected at least 1, got {self.max_new_tokens}")
 
 
 class Generated(NamedTuple):
@@ -89,7 +84,6 @@ def sample(
         top_p=1.0,
         repetition_penalty=1.0,
         max_new_tokens=sampling.max_new_tokens,
-        min_new_tokens=sampling.min_new_tokens or None,
         eos_token_id=stops or None,
         pad_token_id=pad,
         use_cache=True,

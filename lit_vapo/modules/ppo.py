@@ -127,7 +127,9 @@ class PPOModule(TrainedWeightsModule):
     def _start(self) -> None:
         """What needs the device and the data: the rollout maker, and a calibrated ensemble."""
         assert self.networks is not None
-        datamodule = cast("PromptDataModule", self.trainer.datamodule)  # type: ignore[attr-defined]
+        datamodule = cast("PromptDataModule | None", getattr(self.trainer, "datamodule", None))
+        if datamodule is None:
+            raise ValueError("trainer: expected a PromptDataModule (it has the tokenizer), got plain dataloaders")
         self._check_context(datamodule)
         self.maker = RolloutMaker(
             self.networks,

@@ -113,12 +113,16 @@ class RewardModule(TrainedWeightsModule):
         self.backbone = backbone = load_backbone(self.spec.base, self.spec.layer)
         if self._trainer is None:
             return
-        datamodule = cast("PreferenceDataModule", self.trainer.datamodule)  # type: ignore[attr-defined]
+        if self.freeze_backbone:
+            self.backbone = place(backbone, self.device_of_run)
+        datamodule = cast("PreferenceDataModule | None", getattr(self.trainer, "datamodule", None))
+        if datamodule is None:
+            # Somebody's own loaders: batches of tokens, encoded as they come.
+            return
         fitting = self.trainer.state.fn == "fit"
         if fitting and self.reference is not None:
             self.reference_inputs = self._sample_reference(datamodule)
         if self.freeze_backbone:
-            self.backbone = place(backbone, self.device_of_run)
             for split in SPLITS.get(getattr(self.trainer.state.fn, "value", ""), ()):
                 pairs = datamodule.preferences(split)
                 features = self._features([*pairs.chosen, *pairs.rejected], split)
