@@ -158,8 +158,10 @@ class PPOModule(TrainedWeightsModule):
             )
 
     def on_fit_start(self) -> None:
-        """Get ready to roll out."""
+        """Get ready to roll out, each process with random numbers of its own."""
         self._start()
+        if self.trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def on_validation_start(self) -> None:
         """Get ready to roll out, if `validate` is all that runs."""

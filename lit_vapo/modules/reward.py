@@ -223,8 +223,10 @@ class RewardModule(TrainedWeightsModule):
         table = [{n: float(values[n][k]) for n in names} for k in range(self.head.num_members + 1)]
         self.evaluation = {"mean": table[-1], "members": table[:-1], "num_pairs": int(values["num_pairs"])}
         for name in names:
-            self.log(f"{prefix}/{name}", table[-1][name], prog_bar=True)
-            self.log(f"{prefix}/member_{name}", sum(row[name] for row in table[:-1]) / self.head.num_members)
+            members = sum(row[name] for row in table[:-1]) / self.head.num_members
+            # The metric has already met all processes; the mean over them of equal numbers changes nothing.
+            self.log(f"{prefix}/{name}", table[-1][name], prog_bar=True, sync_dist=True)
+            self.log(f"{prefix}/member_{name}", members, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear decay; head and backbone have their own learning rates."""
