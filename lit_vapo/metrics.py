@@ -90,6 +90,7 @@ def sample_rows(rollout: Rollout, policy: str) -> list[dict[str, Any]]:
     """
     members = rollout.estimate.members
     sigma = rollout.estimate.variance.clamp_min(0).sqrt()
+    log_ratio = rollout.log_ratio
     records = []
     for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
         record: dict[str, Any] = {
@@ -99,7 +100,7 @@ def sample_rows(rollout: Rollout, policy: str) -> list[dict[str, Any]]:
             "reward": float(rollout.estimate.mean[i]),
             "sigma": float(sigma[i]),
             "members": [] if members is None else [round(v, 6) for v in members[i].tolist()],
-            "kl": float(rollout.log_ratio[i]),
+            "kl": float(log_ratio[i]),
             "kl_weight": float(rollout.kl_weight[i]),
         }
         if rollout.gold is not None:

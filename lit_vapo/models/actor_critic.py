@@ -80,14 +80,15 @@ class ActorCritic(nn.Module):
         self.reward_model = RewardModel.from_pretrained(reward, with_backbone=not self.shares_base)
         spec = self.reward_model.spec
         self.base = base
-        self.policy = Policy(base, lora, critic_adapter=critic.trunk == "lora")
         self.critic_trunk = critic.trunk
-        trunk = own_trunk(critic, base) if critic.trunk == "own" else None
         # Value and reward are read at the same depth where they read the same model.
         critic_base = (critic.base or base) if critic.trunk == "own" else base
         comparable = not config["own_backbone"] and _same_model(spec.base, critic_base)
         self.tap_layer = spec.layer if self.shares_base else None
         self.value_layer = spec.layer if comparable else None
+        # Above the depth at which it reads, the critic holds nothing: nothing there would ever get a gradient.
+        self.policy = Policy(base, lora, critic_adapter=critic.trunk == "lora", critic_depth=self.value_layer)
+        trunk = own_trunk(critic, base, self.value_layer) if critic.trunk == "own" else None
         size = int(trunk.config.hidden_size) if trunk is not None else self.policy.hidden_size
         self.critic = Critic(size, trunk)
         if critic.warm_start and comparable:

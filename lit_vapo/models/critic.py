@@ -59,8 +59,8 @@ class Critic(nn.Module):
         return True
 
 
-def own_trunk(spec: CriticSpec, policy_base: Pretrained) -> PreTrainedModel:
-    """The trainable model of an `own` trunk.
+def own_trunk(spec: CriticSpec, policy_base: Pretrained, depth: int | None = None) -> PreTrainedModel:
+    """The trainable model of an `own` trunk, cut off after `depth` blocks.
 
     Raises:
         ValueError: The model is quantised.
@@ -68,6 +68,6 @@ def own_trunk(spec: CriticSpec, policy_base: Pretrained) -> PreTrainedModel:
     base = spec.base or policy_base
     if base.quantization is not None:
         raise ValueError(f"model.critic.base: expected an unquantised model to train, got {base.quantization}")
-    trunk = load_backbone(base)
+    trunk = load_backbone(base, depth)
     disable_dropout(trunk)
     return trunk

@@ -88,7 +88,13 @@ def sample(
         pad_token_id=pad,
         use_cache=True,
     )
-    out = lm.generate(input_ids=prompt_ids, attention_mask=mask.long(), generation_config=config)
+    # transformers fills what `config` leaves open from the model's own settings, which may shape the distribution
+    # (min-p, suppressed tokens, a minimum length, …).
+    own, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        out = lm.generate(input_ids=prompt_ids, attention_mask=mask.long(), generation_config=config)
+    finally:
+        lm.generation_config = own
     responses = cast("Tensor", out)[:, size:]
     is_stop = torch.isin(responses, torch.tensor(stops, device=responses.device, dtype=responses.dtype))
     stopped = is_stop.any(1)

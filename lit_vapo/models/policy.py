@@ -41,6 +41,7 @@ class Policy(nn.Module):
         base: The language model to start from.
         lora: Adapters to train, or `None` to train every weight.
         critic_adapter: Add a second set of adapters for the critic.
+        critic_depth: The critic reads after this many blocks, so its adapters stop there; `None` for all.
         keep_reference: Without LoRA, hold a frozen copy as the reference.
 
     Raises:
@@ -48,7 +49,12 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, base: Pretrained, lora: Lora | None, critic_adapter: bool = False, keep_reference: bool = True
+        self,
+        base: Pretrained,
+        lora: Lora | None,
+        critic_adapter: bool = False,
+        critic_depth: int | None = None,
+        keep_reference: bool = True,
     ) -> None:
         super().__init__()
         if lora is None and base.quantization is not None:
@@ -67,7 +73,7 @@ class Policy(nn.Module):
             freeze(lm)
             self.lm = get_peft_model(lm, lora_config(lora, lm), adapter_name="actor")
             if critic_adapter:
-                self.lm.add_adapter("critic", lora_config(lora, lm))
+                self.lm.add_adapter("critic", lora_config(lora, lm, critic_depth))
         self.eval()
 
     @property
@@ -92,12 +98,14 @@ class Policy(nn.Module):
             yield (self.reference_lm if role == "reference" and self.reference_lm is not None else self.causal_lm)
             return
         if role == "reference":
-            with self.lm.disable_adapter():
-                yield self.causal_lm
+            try:
+                with self.lm.disable_adapter():
+                    yield self.causal_lm
+            finally:
+                self._train_adapters()
         else:
             self.lm.set_adapter(role)
-        self._train_adapters()
-        if role != "reference":
+            self._train_adapters()
             yield self.causal_lm
 
     def _train_adapters(self) -> None:
@@ -174,18 +182,23 @@ def response_tokens(input_ids: Tensor, prompt_lengths: Tensor, size: int) -> Ten
     return input_ids.gather(1, offsets.clamp_max(input_ids.shape[1] - 1))
 
 
-def lora_config(lora: Lora, lm: PreTrainedModel) -> LoraConfig:
-    """The peft configuration of `lora` for this model.
+def lora_config(lora: Lora, lm: PreTrainedModel, depth: int | None = None) -> LoraConfig:
+    """The peft configuration of `lora` for this model, for its first `depth` blocks if given.
 
     Raises:
-        ValueError: `top_layers` is not between 1 and the number of layers.
+        ValueError: `top_layers` is not between 1 and the number of layers, or the head is to be adapted.
     """
+    blocks = decoder_layers(cast("nn.Module", lm.base_model))
+    depth = depth or len(blocks)
+    top = len(blocks) if lora.top_layers is None else lora.top_layers
+    if not 1 <= top <= len(blocks):
+        raise ValueError(f"model.lora.top_layers: expected 1 … {len(blocks)}, got {top}")
     layers, targets = None, lora.target_modules
-    if lora.top_layers is not None:
-        blocks = decoder_layers(cast("nn.Module", lm.base_model))
-        if not 1 <= lora.top_layers <= len(blocks):
-            raise ValueError(f"model.lora.top_layers: expected 1 … {len(blocks)}, got {lora.top_layers}")
-        layers = list(range(len(blocks) - lora.top_layers, len(blocks)))
+    heads = {n.rpartition(".")[2] for n, m in lm.named_modules() if m is lm.get_output_embeddings()}
+    if not isinstance(targets, str) and heads & set(targets):
+        raise ValueError(f"model.lora.target_modules: expected layers inside the blocks, got the head {heads}")
+    if (top, depth) != (len(blocks), len(blocks)):
+        layers = list(range(max(0, depth - top), depth))
         if targets == "all-linear":
             # peft takes either this word or a choice of layers, so the word is spelt out.
             linear = (nn.Linear, Conv1D)

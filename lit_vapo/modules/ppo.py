@@ -127,6 +127,9 @@ class PPOModule(TrainedWeightsModule):
     def _start(self) -> None:
         """What needs the device and the data: the rollout maker, and a calibrated ensemble."""
         assert self.networks is not None
+        if self.trainer.precision == "16-mixed":
+            # Its loss scaler belongs to one step of one optimiser a batch; an iteration takes many.
+            raise ValueError("trainer.precision: expected bf16-mixed, bf16-true or 32-true for PPO, got 16-mixed")
         datamodule = cast("PromptDataModule | None", getattr(self.trainer, "datamodule", None))
         if datamodule is None:
             raise ValueError("trainer: expected a PromptDataModule (it has the tokenizer), got plain dataloaders")
@@ -240,7 +243,11 @@ class PPOModule(TrainedWeightsModule):
             ],
             weight_decay=0.0,
         )
-        decay = linear_decay(total_steps(self))
+        iterations = total_steps(self)
+        if self.trainer.max_steps > 0:
+            # Lightning counts weight updates here, the schedule counts iterations.
+            iterations = min(iterations, -(-self.trainer.max_steps // (self.update.epochs * self.update.minibatches)))
+        decay = linear_decay(iterations)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, decay)]
 
     # 3. Evaluation on held-out prompts.

@@ -161,12 +161,15 @@ class PPOUpdate:
             Statistics of the update, by name; each a scalar, already over all processes.
 
         Raises:
-            ValueError: The loss is not finite; nothing was stepped with it.
+            ValueError: The loss or its gradient is not finite; nothing was stepped with it.
         """
         rows = len(experience.rows.prompt_lengths)
         device = experience.logprobs.device
         done: list[dict[str, Tensor]] = []
         updates, stopped = 0, False
+        # Autocast keeps casts of the weights for as long as the training step lasts, across weight updates: with
+        # mixed precision every minibatch would see the first one's weights.
+        torch.clear_autocast_cache()
         for _ in range(self.settings.epochs):
             for index in torch.randperm(rows).tensor_split(min(self.settings.minibatches, rows)):
                 optimizer.zero_grad()
@@ -253,7 +256,12 @@ class PPOUpdate:
             "actor_grad_norm": torch.nn.utils.clip_grad_norm_(self.networks.actor_parameters(), limit),
             "critic_grad_norm": torch.nn.utils.clip_grad_norm_(self.networks.critic_parameters(), limit),
         }
+        for name, norm in norms.items():
+            if not torch.isfinite(norm):
+                step = self.module.trainer.global_step
+                raise ValueError(f"{name}: expected a finite number, got {norm.item()} at step {step}; no step was taken")
         optimizer.step()
+        torch.clear_autocast_cache()
         return norms
 
     def _all_reduce(self, x: Tensor, operation: str) -> Tensor:

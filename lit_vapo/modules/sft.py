@@ -54,13 +54,15 @@ class SFTModule(TrainedWeightsModule):
     def _step(self, batch: SFTBatch, prefix: str) -> Tensor:
         """Mean negative log-likelihood per response token."""
         assert self.policy is not None
-        mask = length_mask(batch.lengths - batch.prompt_lengths, batch.input_ids.shape[1])
-        mask = mask[:, : int((batch.lengths - batch.prompt_lengths).max())]
+        # Without a prompt nothing predicts the first token.
+        prompts = batch.prompt_lengths.clamp_min(1)
+        sizes = batch.lengths - prompts
+        mask = length_mask(sizes, int(sizes.max()))
         hidden = self.policy.hidden("actor", batch.input_ids, batch.lengths).last
-        out = self.policy.logprobs("actor", hidden, batch.input_ids, batch.prompt_lengths, mask, temperature=1.0)
-        tokens = mask.sum()
+        out = self.policy.logprobs("actor", hidden, batch.input_ids, prompts, mask, temperature=1.0)
+        tokens = mask.sum().clamp_min(1)
         loss = -out.logprobs.sum() / tokens
-        self.log(f"{prefix}/loss", loss.detach(), prog_bar=True, sync_dist=prefix == "val", batch_size=int(tokens))
+        self.log(f"{prefix}/loss", loss.detach(), prog_bar=True, sync_dist=prefix != "train", batch_size=int(tokens))
         return loss
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:

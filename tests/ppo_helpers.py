@@ -1,0 +1,127 @@
+"""Tiny ensembles, modules and trainers for the tests of rollouts and PPO."""
+
+from types import SimpleNamespace
+
+import helpers
+import torch
+from lightning.pytorch import Trainer
+
+from lit_vapo.data.collate import PromptBatch, pad
+from lit_vapo.data.datamodule import PromptDataModule
+from lit_vapo.models.actor_critic import ActorCritic
+from lit_vapo.models.critic import CriticSpec
+from lit_vapo.models.generation import Sampling
+from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
+from lit_vapo.models.reward import FeatureSpec, RewardModel
+from lit_vapo.modules.ppo import PPOModule
+from lit_vapo.modules.ppo_update import UpdateSettings, compute_advantages
+from lit_vapo.objectives.mean_reward import MeanReward
+from lit_vapo.rollout import RolloutMaker
+from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
+
+PROMPTS = ["the film", "the plot was good and", "Review", "a quiet family was", "slow", "the story was"]
+
+
+def ensemble(folder, model, members=3, layer=None, pooling="last", calibrated=True):
+    """A random head ensemble on the tiny model, saved into `folder`."""
+    head = HeadEnsemble(members)
+    head.build(32)
+    if calibrated:
+        head.calibrate(torch.randn(64, 32, generator=torch.Generator().manual_seed(1)))
+    RewardModel(FeatureSpec(Pretrained(model), layer, pooling), head, None).save_pretrained(folder)
+    return str(folder)
+
+
+def networks(model, reward, lora=True, critic="reference", **kwargs):
+    """The networks of PPO on a tiny model, with reproducible adapters."""
+    torch.manual_seed(0)
+    return ActorCritic(Pretrained(model), Lora(4, 16.0) if lora else None, CriticSpec(critic, **kwargs), reward)
+
+
+def prompt_batch(model, prompts=None):
+    """Left-padded prompts."""
+    prompts = prompts or PROMPTS
+    tokenizer = load_tokenizer(Pretrained(model))
+    ids, lengths = pad([tokenizer(p)["input_ids"] for p in prompts], tokenizer.pad_token_id, left=True)
+    return PromptBatch(ids, lengths, list(prompts), torch.arange(len(prompts)))
+
+
+def maker(nets, model, tokens=6, temperature=1.0, **kwargs):
+    """A rollout maker for `nets`, with so many stop tokens that responses differ in length."""
+    sampling = Sampling(tokens, temperature, list(range(60)))
+    return RolloutMaker(nets, load_tokenizer(Pretrained(model)), sampling, **kwargs)
+
+
+def make_rollout(nets, model, seed=0, tokens=6, prompts=None, objective=None, role="actor", **kwargs):
+    """A rollout of `nets`."""
+    torch.manual_seed(seed)
+    return maker(nets, model, tokens, **kwargs).make(prompt_batch(model, prompts), objective or MeanReward(), role)
+
+
+def make_experience(nets, model, settings=None, kl_coef=0.05, **kwargs):
+    """What an update learns from."""
+    return compute_advantages(make_rollout(nets, model, **kwargs), kl_coef, settings or UpdateSettings(), lambda x: x)
+
+
+class LoneModule:
+    """Stands in for a LightningModule in one process."""
+
+    def __init__(self):
+        strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
+        self.trainer = SimpleNamespace(world_size=1, global_step=0, strategy=strategy)
+
+    def manual_backward(self, loss):
+        loss.backward()
+
+
+def optimizer(nets, lr=1e-2):
+    """AdamW on actor and critic."""
+    return torch.optim.AdamW([*nets.actor_parameters(), *nets.critic_parameters()], lr=lr, weight_decay=0.0)
+
+
+def state(module):
+    """A copy of everything that trains."""
+    return {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+
+
+def ppo_module(model, reward, **kwargs):
+    """A small PPO module; keywords override."""
+    options = {
+        "lora": Lora(4, 16.0),
+        "sampling": Sampling(6),
+        "update": UpdateSettings(epochs=2, minibatches=2),
+        "learning_rate": 1e-2,
+        "critic_learning_rate": 1e-2,
+        "objective": MeanReward(),
+        **kwargs,
+    }
+    return PPOModule(Pretrained(model), reward, **options)
+
+
+def prompt_data(model, folder, count=16, batch_size=4, validation_fraction=0.0, **kwargs):
+    """Prompts in a file of `folder`, as a datamodule."""
+    prompts = helpers.tiny_prompts(folder / "ppo_prompts.jsonl", count)
+    return PromptDataModule(
+        model,
+        prompts=prompts,
+        batch_size=batch_size,
+        max_prompt_length=48,
+        validation_fraction=validation_fraction,
+        **kwargs,
+    )
+
+
+def trainer(folder, **kwargs):
+    """A quiet trainer on the CPU."""
+    options = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        **kwargs,
+    }
+    return Trainer(default_root_dir=folder, **options)
