@@ -103,7 +103,9 @@ def main(
             ratios.append(seconds[members] / seconds[1])
             singles.append(seconds[1])
     steps = epochs * -(-pairs // batch_size)
-    print(f"one member: {1e3 * statistics.median(singles) / steps:.2f} ms a step (batch {batch_size}, H = {hidden_size})")
+    print(
+        f"one member: {1e3 * statistics.median(singles) / steps:.2f} ms a step (batch {batch_size}, H = {hidden_size})"
+    )
     print(
         f"K = {members} against K = 1: median ratio {statistics.median(ratios):.3f} "
         f"(from {min(ratios):.3f} to {max(ratios):.3f}, {repetitions} alternating pairs, {threads} thread)"

@@ -94,9 +94,7 @@ def train_judge(texts: list[str], labels: list[bool], folder: Path) -> None:
     encoder.tune(texts[:cut], labels[:cut])
     words = TfidfVectorizer(**WORDS)
     word_scores = LogisticRegression(C=3.0, max_iter=300).fit(words.fit_transform(texts[:cut]), labels[:cut])
-    views = np.stack(
-        [encoder.score(texts[cut:]), word_scores.decision_function(words.transform(texts[cut:]))], axis=1
-    )
+    views = np.stack([encoder.score(texts[cut:]), word_scores.decision_function(words.transform(texts[cut:]))], axis=1)
     final = LogisticRegression().fit(views, labels[cut:])
     folder.mkdir(parents=True, exist_ok=True)
     encoder.body.save_pretrained(folder / "encoder")

@@ -118,7 +118,9 @@ def prepare(output: str, pairs: int = 1500) -> None:
         print(f"data and judge: {root / 'data'} and {root / 'judge'} are there")
         return
     reviews = read_reviews()
-    parts = {name: take_part(reviews, part, SENTENCES) for name, part in (("a", PREFERENCES), ("b", GOLD), ("c", PROMPTS))}
+    parts = {
+        name: take_part(reviews, part, SENTENCES) for name, part in (("a", PREFERENCES), ("b", GOLD), ("c", PROMPTS))
+    }
 
     def write_data(folder: Path) -> None:
         count = write_preferences(parts["a"], folder / "preferences.jsonl", pairs)
