@@ -2,7 +2,13 @@
 
 import os
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline", WANDB_SILENT="true")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    JSONARGPARSE_DEPRECATION_WARNINGS="off",  # lightning 2.6 calls what jsonargparse 4.53 has renamed
+)
 
 import helpers
 import pytest

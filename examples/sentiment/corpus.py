@@ -68,11 +68,11 @@ _COMPILED = tuple((re.compile(pattern), replacement) for pattern, replacement in
 
 
 def clean_text(text: str) -> str:
-    """Ordinary prose from tokenised lower-case text: spacing, ellipses, quotation marks, capitals.
+    r"""Ordinary prose from tokenised lower-case text: spacing, ellipses, quotation marks, capitals.
 
     Example:
-        >>> clean_text("if you can't get enough , i'd say : see \\" jaws \\" . . . it's $1 . 8 million well spent !")
-        'If you can\\'t get enough, I\\'d say: see "jaws"... it\\'s $1.8 million well spent!'
+        >>> clean_text("if you can't get enough , i'd say : see \" jaws \" . . . it's $1 . 8 million well spent !")
+        'If you can\'t get enough, I\'d say: see "jaws"... it\'s $1.8 million well spent!'
     """
     for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)

@@ -71,9 +71,11 @@ class Policy(nn.Module):
             self.lm = cast("PreTrainedModel", lm.requires_grad_(True))
         else:
             freeze(lm)
-            self.lm = get_peft_model(lm, lora_config(lora, lm), adapter_name="actor")
+            # Both before any adapter is in place, while the layers still bear their own names.
+            actor, critic = lora_config(lora, lm), lora_config(lora, lm, critic_depth)
+            self.lm = get_peft_model(lm, actor, adapter_name="actor")
             if critic_adapter:
-                self.lm.add_adapter("critic", lora_config(lora, lm, critic_depth))
+                self.lm.add_adapter("critic", critic)
         self.eval()
 
     @property

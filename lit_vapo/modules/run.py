@@ -20,6 +20,14 @@ from lit_vapo.callbacks.samples import SampleTable
 from lit_vapo.models.pretrained import quiet
 
 FINISHED = "finished.json"
+NOISE = (
+    # Lightning is handed arguments while the command line has some: the stage's name, here.
+    ".*LightningCLI's args parameter is intended to run from within.*",
+    # A folder that holds a run is refused before this, unless it is resumed.
+    ".*Checkpoint directory .* exists and is not empty.*",
+    # Frozen models belong in evaluation mode, and a policy has no dropout, so its mode does not matter.
+    ".*module\\(s\\) in eval mode at the start of training.*",
+)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -55,8 +63,8 @@ class StageCLI(LightningCLI):
     ) -> None:
         self.stage = stage
         quiet()
-        # Lightning warns when it is handed arguments while the command line has some: the stage's name, here.
-        warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended to run from within.*")
+        for message in NOISE:
+            warnings.filterwarnings("ignore", message=message)
         super().__init__(
             model_class,
             datamodule_class,
@@ -101,9 +109,10 @@ class StageCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that always keeps a metrics.csv."""
+        if self.config[self.subcommand]["trainer"]["logger"] in (None, True, False):
+            kwargs["logger"] = False
         trainer = super().instantiate_trainer(**kwargs)
-        asked = self.config[self.subcommand]["trainer"]["logger"]
-        others: list[Logger] = [] if asked in (None, True, False) else list(trainer.loggers)
+        others: list[Logger] = list(trainer.loggers)
         csv = [x for x in others if isinstance(x, CSVLogger)] or [CSVLogger(str(self.root), name="logs")]
         # First, since the first logger's folder is where the configuration goes.
         trainer.loggers = [*csv, *(x for x in others if not isinstance(x, CSVLogger))]
