@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 
 STAGE_KEY = "lit_vapo_stage"
+INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
 class TrainedWeightsModule(LightningModule):
@@ -36,6 +39,10 @@ class TrainedWeightsModule(LightningModule):
         kept = self.kept_keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         checkpoint[STAGE_KEY] = self.stage
+        settings = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        if settings is not None and "_instantiator" not in settings:
+            # Made in Python rather than from a config: write what the command line would have written.
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**plain(dict(settings)), "_instantiator": INSTANTIATOR}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not fit, and fill in the frozen weights it left out.
@@ -113,3 +120,21 @@ def unpickled() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
         yield
+
+
+def plain(value: Any) -> Any:
+    """A setting as numbers, strings, lists and dicts, so that reading a checkpoint runs no pickled code.
+
+    An object becomes its class path and constructor arguments, read back from attributes of the same names.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, dict):
+        return {key: plain(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(x) for x in value]
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    names = [name for name in inspect.signature(type(value).__init__).parameters if hasattr(value, name)]
+    class_path = f"{type(value).__module__}.{type(value).__qualname__}"
+    return {"class_path": class_path, "init_args": {name: plain(getattr(value, name)) for name in names}}

@@ -70,8 +70,7 @@ def test_equals_log_softmax_with_gradients_however_chunked(inputs, chunk_size, o
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_chunks_are_recomputed_only_for_a_gradient(inputs, monkeypatch, grad):
+def test_chunks_are_recomputed_for_a_gradient(inputs, monkeypatch):
     hidden, weight, targets, _ = inputs
     calls = []
     plain = module._chunk_logprobs
@@ -81,11 +80,18 @@ def test_chunks_are_recomputed_only_for_a_gradient(inputs, monkeypatch, grad):
         return plain(*arguments)
 
     monkeypatch.setattr(module, "_chunk_logprobs", counted)
-    out = token_logprobs(hidden.requires_grad_(grad), weight, targets, chunk_size=3)
+    out = token_logprobs(hidden.requires_grad_(), weight, targets, chunk_size=3)
     assert calls == [3, 3, 1]
-    if grad:
-        out.logprobs.sum().backward()
-        assert sorted(calls) == [1, 1, 3, 3, 3, 3]
+    out.logprobs.sum().backward()
+    assert sorted(calls) == [1, 1, 3, 3, 3, 3]
+
+
+def test_without_a_gradient_nothing_is_checkpointed(inputs, monkeypatch):
+    hidden, weight, targets, _ = inputs
+    monkeypatch.delattr(module, "checkpoint")
+    token_logprobs(hidden, weight, targets, chunk_size=3)
+    with torch.no_grad():
+        token_logprobs(hidden.requires_grad_(), weight, targets, chunk_size=3)
 
 
 def test_default_chunk_follows_the_memory_limit(inputs, monkeypatch):

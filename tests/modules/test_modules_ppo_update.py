@@ -39,7 +39,7 @@ def test_the_first_minibatch_has_ratio_one(tiny_model_dir, reward):
 def test_every_minibatch_is_a_weight_update(tiny_model_dir, reward):
     # 3 epochs × 2 minibatches = 6 updates: 7 different states, seen from inside the forward passes.
     nets = ppo_helpers.networks(tiny_model_dir, reward)
-    settings = UpdateSettings(epochs=3, minibatches=2, micro_batch_tokens=40)
+    settings = UpdateSettings(epochs=3, minibatches=2, micro_batch_tokens=20)
     experience = ppo_helpers.make_experience(nets, tiny_model_dir, settings)
     seen, actor = [], nets.actor
 

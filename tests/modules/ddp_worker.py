@@ -1,0 +1,74 @@
+"""Run as a script: one PPO update in two processes, from the rollout that a test left in a file."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+
+import ppo_helpers
+import torch
+
+from lit_vapo.models.actor_critic import Rows
+from lit_vapo.models.pretrained import Lora, Pretrained
+from lit_vapo.modules.ppo import PPOModule
+from lit_vapo.modules.ppo_update import PPOUpdate, UpdateSettings, compute_advantages
+from lit_vapo.rollout import Rollout
+from lit_vapo.types import RewardEstimate
+
+SETTINGS = UpdateSettings(epochs=2, minibatches=1, micro_batch_tokens=40, entropy_coef=0.01)
+TENSORS = ("stopped", "logprobs", "ref_logprobs", "entropy", "values", "value_states", "reward", "kl_weight")
+
+
+def save_rollout(path, rollout):
+    """Write what an update needs of a rollout."""
+    torch.save({"rows": tuple(rollout.rows), **{n: getattr(rollout, n) for n in TENSORS}}, path)
+
+
+def load_rollout(path, rank, world):
+    """Every `world`-th row of a rollout, cut to the longest response among them."""
+    saved = torch.load(path, weights_only=True)
+    index = torch.arange(rank, len(saved["reward"]), world)
+    rows = Rows(*saved.pop("rows")).select(index)
+    size = rows.response_mask.shape[1]
+    part = {n: x[index, :size] if x.ndim > 1 else x[index] for n, x in saved.items()}
+    texts = [""] * len(index)
+    return Rollout(rows, texts, texts, estimate=RewardEstimate(part["reward"], part["reward"], None), **part)
+
+
+class FixedRollout(PPOModule):
+    """Learns from a file in place of its own rollout, and leaves its weights in another."""
+
+    def __init__(self, model, reward, folder, critic=None):
+        options = {"critic_learning_rate": 1e-3, "update": SETTINGS, "critic": critic}
+        super().__init__(Pretrained(model), reward, lora=Lora(4, 16.0), learning_rate=1e-3, **options)
+        self.folder = Path(folder)
+
+    def configure_model(self):
+        torch.manual_seed(0)
+        super().configure_model()
+
+    def training_step(self, batch, batch_idx):
+        trainer = self.trainer
+        rollout = load_rollout(self.folder / "rollout.pt", trainer.global_rank, trainer.world_size)
+        experience = compute_advantages(rollout, 0.05, self.update, self._sum)
+        learned = PPOUpdate(self, self.networks, self.update, 1.0).run(experience, self.optimizers())
+        if trainer.is_global_zero:
+            names = ("policy_loss", "value_loss", "approx_kl", "ratio_max", "actor_grad_norm", "clip_fraction")
+            report = {n: learned[n] for n in names}
+            torch.save((ppo_helpers.state(self), report), self.folder / f"world_{trainer.world_size}.pt")
+
+
+def run(model, reward, folder, **kwargs):
+    """One update."""
+    data = ppo_helpers.prompt_data(model, Path(folder))
+    trainer = ppo_helpers.trainer(folder, limit_train_batches=1, limit_val_batches=0, **kwargs)
+    trainer.fit(FixedRollout(model, reward, folder), data)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    run(*sys.argv[1:4], devices=2, strategy="ddp_fork")
