@@ -15,7 +15,7 @@ stages:
   ppo       align the policy
   export    turn a checkpoint into a folder that other programs load
 
-commands of a stage: fit, validate, test, predict; their options: lit-vapo STAGE fit --help
+commands of a stage: fit, validate, test (ppo: predict too); their options: lit-vapo STAGE fit --help
 """
 STAGES = ("sft", "reward", "ppo")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_vapo.data.collate import PromptBatch
+from lit_vapo.data.tokenise import prompt_ids, response_ids
 from lit_vapo.functional import clip_rewards, sequence_log_ratio
 from lit_vapo.models.actor_critic import ActorCritic, Rows
 from lit_vapo.models.features import compute_features, length_batches
@@ -275,11 +276,10 @@ def pair_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str, bool
     """A function from prompt text, response text and 'it ended by itself' to token ids."""
 
     def encode(prompt: str, response: str, ended: bool) -> TokenSequence:
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        ids = prompt_ids + tokenizer(response, add_special_tokens=False)["input_ids"]
-        if ended and tokenizer.eos_token_id is not None:
-            ids = [*ids, tokenizer.eos_token_id]
-        return TokenSequence(ids, len(prompt_ids))
+        # A chat template has written the special tokens already.
+        templated = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
+        start = prompt_ids(tokenizer, prompt, templated)
+        return TokenSequence(start + response_ids(tokenizer, response, append_eos=ended), len(start))
 
     return encode
 

@@ -14,6 +14,8 @@ import helpers
 import pytest
 import torch
 
+from lit_vapo.cli import main
+
 torch.set_num_threads(1)
 
 
@@ -34,3 +36,55 @@ def tiny_preferences_file(tmp_path_factory):
 def tiny_prompts_file(tmp_path_factory):
     """A JSONL file of prompts."""
     return helpers.tiny_prompts(tmp_path_factory.mktemp("data") / "prompts.jsonl")
+
+
+@pytest.fixture(scope="session")
+def stage_args(tiny_model_dir, tiny_preferences_file, tiny_prompts_file):
+    """Command line of a stage with its tiny config; keywords replace options, `__` stands for a dot."""
+
+    def args(stage, command, folder, *options, **replaced):
+        given = {
+            "config": helpers.CONFIGS / stage / "tiny.yaml",
+            "trainer.default_root_dir": folder,
+            "model.base.path": tiny_model_dir,
+            "data.tokenizer": tiny_model_dir,
+            "data.preferences": tiny_preferences_file,
+            "data.prompts": tiny_prompts_file,
+            **{key.replace("__", "."): value for key, value in replaced.items()},
+        }
+        return [stage, command, *(f"--{key}={value}" for key, value in given.items()), *options]
+
+    return args
+
+
+@pytest.fixture(scope="session")
+def sft_run(tmp_path_factory, stage_args):
+    """Folder of a tiny run of supervised fine-tuning."""
+    folder = tmp_path_factory.mktemp("runs") / "sft"
+    main(stage_args("sft", "fit", folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_run(tmp_path_factory, stage_args, tiny_model_dir):
+    """Folder of a tiny run of reward training: three members, calibrated on the tiny model's own responses."""
+    folder = tmp_path_factory.mktemp("runs") / "reward"
+    reference = ("--model.reference_sampling.max_new_tokens=6", "--model.num_reference=12")
+    main(stage_args("reward", "fit", folder, f"--model.reference.path={tiny_model_dir}", *reference))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_ensemble_dir(tmp_path_factory, reward_run):
+    """Folder of the exported ensemble of `reward_run`."""
+    folder = tmp_path_factory.mktemp("ensemble") / "exported"
+    main(["export", f"--checkpoint={reward_run}/checkpoints/last.ckpt", f"--output={folder}"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ppo_run(tmp_path_factory, stage_args, tiny_ensemble_dir):
+    """Folder of a tiny run of PPO against `tiny_ensemble_dir`."""
+    folder = tmp_path_factory.mktemp("runs") / "ppo"
+    main(stage_args("ppo", "fit", folder, model__reward=tiny_ensemble_dir))
+    return folder

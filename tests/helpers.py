@@ -1,11 +1,13 @@
 """Tiny tokenizers, models and data sets, made in a moment and offline."""
 
 import json
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 TEXT = ["the film was good and the plot was bad", "Review: a quiet, moving, slow story of one family"]
 CHAT = (
     "{% for m in messages %}<bos>{{ m['role'] }}:{{ m['content'] }}<eos>{% endfor %}"

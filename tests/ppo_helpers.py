@@ -92,7 +92,6 @@ def ppo_module(model, reward, **kwargs):
         "update": UpdateSettings(epochs=2, minibatches=2),
         "learning_rate": 1e-2,
         "critic_learning_rate": 1e-2,
-        "objective": MeanReward(),
         **kwargs,
     }
     return PPOModule(Pretrained(model), reward, **options)

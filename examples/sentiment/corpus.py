@@ -50,12 +50,12 @@ def package_folder(name: str, install: str) -> Path:
 
 
 _REPLACEMENTS: tuple[tuple[str, str], ...] = (
+    ("\x85", "..."),  # before white space goes: Python counts it as such
     (r"<br\s*/?>|\s+", " "),
-    ("\x85", "..."),
     ("[\x96\x97]", " - "),
     ("[\x91\x92`]", "'"),
     (r"[\[\]*]|\s--?\s*$", ""),  # editors' brackets, censored words, a dash with nothing behind it
-    (r"\.(?: \.)+", "..."),
+    (r"\.(?: ?\.)+", "..."),
     (r'"\s*([^"]*?)\s*"', r'"\1"'),
     (r"(\d) ([.,]) (\d)", r"\1\2\3"),
     (r"\s+([,.;:!?)%])", r"\1"),

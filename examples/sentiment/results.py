@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +124,7 @@ def fluency(responses: list[str]) -> dict[str, float]:
         of a response's pairs that occurred in it before, averaged over responses.
     """
     words = [response.lower().split() for response in responses]
-    pairs = [list(zip(text, text[1:], strict=False)) for text in words]
+    pairs = [list(pairwise(text)) for text in words]
     total = sum(map(len, pairs))
     distinct = len({pair for text in pairs for pair in text})
     repeated = [1 - len(set(text)) / len(text) for text in pairs if text]

@@ -28,6 +28,10 @@ class SampleTable(Callback):
         if not trainer.sanity_checking:
             self._write(trainer, pl_module, "val", append=trainer.state.fn == "fit")
 
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the responses that were asked for."""
+        self._write(trainer, pl_module, "predict", append=False)
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the samples of the test."""
         self._write(trainer, pl_module, "test", append=False)

@@ -29,7 +29,8 @@ class TextDataModule(LightningDataModule):
 
     Args:
         tokenizer: Folder or hub name of the tokenizer, usually that of the base model.
-        preferences: Files (`.jsonl`, `.parquet`; globs allowed) or hub names of preferences.
+        preferences: Files (`.jsonl`, `.parquet`; globs allowed) or hub names (`name`, `name:config`,
+            `name:config:split`) of preferences.
         preferences_validation: The same for validation; `null` sets a part of `preferences` aside.
         preferences_test: The same for testing; `null` tests on the validation part.
         prompts: Files or hub names of prompts to respond to; `null` takes those of `preferences`.
@@ -43,7 +44,7 @@ class TextDataModule(LightningDataModule):
         batch_size: Pairs of a step in the sft and reward stages, prompts of an iteration in the ppo stage; for each
             process.
         num_workers: Processes that prepare batches.
-        seed: Seed of the order of the pairs.
+        seed: Seed of the order of pairs that are batched by length; other orders follow `seed_everything`.
     """
 
     def __init__(
@@ -110,6 +111,11 @@ class TextDataModule(LightningDataModule):
             [TokenSequence(r["rejected_ids"], r["prompt_length"]) for r in rows],
         )
 
+    def longest_pair(self) -> int:
+        """Tokens of the longest prompt with its response, in any split."""
+        rows = [r for split in ("train", "val", "test") for r in self.preference_rows(split)]
+        return max(max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows)
+
     def prompt_batches(self, split: str, count: int) -> list[PromptBatch]:
         """The first `count` prompts of a split (or all, if there are fewer) in batches."""
         rows = self.prompt_rows(split)[:count]
@@ -165,6 +171,10 @@ class TextDataModule(LightningDataModule):
 
     # Loaders.
 
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
     def _loader(self, rows: Any, collate: Callable[..., Any], **kwargs: Any) -> DataLoader[Any]:
         return DataLoader(
             rows,
@@ -178,9 +188,10 @@ class TextDataModule(LightningDataModule):
     def _pair_loader(self, rows: Rows, collate: Callable[..., Any], train: bool) -> DataLoader[Any]:
         if not train:
             return self._loader(rows, collate)
-        world = self.trainer.world_size if self.trainer is not None else 1
         lengths = [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
-        return self._loader(rows, collate, sampler=LengthSampler(lengths, self.batch_size * world, self.seed))
+        return self._loader(
+            rows, collate, sampler=LengthSampler(lengths, self.batch_size * self._world_size, self.seed)
+        )
 
 
 class PreferenceDataModule(TextDataModule):
@@ -231,10 +242,9 @@ class PromptDataModule(TextDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Prompts to learn on; an incomplete last batch is left out."""
         rows = self.prompt_rows("train")
-        if len(rows) < self.batch_size:
-            raise ValueError(
-                f"data.batch_size: expected at most the {len(rows)} prompts there are, got {self.batch_size}"
-            )
+        share = len(rows) // self._world_size
+        if share < self.batch_size:
+            raise ValueError(f"data.batch_size: expected at most the {share} prompts there are, got {self.batch_size}")
         return self._loader(rows, self.collator.prompts, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any] | Iterable[Any]:

@@ -6,6 +6,7 @@ their beginning), and conversations of role/content messages, which go through t
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -50,8 +51,10 @@ def read_preference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Preference:
     """
     chosen, rejected = column(row, "chosen"), column(row, "rejected")
     margin = row.values.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float))):
-        raise ValueError(f"{row.place}: expected a number in column 'margin', got {margin!r}")
+    if margin is not None:
+        number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
+        if not (number and math.isfinite(margin)):
+            raise ValueError(f"{row.place}: expected a number in column 'margin', got {margin!r}")
     if isinstance(chosen, list) or isinstance(rejected, list):
         prompt, chosen, rejected = _conversation(row, chosen, rejected, tokenizer)
         templated = True
@@ -80,6 +83,9 @@ def read_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     if value is None and "chosen" in row.values:
         preference = read_preference(row, tokenizer)
         found = Prompt(preference.prompt, preference.templated)
+    elif isinstance(value, str) and isinstance(row.values.get("chosen"), list):
+        # As in `_conversation`: a text beside messages is what the user says.
+        found = Prompt(_template(row, [{"role": "user", "content": value}], tokenizer, respond=True), True)
     elif isinstance(value, list):
         found = Prompt(_template(row, _messages(row, "prompt"), tokenizer, respond=True), True)
     else:
@@ -125,8 +131,10 @@ def _text(row: Row, name: str) -> str:
 
 def _messages(row: Row, name: str) -> Messages:
     value = column(row, name)
-    if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
-        raise ValueError(f"{row.place}: expected a list of messages with role and content in column {name!r}")
+    if not isinstance(value, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    ):
+        raise ValueError(f"{row.place}: expected a list of messages with role and content (texts) in column {name!r}")
     return value
 
 
@@ -136,23 +144,39 @@ def _template(row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase, 
             f"{row.place}: expected a tokenizer with a chat template for conversational data, got "
             f"{tokenizer.name_or_path!r}, which has none"
         )
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=respond))
+    if not messages:
+        raise ValueError(f"{row.place}: expected a prompt of at least one message, got none")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=respond))
+    except Exception as error:  # whatever the template raises, such as that roles must alternate
+        raise ValueError(f"{row.place}: expected messages that the chat template takes, got: {error}") from error
+
+
+def _end_at_stop(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Without the white space that a template writes after a turn's stop token, where a sampled response ends."""
+    stripped = text.rstrip()
+    return stripped if stripped.endswith(tuple(tokenizer.all_special_tokens)) else text
 
 
 def _conversation(row: Row, chosen: Any, rejected: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     answers = [_messages(row, "chosen"), _messages(row, "rejected")]
-    value = row.values.get("prompt")
-    if value is not None:
+    if row.values.get("prompt") is not None:
+        value = column(row, "prompt")
         shared = _messages(row, "prompt") if isinstance(value, list) else [{"role": "user", "content": value}]
+        if all(answer[: len(shared)] == shared for answer in answers):
+            # Some data sets (UltraFeedback, say) give the prompt in its column and in the conversations again.
+            answers = [answer[len(shared) :] for answer in answers]
     else:
         count = next((i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), min(map(len, answers)))
         shared, answers = answers[0][:count], [a[count:] for a in answers]
     prompt = _template(row, shared, tokenizer, respond=True)
     texts = []
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if not "".join(message["content"] for message in answer).strip():
+            texts.append("")
+            continue
         whole = _template(row, shared + answer, tokenizer, respond=False)
         if not whole.startswith(prompt):
             raise ValueError(f"{row.place}: expected {name!r} to continue the prompt under the chat template")
-        content = "".join(message["content"] for message in answer)
-        texts.append(whole[len(prompt) :] if content.strip() else "")
+        texts.append(_end_at_stop(whole[len(prompt) :], tokenizer))
     return prompt, texts[0], texts[1]

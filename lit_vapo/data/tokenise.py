@@ -11,7 +11,7 @@ from lit_vapo.data.formats import Preference, Prompt
 
 
 class Truncation(NamedTuple):
-    """How many responses lost prompt tokens, and how many lost tokens of their own."""
+    """How many prompts lost their beginning, and how many responses their end."""
 
     prompts: int
     responses: int
@@ -21,8 +21,16 @@ def load_text_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """A tokenizer with a padding token: its own, or the end of sequence.
 
     Padding may equal the end of sequence, since masks come from lengths.
+
+    Raises:
+        ValueError: There is no tokenizer at `path`, or it has neither token.
     """
-    tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(path))
+    try:
+        tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data.tokenizer: expected a folder or hub name of a tokenizer, got {path!r} ({error})"
+        ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"data.tokenizer: expected a pad or an end-of-sequence token, got neither in {path!r}")
@@ -41,6 +49,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, templated: bool)
 
 def _plain(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     ids = cast("list[int]", tokenizer(prompt)["input_ids"])
+    # Some texts bring the beginning of sequence that the tokenizer adds.
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
     # Some tokenizers end every text with the end of sequence; a prompt goes on.
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
@@ -58,8 +69,8 @@ def tokenise_preference(
 ) -> tuple[dict[str, Any], Truncation]:
     """Token ids of both sides of a pair, which share their prompt's tokens.
 
-    If prompt and response exceed `max_length`, the prompt loses its beginning, down to one token; only then does
-    the response lose its end.
+    If prompt and response exceed `max_length`, the prompt loses its beginning (but not its beginning-of-sequence
+    token), down to one token; only then does the response lose its end.
     """
     prompt = prompt_ids(tokenizer, preference.prompt, preference.templated)
     chosen = response_ids(tokenizer, preference.chosen, append_eos and not preference.templated)
@@ -67,7 +78,7 @@ def tokenise_preference(
     # A response needs a position before it that predicts its first token.
     least = min(1, len(prompt))
     room = max(least, max_length - max(len(chosen), len(rejected)))
-    kept = prompt[-room:] if len(prompt) > room else prompt
+    kept = _end(prompt, room, tokenizer.bos_token_id)
     longest = max_length - len(kept)
     cut = sum(len(ids) > longest for ids in (chosen, rejected))
     row = {
@@ -79,6 +90,13 @@ def tokenise_preference(
         "prompt": preference.prompt,
     }
     return row, Truncation(int(len(kept) < len(prompt)), cut)
+
+
+def _end(prompt: list[int], room: int, bos: int | None) -> list[int]:
+    """The last `room` tokens of a prompt; many models lose their way without the first, so that one stays."""
+    if len(prompt) <= room:
+        return prompt
+    return [prompt[0], *prompt[1 - room :]] if room > 1 and prompt[0] == bos else prompt[-room:]
 
 
 def tokenise_prompt(

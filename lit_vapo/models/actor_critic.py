@@ -91,7 +91,12 @@ class ActorCritic(nn.Module):
         trunk = own_trunk(critic, base, self.value_layer) if critic.trunk == "own" else None
         size = int(trunk.config.hidden_size) if trunk is not None else self.policy.hidden_size
         self.critic = Critic(size, trunk)
-        if critic.warm_start and comparable:
+        self.warm = critic.warm_start and comparable
+        self.warm_start_critic()
+
+    def warm_start_critic(self) -> None:
+        """Start the value head from the ensemble's mean reward, where both read the same hidden states."""
+        if self.warm:
             self.critic.warm_start(self.reward_model.head.linear_mean())
 
     @torch.no_grad()

@@ -46,8 +46,10 @@ class Critic(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Values (B, T) of states (B, T, H)."""
-        values: Tensor = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
-        return values.float()
+        # Autocast would compute a matrix product in half precision whatever its input.
+        with torch.autocast(states.device.type, enabled=False):
+            values: Tensor = self.value_head(states.float()).squeeze(-1)
+        return values
 
     @torch.no_grad()
     def warm_start(self, linear: tuple[Tensor, Tensor] | None) -> bool:
@@ -68,6 +70,7 @@ def own_trunk(spec: CriticSpec, policy_base: Pretrained, depth: int | None = Non
     base = spec.base or policy_base
     if base.quantization is not None:
         raise ValueError(f"model.critic.base: expected an unquantised model to train, got {base.quantization}")
-    trunk = load_backbone(base, depth)
+    # Small updates of weights in bfloat16 would be rounded away.
+    trunk = load_backbone(base, depth).float()
     disable_dropout(trunk)
     return trunk

@@ -24,6 +24,7 @@ from lit_vapo.models.pretrained import (
     decoder_layers,
     disable_dropout,
     freeze,
+    keep_differentiable,
     load_causal_lm,
 )
 from lit_vapo.models.trunk import TrunkOutput, head_logprobs, response_states, run_trunk
@@ -66,16 +67,20 @@ class Policy(nn.Module):
         self.reference_lm: PreTrainedModel | None = None
         self.lm: PreTrainedModel | PeftModel
         if lora is None:
+            # Small updates of weights in bfloat16 would be rounded away.
+            lm = lm.float()
             if keep_reference:
                 self.reference_lm = cast("PreTrainedModel", freeze(copy.deepcopy(lm)))
             self.lm = cast("PreTrainedModel", lm.requires_grad_(True))
         else:
-            freeze(lm)
+            keep_differentiable(freeze(lm))
             # Both before any adapter is in place, while the layers still bear their own names.
             actor, critic = lora_config(lora, lm), lora_config(lora, lm, critic_depth)
             self.lm = get_peft_model(lm, actor, adapter_name="actor")
             if critic_adapter:
                 self.lm.add_adapter("critic", critic)
+            # From the start: data-parallel strategies and checkpoints look at what trains when they meet the model.
+            self._train_adapters()
         self.eval()
 
     @property
@@ -161,9 +166,17 @@ class Policy(nn.Module):
         with self.acting_as(role) as lm:
             return sample(lm, prompt_ids, prompt_lengths, sampling, stops, pad)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the actor: a peft adapter folder, or a whole transformers model."""
-        if isinstance(self.lm, PeftModel):
+    def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
+        """Write the actor: a peft adapter folder, or a whole transformers model.
+
+        Args:
+            folder: Where to.
+            merge: Add the adapters to the weights; they stay so, since this is the end of a run.
+        """
+        if isinstance(self.lm, PeftModel) and merge:
+            self.lm.set_adapter("actor")
+            self.lm.merge_and_unload().save_pretrained(folder)
+        elif isinstance(self.lm, PeftModel):
             # peft would put the adapter into a subfolder of its name; readers expect it at the top.
             with TemporaryDirectory(dir=_parent(folder)) as scratch:
                 self.lm.save_pretrained(scratch, selected_adapters=["actor"])
@@ -196,6 +209,7 @@ def lora_config(lora: Lora, lm: PreTrainedModel, depth: int | None = None) -> Lo
     if not 1 <= top <= len(blocks):
         raise ValueError(f"model.lora.top_layers: expected 1 … {len(blocks)}, got {top}")
     layers, targets = None, lora.target_modules
+    linear = (nn.Linear, Conv1D)
     heads = {n.rpartition(".")[2] for n, m in lm.named_modules() if m is lm.get_output_embeddings()}
     if not isinstance(targets, str) and heads & set(targets):
         raise ValueError(f"model.lora.target_modules: expected layers inside the blocks, got the head {heads}")
@@ -203,7 +217,6 @@ def lora_config(lora: Lora, lm: PreTrainedModel, depth: int | None = None) -> Lo
         layers = list(range(max(0, depth - top), depth))
         if targets == "all-linear":
             # peft takes either this word or a choice of layers, so the word is spelt out.
-            linear = (nn.Linear, Conv1D)
             targets = sorted({n.rpartition(".")[2] for n, m in blocks.named_modules() if isinstance(m, linear)})
     return LoraConfig(
         r=lora.rank,
@@ -211,5 +224,6 @@ def lora_config(lora: Lora, lm: PreTrainedModel, depth: int | None = None) -> Lo
         lora_dropout=0.0,
         target_modules=targets,
         layers_to_transform=layers,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in blocks.modules()),
         task_type="CAUSAL_LM",
     )

@@ -31,7 +31,8 @@ class Pretrained:
 
     Args:
         path: Folder or hub name of a transformers model.
-        dtype: Data type of the weights; `auto` takes the one they are stored in.
+        dtype: Data type of the weights; `auto` takes the one they are stored in. Weights that are trained are held
+            in float32, adapters included.
         quantization: `8bit` (LLM.int8) or `4bit` (nf4) weights through bitsandbytes; `null` for none. A quantised
             base is frozen: train adapters or heads on it.
         attn_implementation: Attention kernel, such as `sdpa` or `flash_attention_2`; `null` lets transformers choose.
@@ -121,7 +122,14 @@ def load_backbone(spec: Pretrained, num_layers: int | None = None) -> PreTrained
         if not 1 <= num_layers <= len(layers):
             raise ValueError(f"layer: expected 1 … {len(layers)} for {spec.path!r}, got {num_layers}")
         del layers[num_layers:]
-        backbone.config.num_hidden_layers = num_layers
+        config = backbone.config
+        config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
+        if getattr(config, "max_window_layers", None):
+            config.max_window_layers = min(config.max_window_layers, num_layers)
+        if getattr(backbone.config, "layer_types", None) is not None:
+            backbone.config.layer_types = backbone.config.layer_types[:num_layers]
     return backbone
 
 
@@ -176,6 +184,17 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "attn_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Let gradients pass 4-bit layers on a CPU, even after they have been used for inference.
+
+    In evaluation mode bitsandbytes repacks such a layer at its first use without a gradient, for a kernel that has no
+    backward pass; adapters below it would then get no gradient, without a word.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            cast("Any", module).support_avx512bf16_for_cpu = False
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 
 STAGE_KEY = "lit_vapo_stage"
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
@@ -53,6 +54,7 @@ class TrainedWeightsModule(LightningModule):
         stage = checkpoint.get(STAGE_KEY)
         if stage != self.stage:
             raise ValueError(f"checkpoint: expected one of stage {self.stage!r}, got one of stage {stage!r}")
+        self._tell_differences(checkpoint)
         own = self.state_dict()
         saved = checkpoint["state_dict"]
         _refuse("unknown weights", (k for k in saved if k not in own))
@@ -66,12 +68,35 @@ class TrainedWeightsModule(LightningModule):
         for key, value in own.items():
             saved.setdefault(key, value)
 
+    def _tell_differences(self, checkpoint: dict[str, Any]) -> None:
+        """Name every setting that differs from the checkpoint's: its state goes on, whatever the setting says."""
+        then, now = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}), plain(dict(self.hparams))
+        for key in sorted(then.keys() & now.keys()):
+            if plain(then[key]) != now[key]:
+                rank_zero_info(
+                    f"checkpoint: model.{key} was {then[key]!r} and is now {now[key]!r}; weights, optimiser and "
+                    "learning-rate schedule go on from the checkpoint"
+                )
+
 
 def _refuse(problem: str, keys: Iterable[str]) -> None:
     found = sorted(keys)
     if found:
         shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
         raise ValueError(f"checkpoint of another architecture: {problem} {shown} ({len(found)} in all)")
+
+
+def check_context(config: Any, longest: int) -> None:
+    """Refuse data that a model's context cannot hold.
+
+    Raises:
+        ValueError: The longest sequence has more tokens than the model has positions.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"data.max_length: expected at most the model's context of {context} tokens, got a sequence of {longest}"
+        )
 
 
 def linear_decay(total: int, warmup: int = 0, floor: float = 0.0) -> Callable[[int], float]:

@@ -127,9 +127,10 @@ class PPOModule(TrainedWeightsModule):
     def _start(self) -> None:
         """What needs the device and the data: the rollout maker, and a calibrated ensemble."""
         assert self.networks is not None
-        if self.trainer.precision == "16-mixed":
-            # Its loss scaler belongs to one step of one optimiser a batch; an iteration takes many.
-            raise ValueError("trainer.precision: expected bf16-mixed, bf16-true or 32-true for PPO, got 16-mixed")
+        if self.trainer.precision not in ("32-true", "bf16-mixed", "64-true"):
+            # The loss scaler of 16-mixed belongs to one step a batch, an iteration takes many; half precision
+            # throughout would round small updates away. The base's own weights are set by model.base.dtype.
+            raise ValueError(f"trainer.precision: expected 32-true or bf16-mixed for PPO, got {self.trainer.precision}")
         datamodule = cast("PromptDataModule | None", getattr(self.trainer, "datamodule", None))
         if datamodule is None:
             raise ValueError("trainer: expected a PromptDataModule (it has the tokenizer), got plain dataloaders")
@@ -149,6 +150,7 @@ class PPOModule(TrainedWeightsModule):
             with seeded(self.seed):
                 head.calibrate(self.maker.reference_features(batches))
             self.objective.prepare(head.num_members, head.reference_variance)
+            self.networks.warm_start_critic()
 
     def _check_context(self, datamodule: PromptDataModule) -> None:
         assert self.networks is not None
@@ -276,7 +278,9 @@ class PPOModule(TrainedWeightsModule):
             self._start()
         assert self.maker is not None
         with seeded(self.seed * 100_003 + batch_idx):
-            return sample_rows(self.maker.make(batch, self.objective, "actor", values=False), "policy")
+            records = sample_rows(self.maker.make(batch, self.objective, "actor", values=False), "policy")
+        self.samples += records
+        return records
 
     # 4. Checkpoints and export.
 

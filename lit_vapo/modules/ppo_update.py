@@ -219,10 +219,12 @@ class PPOUpdate:
 
     def _micro_batches(self, rows: Rows) -> list[Tensor]:
         """Row numbers by microbatch; the same number of microbatches in every process, or they would wait forever."""
-        lengths = rows.lengths
-        wanted = torch.tensor(sum(1 for _ in length_batches(lengths.tolist(), self.settings.micro_batch_tokens)))
-        count = int(self._all_reduce(wanted.to(lengths.device), "max"))
-        return list(lengths.argsort(stable=True).tensor_split(min(count, len(lengths))))
+        batches = list(length_batches(rows.lengths.tolist(), self.settings.micro_batch_tokens))
+        most = int(self._all_reduce(torch.tensor(len(batches), device=rows.lengths.device), "max"))
+        while len(batches) < min(most, len(rows.lengths)):
+            longest = batches.pop(max(range(len(batches)), key=lambda i: len(batches[i])))
+            batches += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
+        return [torch.tensor(batch, device=rows.lengths.device) for batch in batches]
 
     def _loss(self, part: Experience, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss summed over tokens, and sums of statistics."""
@@ -259,7 +261,9 @@ class PPOUpdate:
         for name, norm in norms.items():
             if not torch.isfinite(norm):
                 step = self.module.trainer.global_step
-                raise ValueError(f"{name}: expected a finite number, got {norm.item()} at step {step}; no step was taken")
+                raise ValueError(
+                    f"{name}: expected a finite number, got {norm.item()} at step {step}; no step was taken"
+                )
         optimizer.step()
         torch.clear_autocast_cache()
         return norms

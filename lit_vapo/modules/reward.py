@@ -19,6 +19,7 @@ from lit_vapo.models.reward import FeatureSpec, RewardModel
 from lit_vapo.models.trunk import Pooling
 from lit_vapo.modules.checkpoint import (
     TrainedWeightsModule,
+    check_context,
     check_positive,
     linear_decay,
     seeded,
@@ -38,8 +39,8 @@ class RewardModule(TrainedWeightsModule):
     """Trains a `RewardHead` on preferences, on a frozen or on a trained backbone.
 
     With a frozen backbone the features of all pairs are computed once and cached, and the heads train from them.
-    After each epoch every member is centred and scaled on responses of the reference policy, which are sampled
-    once at the start.
+    Whenever a checkpoint is written, every member is centred and scaled on responses of the reference policy, which
+    are sampled once at the start.
 
     Args:
         base: The backbone.
@@ -105,12 +106,16 @@ class RewardModule(TrainedWeightsModule):
 
     def configure_model(self) -> None:
         """Load the backbone, and with a frozen one turn every pair into features."""
-        if self.head.hidden_size is not None:
+        if self.head.hidden_size is None:
+            self.head.build(hidden_size(self.spec.base))
+        elif self.backbone is not None and not self.freeze_backbone:
             return
-        self.head.build(hidden_size(self.spec.base))
         if self.freeze_backbone and self._trainer is None:
             return
         self.backbone = backbone = load_backbone(self.spec.base, self.spec.layer)
+        if not self.freeze_backbone:
+            # Small updates of weights in bfloat16 would be rounded away.
+            self.backbone = backbone = backbone.float()
         if self._trainer is None:
             return
         if self.freeze_backbone:
@@ -119,6 +124,7 @@ class RewardModule(TrainedWeightsModule):
         if datamodule is None:
             # Somebody's own loaders: batches of tokens, encoded as they come.
             return
+        check_context(backbone.config, datamodule.longest_pair())
         fitting = self.trainer.state.fn == "fit"
         if fitting and self.reference is not None:
             self.reference_inputs = self._sample_reference(datamodule)
@@ -184,8 +190,14 @@ class RewardModule(TrainedWeightsModule):
         self.log("train/loss", loss.detach() / self.head.num_members, prog_bar=True)
         return loss
 
-    def on_train_epoch_end(self) -> None:
-        """Centre and scale the members on the reference's responses, before the checkpoint is written."""
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Centre and scale the members as they are now, and save that with them."""
+        self.calibrate()
+        checkpoint["state_dict"] = self.state_dict()
+        super().on_save_checkpoint(checkpoint)
+
+    def calibrate(self) -> None:
+        """Centre and scale the members on the reference's responses, if there is a reference."""
         if self.reference_inputs is None:
             return
         features = self.reference_inputs

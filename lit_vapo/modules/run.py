@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -11,20 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_vapo.callbacks.checkpoint import RunCheckpoint
 from lit_vapo.callbacks.samples import SampleTable
 from lit_vapo.models.pretrained import quiet
 
 FINISHED = "finished.json"
+# What Lightning takes for --ckpt_path in place of a file; all of them lie in the run's own folder.
+RESUME_WORDS = ("best", "last", "hpc")
 NOISE = (
     # Lightning is handed arguments while the command line has some: the stage's name, here.
     ".*LightningCLI's args parameter is intended to run from within.*",
     # A folder that holds a run is refused before this, unless it is resumed.
     ".*Checkpoint directory .* exists and is not empty.*",
+    # Nobody who sets nothing aside for validation needs to hear that nothing was.
+    ".*Total length of `list` across ranks is zero.*",
     # Frozen models belong in evaluation mode, and a policy has no dropout, so its mode does not matter.
     ".*module\\(s\\) in eval mode at the start of training.*",
 )
@@ -42,7 +45,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class StageCLI(LightningCLI):
-    """`fit`, `validate`, `test` and `predict` of one stage.
+    """`fit`, `validate` and `test` of one stage, and `predict` of the ppo stage.
 
     A run lives in `trainer.default_root_dir`: `checkpoints/`, `logs/version_N/` (metrics.csv, config.yaml),
     samples, and `finished.json` once it ended. A folder that holds a run is not written over unless told to.
@@ -62,6 +65,7 @@ class StageCLI(LightningCLI):
         args: Sequence[str] | None = None,
     ) -> None:
         self.stage = stage
+        self.replaced: list[Path] = []
         quiet()
         for message in NOISE:
             warnings.filterwarnings("ignore", message=message)
@@ -79,8 +83,8 @@ class StageCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of a run: checkpoints, sample tables, overwriting."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True})
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.enable_version_counter": False})
         if self.stage == "ppo":
             parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_argument(
@@ -98,12 +102,17 @@ class StageCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Checkpoints go to a place that does not depend on the logger, and are read without pickles."""
         config = self.config[self.subcommand]
-        self.root = Path(config["trainer"]["default_root_dir"])
+        if config["trainer"]["default_root_dir"] is None:
+            raise ValueError("trainer.default_root_dir: expected a folder for the run, got null")
+        self.root = Path(config["trainer"]["default_root_dir"]).expanduser()
         if config["checkpoint"]["dirpath"] is None:
             config["checkpoint"]["dirpath"] = str(self.root / "checkpoints")
         if "weights_only" in config and config["weights_only"] is None:
             config["weights_only"] = True
         # Before the models are loaded: a refusal should come at once.
+        resumed = config["ckpt_path"]
+        if resumed not in (None, *RESUME_WORDS) and "://" not in resumed and not Path(resumed).exists():
+            raise ValueError(f"--ckpt_path: expected a checkpoint, got {resumed!r}, which does not exist")
         if self.subcommand == "fit":
             self._guard(config)
 
@@ -126,8 +135,11 @@ class StageCLI(LightningCLI):
             ValueError: The folder holds a run.
         """
         checkpoints = Path(config["checkpoint"]["dirpath"])
-        held = [p for p in (self.root / FINISHED, checkpoints) if p.exists()]
-        if not held or config["ckpt_path"] is not None:
+        held = [p for p in (self.root / FINISHED, *sorted(checkpoints.glob("*.ckpt"))) if p.exists()]
+        resumed = config["ckpt_path"]
+        if resumed is not None and (resumed in RESUME_WORDS or Path(resumed).resolve().parent == checkpoints.resolve()):
+            return
+        if not held:
             return
         if not config["overwrite"]:
             raise ValueError(
@@ -136,8 +148,13 @@ class StageCLI(LightningCLI):
                 f"Resume with --ckpt_path={checkpoints}/last.ckpt, replace it with --overwrite=true, or choose "
                 "another folder."
             )
-        for path in (*held, *self.root.glob("samples_*.jsonl")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.replaced = [*held, *self.root.glob("samples_*.jsonl")]
+
+    @rank_zero_only
+    def before_fit(self) -> None:
+        """Remove the run that is replaced, now that the configuration of the new one is known to be sound."""
+        for path in self.replaced:
+            path.unlink(missing_ok=True)
 
     @rank_zero_only
     def after_fit(self) -> None:

@@ -12,7 +12,7 @@ from lit_vapo.data.collate import SFTBatch
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.models.trunk import length_mask
-from lit_vapo.modules.checkpoint import TrainedWeightsModule, check_positive, linear_decay, total_steps
+from lit_vapo.modules.checkpoint import TrainedWeightsModule, check_context, check_positive, linear_decay, total_steps
 
 
 class SFTModule(TrainedWeightsModule):
@@ -48,8 +48,12 @@ class SFTModule(TrainedWeightsModule):
 
     def configure_model(self) -> None:
         """Load the language model."""
-        if self.policy is None:
-            self.policy = Policy(self.base, self.lora, keep_reference=False)
+        if self.policy is not None:
+            return
+        self.policy = Policy(self.base, self.lora, keep_reference=False)
+        datamodule = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        if datamodule is not None:
+            check_context(self.policy.causal_lm.config, datamodule.longest_pair())
 
     def _step(self, batch: SFTBatch, prefix: str) -> Tensor:
         """Mean negative log-likelihood per response token."""
@@ -90,7 +94,10 @@ class SFTModule(TrainedWeightsModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def export(self, folder: str | Path) -> None:
-        """Write the model as an ordinary transformers (or, with LoRA, peft) folder with its tokenizer."""
+        """Write the model as an ordinary transformers folder with its tokenizer, adapters merged.
+
+        Adapters of a quantised base cannot be merged without loss: they become a peft folder.
+        """
         assert self.policy is not None
-        self.policy.save_pretrained(folder)
+        self.policy.save_pretrained(folder, merge=self.base.quantization is None)
         cast("Any", load_tokenizer(self.base)).save_pretrained(folder)

@@ -58,12 +58,13 @@ class HeadEnsemble(RewardHead):
         return torch.stack(members)
 
     def rewards(self, features: Tensor) -> Tensor:
-        """Raw rewards (B, K) of features (B, H), computed in float32."""
+        """Raw rewards (B, K) of features (B, H), computed in float32, under autocast too."""
         features = features.float()
-        if self.hidden_width is None:
-            return torch.addmm(self.bias, features, self.weight.T)
-        hidden = torch.einsum("bh,kwh->bkw", features, self.hidden_weight) + self.hidden_bias
-        return torch.einsum("bkw,kw->bk", torch.tanh(hidden), self.weight) + self.bias
+        with torch.autocast(features.device.type, enabled=False):
+            if self.hidden_width is None:
+                return torch.addmm(self.bias, features, self.weight.T)
+            hidden = torch.einsum("bh,kwh->bkw", features, self.hidden_weight) + self.hidden_bias
+            return torch.einsum("bkw,kw->bk", torch.tanh(hidden), self.weight) + self.bias
 
     def loss(self, chosen: Tensor, rejected: Tensor, margin: Tensor | None, example_ids: Tensor) -> Tensor:
         """Bradley–Terry loss of the bootstrapped pairs, summed over members (see `RewardHead.loss`)."""

@@ -12,6 +12,7 @@ import ppo_helpers
 import torch
 
 from lit_vapo.models.actor_critic import Rows
+from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.modules.ppo import PPOModule
 from lit_vapo.modules.ppo_update import PPOUpdate, UpdateSettings, compute_advantages
@@ -19,7 +20,7 @@ from lit_vapo.rollout import Rollout
 from lit_vapo.types import RewardEstimate
 
 SETTINGS = UpdateSettings(epochs=2, minibatches=1, micro_batch_tokens=40, entropy_coef=0.01)
-TENSORS = ("stopped", "logprobs", "ref_logprobs", "entropy", "values", "value_states", "reward", "kl_weight")
+TENSORS = ("stopped", "logprobs", "ref_logprobs", "entropy", "values", "reward", "kl_weight")
 
 
 def save_rollout(path, rollout):
@@ -34,6 +35,7 @@ def load_rollout(path, rank, world):
     rows = Rows(*saved.pop("rows")).select(index)
     size = rows.response_mask.shape[1]
     part = {n: x[index, :size] if x.ndim > 1 else x[index] for n, x in saved.items()}
+    part["value_states"] = None
     texts = [""] * len(index)
     return Rollout(rows, texts, texts, estimate=RewardEstimate(part["reward"], part["reward"], None), **part)
 
@@ -41,8 +43,8 @@ def load_rollout(path, rank, world):
 class FixedRollout(PPOModule):
     """Learns from a file in place of its own rollout, and leaves its weights in another."""
 
-    def __init__(self, model, reward, folder, critic=None):
-        options = {"critic_learning_rate": 1e-3, "update": SETTINGS, "critic": critic}
+    def __init__(self, model, reward, folder):
+        options = {"critic_learning_rate": 1e-3, "update": SETTINGS, "critic": CriticSpec("lora")}
         super().__init__(Pretrained(model), reward, lora=Lora(4, 16.0), learning_rate=1e-3, **options)
         self.folder = Path(folder)
 

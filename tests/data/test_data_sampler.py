@@ -1,0 +1,57 @@
+"""The length sampler: all rows once, another order in every epoch, the same from the same seed, little padding."""
+
+import random
+
+import pytest
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+
+from lit_vapo.data.sampler import POOL, LengthSampler
+
+LENGTHS = [random.Random(i).randrange(5, 200) for i in range(1003)]
+
+
+def test_seed_and_epoch_alone_decide():
+    first, second = LengthSampler(LENGTHS, 8, seed=1), LengthSampler(LENGTHS, 8, seed=1)
+    assert [list(first) for _ in range(3)] == [list(second) for _ in range(3)]
+    assert list(LengthSampler(LENGTHS, 8, seed=1)) != list(LengthSampler(LENGTHS, 8, seed=2))
+    # A resumed run is told its epoch, and goes on as if it had never stopped.
+    resumed = LengthSampler(LENGTHS, 8, seed=1)
+    resumed.set_epoch(3)
+    assert list(resumed) == list(first)
+
+
+def test_epochs_group_other_rows_together():
+    sampler = LengthSampler(LENGTHS, 8)
+    batches = [{frozenset(order[i : i + 8]) for i in range(0, 1000, 8)} for order in (list(sampler), list(sampler))]
+    assert len(batches[0] & batches[1]) < 10
+
+
+def test_batches_of_a_pool_hold_neighbours_in_length():
+    # One pool: sorted and cut, so the batches' ranges of lengths do not overlap.
+    lengths = LENGTHS[: 4 * POOL]
+    order = list(LengthSampler(lengths, 4))
+    ranges = sorted([min(v), max(v)] for v in ([lengths[r] for r in order[i : i + 4]] for i in range(0, 4 * POOL, 4)))
+    assert all(a[1] <= b[0] for a, b in zip(ranges[:-1], ranges[1:], strict=True))
+
+
+def test_short_batches_stay_last():
+    order = list(LengthSampler(LENGTHS, 8))
+    assert len(order) % 8 == 3
+    spread = [max(v) - min(v) for v in ([LENGTHS[r] for r in order[i : i + 8]] for i in range(0, 1000, 8))]
+    assert max(spread) < 60
+
+
+@pytest.mark.parametrize("lengths", [[], [3], [5, 1, 4]])
+def test_fewer_rows_than_a_batch(lengths):
+    assert sorted(LengthSampler(lengths, 8)) == list(range(len(lengths)))
+
+
+def test_processes_share_a_batch_of_similar_lengths():
+    # Lightning hands row i to process i mod 2: together they see the order of one process, batch by batch.
+    lengths = LENGTHS[:400]
+    whole = list(LengthSampler(lengths, 8, seed=5))
+    shares = [
+        list(DistributedSamplerWrapper(LengthSampler(lengths, 8, seed=5), num_replicas=2, rank=r, shuffle=False))
+        for r in range(2)
+    ]
+    assert [row for both in zip(*shares, strict=True) for row in both] == whole

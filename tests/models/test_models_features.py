@@ -1,0 +1,146 @@
+"""Features: batched by length, cached by what they depend on, checked; and reward models on disk."""
+
+import json
+import os
+
+import ppo_helpers
+import pytest
+import torch
+
+from lit_vapo.models.features import (
+    compute_features,
+    feature_key,
+    length_batches,
+    load_features,
+    right_pad,
+    save_features,
+)
+from lit_vapo.models.pretrained import Pretrained, hidden_size, load_backbone
+from lit_vapo.models.reward import FeatureSpec, RewardModel
+from lit_vapo.models.trunk import pool, run_trunk
+from lit_vapo.types import TokenSequence
+from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
+
+CPU = torch.device("cpu")
+SEQUENCES = [TokenSequence(list(range(5, 5 + n)), p) for n, p in ((4, 1), (9, 3), (2, 1), (6, 2), (30, 10))]
+
+
+def test_batches_hold_each_row_once_within_the_budget():
+    lengths = torch.randint(1, 50, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = list(length_batches(lengths, 120))
+    assert sorted(sum(batches, [])) == list(range(200))
+    assert all(len(b) * max(lengths[i] for i in b) <= 120 for b in batches)
+    # Each batch is as full as its next row allows.
+    for b, following in zip(batches, batches[1:], strict=False):
+        assert (len(b) + 1) * lengths[following[0]] > 120
+    assert list(length_batches([500], 120)) == [[0]]
+    assert list(length_batches([], 120)) == []
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("tokens", [1, 20, 4096])
+def test_features_do_not_depend_on_batching(tiny_model_dir, monkeypatch, pooling, tokens):
+    monkeypatch.setattr("lit_vapo.models.features.TOKENS_PER_BATCH", tokens)
+    monkeypatch.setattr("lit_vapo.models.features.length_batches", lambda x: length_batches(x, tokens))
+    spec = FeatureSpec(Pretrained(tiny_model_dir), 1, pooling)
+    backbone = load_backbone(spec.base, spec.layer)
+    features = compute_features(backbone, spec, SEQUENCES, CPU)
+    for row, sequence in enumerate(SEQUENCES):
+        ids, lengths = right_pad([sequence.ids])
+        with torch.no_grad():
+            hidden = run_trunk(backbone, ids, lengths).last
+        alone = pool(hidden, lengths, torch.tensor([sequence.prompt_length]), pooling)
+        torch.testing.assert_close(features[row], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_key_changes_with_everything_the_features_depend_on(tiny_model_dir):
+    base = Pretrained(tiny_model_dir)
+    spec = FeatureSpec(base)
+    other = [TokenSequence([5, 6, 7, 9], 1), *SEQUENCES[1:]]
+    longer_prompt = [SEQUENCES[0]._replace(prompt_length=2), *SEQUENCES[1:]]
+    keys = [
+        feature_key(spec, SEQUENCES),
+        feature_key(FeatureSpec(base, 1), SEQUENCES),
+        feature_key(FeatureSpec(base, pooling="mean"), SEQUENCES),
+        feature_key(FeatureSpec(Pretrained(tiny_model_dir, dtype="bfloat16")), SEQUENCES),
+        feature_key(FeatureSpec(Pretrained(tiny_model_dir, quantization="8bit")), SEQUENCES),
+        feature_key(spec, other),
+        feature_key(spec, longer_prompt),
+        feature_key(spec, SEQUENCES[::-1]),
+        feature_key(spec, SEQUENCES[:-1]),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert feature_key(FeatureSpec(Pretrained(tiny_model_dir)), list(SEQUENCES)) == keys[0]
+
+
+def test_the_key_changes_with_the_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_text("a")
+    spec = FeatureSpec(Pretrained(str(tmp_path)))
+    before = feature_key(spec, SEQUENCES)
+    os.utime(weights, ns=(1, 1))
+    assert feature_key(spec, SEQUENCES) != before
+
+
+def test_the_cache_gives_back_what_it_got(tmp_path):
+    features = torch.randn(3, 4)
+    assert load_features(tmp_path / "new", "key") is None
+    save_features(tmp_path / "new", "key", features)
+    assert torch.equal(load_features(tmp_path / "new", "key"), features)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["key.safetensors"]
+
+
+def test_features_that_are_not_finite_name_the_sequence(tiny_model_dir):
+    spec = FeatureSpec(Pretrained(tiny_model_dir))
+    backbone = load_backbone(spec.base)
+    # Token 13 occurs in the second and the last sequence only.
+    backbone.get_input_embeddings().weight.data[13] = float("nan")
+    with pytest.raises(ValueError, match="expected finite features, got NaN or infinity for sequence 1"):
+        compute_features(backbone, spec, SEQUENCES, CPU)
+    with pytest.raises(ValueError, match="expected at least one sequence, got none"):
+        compute_features(backbone, spec, [], CPU)
+
+
+@pytest.mark.parametrize("own_backbone", [False, True])
+@pytest.mark.parametrize("layer", [None, 1])
+def test_a_saved_reward_model_scores_equally(tiny_model_dir, tmp_path, own_backbone, layer):
+    head = HeadEnsemble(4, hidden_width=8)
+    spec = FeatureSpec(Pretrained(tiny_model_dir), layer, "mean")
+    head.build(hidden_size(spec.base))
+    head.calibrate(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))
+    model = RewardModel(spec, head, load_backbone(spec.base, layer))
+    if own_backbone:
+        for parameter in model.backbone.parameters():
+            parameter.data.mul_(1.1)
+    model.save_pretrained(tmp_path / "saved", save_backbone=own_backbone)
+    loaded = RewardModel.from_pretrained(tmp_path / "saved")
+    ids, lengths = right_pad([s.ids for s in SEQUENCES])
+    prompts = torch.tensor([s.prompt_length for s in SEQUENCES])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(ids, lengths, prompts), model(ids, lengths, prompts), atol=1e-5, rtol=1e-5
+        )
+    assert not loaded.training
+    with pytest.raises(FileExistsError, match="expected a folder without an ensemble"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_folders_that_hold_no_ensemble_are_refused(tiny_model_dir, tmp_path):
+    with pytest.raises(ValueError, match="reward: expected a folder with ensemble.json"):
+        RewardModel.from_pretrained(tmp_path)
+    folder = ppo_helpers.ensemble(tmp_path / "e", tiny_model_dir)
+    path = tmp_path / "e" / "ensemble.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+    with pytest.raises(ValueError, match="expected format_version 1, got 99"):
+        RewardModel.from_pretrained(folder)
+
+
+def test_without_its_backbone_a_reward_model_wants_features(tiny_model_dir, tmp_path):
+    folder = ppo_helpers.ensemble(tmp_path / "e", tiny_model_dir)
+    model = RewardModel.from_pretrained(folder, with_backbone=False)
+    ids, lengths = right_pad([[1, 2]])
+    with pytest.raises(ValueError, match="expected features, got token ids"):
+        model(ids, lengths, torch.tensor([1]))
+    with pytest.raises(ValueError, match="save_backbone: expected a reward model with a backbone"):
+        model.save_pretrained(tmp_path / "f", save_backbone=True)
