@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -154,7 +155,7 @@ class StageCLI(LightningCLI):
     def before_fit(self) -> None:
         """Remove the run that is replaced, now that the configuration of the new one is known to be sound."""
         for path in self.replaced:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     @rank_zero_only
     def after_fit(self) -> None:
