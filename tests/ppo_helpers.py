@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import helpers
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from lit_vapo.data.collate import PromptBatch, pad
 from lit_vapo.data.datamodule import PromptDataModule
@@ -124,3 +124,24 @@ def trainer(folder, **kwargs):
         **kwargs,
     }
     return Trainer(default_root_dir=folder, **options)
+
+
+class Recorder(Callback):
+    """Keeps the metrics of every iteration."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.rows.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def fit_ppo(module, data, folder, ckpt_path=None, **kwargs):
+    """Fit a module without validation; the metrics of each iteration."""
+    recorder = Recorder()
+    options = {"limit_val_batches": 0, **kwargs}
+    callbacks = [recorder, *options.pop("callbacks", [])]
+    runner = trainer(folder, callbacks=callbacks, **options)
+    torch.manual_seed(0)
+    runner.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+    return recorder.rows

@@ -65,9 +65,7 @@ def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
             PreferenceDataModule(tiny_model_dir, **options),
             folder / "reward",
         ),
-        "ppo": logged(
-            lambda: ppo_helpers.ppo_module(tiny_model_dir, reward, gold=Judge()), prompts, folder / "ppo"
-        ),
+        "ppo": logged(lambda: ppo_helpers.ppo_module(tiny_model_dir, reward, gold=Judge()), prompts, folder / "ppo"),
     }
 
 

@@ -74,7 +74,7 @@ def test_rows_against_a_loop():
 def test_an_empty_response_is_refused_by_its_prompt():
     batch = PromptBatch(torch.tensor([[1], [2]]), torch.tensor([1, 1]), ["first", "second"], torch.arange(2))
     empty = Generated(torch.tensor([[3], [3]]), torch.tensor([1, 0]), torch.tensor([False, False]))
-    with pytest.raises(ValueError, match="expected at least one token in each response, got none for prompt 'second'"):
+    with pytest.raises(ValueError, match=r"expected at least one token in each response, got none for prompt 'second'"):
         assemble_rows(batch, empty)
 
 
@@ -153,7 +153,7 @@ def test_clip_comes_before_the_penalty_for_a_missing_stop(nets, tiny_model_dir, 
 def test_a_reward_that_is_not_finite_names_its_prompt(tiny_model_dir, reward):
     networks = ppo_helpers.networks(tiny_model_dir, reward)
     networks.reward_model.head.bias[1] = float("nan")
-    with pytest.raises(ValueError, match=f"expected finite rewards, got nan for prompt '{ppo_helpers.PROMPTS[0]}'"):
+    with pytest.raises(ValueError, match=rf"expected finite rewards, got nan for prompt '{ppo_helpers.PROMPTS[0]}'"):
         ppo_helpers.make_rollout(networks, tiny_model_dir)
 
 
@@ -261,7 +261,7 @@ def test_an_estimate_without_members_has_no_member_statistics(rollout):
 
 
 def test_impossible_sampling_is_refused():
-    with pytest.raises(ValueError, match="sampling.temperature: expected a positive number, got 0"):
+    with pytest.raises(ValueError, match=r"sampling.temperature: expected a positive number, got 0"):
         Sampling(temperature=0)
-    with pytest.raises(ValueError, match="sampling.max_new_tokens: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"sampling.max_new_tokens: expected at least 1, got 0"):
         Sampling(max_new_tokens=0)

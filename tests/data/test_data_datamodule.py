@@ -210,3 +210,29 @@ def test_the_validation_fraction_is_a_fraction(files, fraction):
 def test_all_datamodules_take_the_same_options():
     signatures = [copy.copy(kind.__init__) for kind in KINDS]
     assert len(set(signatures)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size: expected at least 1, got 0"),
+        ({"max_prompt_length": 0}, "data.max_prompt_length: expected at least 1, got 0"),
+        ({"max_length": 1}, "data.max_length: expected at least 2, got 1"),
+    ],
+)
+def test_bad_options_are_named(files, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(PromptDataModule, files, **changes)
+
+
+def test_a_prompt_that_is_too_long_is_named(files):
+    with pytest.raises(ValueError, match=r"pairs.jsonl, line 1: expected a prompt of 1 … 2 tokens"):
+        make(PromptDataModule, files, max_prompt_length=2).prepare_data()
+
+
+def test_prompt_batches_stop_at_the_count(files):
+    data = make(PromptDataModule, files)
+    batches = data.prompt_batches("train", 6)
+    assert [len(b.prompts) for b in batches] == [4, 2]
+    assert [p for b in batches for p in b.prompts] == [r["prompt"] for r in data.prompt_rows("train")[:6]]
+    assert sum(len(b.prompts) for b in data.prompt_batches("train", 1000)) == len(data.prompt_rows("train"))

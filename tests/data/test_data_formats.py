@@ -6,7 +6,7 @@ import re
 import pytest
 from helpers import tiny_tokenizer
 
-from lit_vapo.data.formats import read_preference, read_prompt
+from lit_vapo.data.formats import read_preference, read_prompt, shared_prompt
 from lit_vapo.data.sources import Row
 
 USER = {"role": "user", "content": "Name a prime."}
@@ -24,6 +24,16 @@ def row(**values):
 @pytest.fixture
 def tokenizer(tmp_path):
     return tiny_tokenizer(tmp_path, chat_template=True)
+
+
+def test_explicit_prompt(tokenizer):
+    found = read_preference(row(prompt="p", chosen=" a", rejected=" b", margin=2), tokenizer)
+    assert found == ("p", " a", " b", 2.0, False)
+
+
+def test_implicit_prompt_without_turns_does_not_tear_words():
+    assert shared_prompt("the film was good", "the film was great") == "the film was"
+    assert shared_prompt("good", "great") == ""
 
 
 def dialogue(*turns):
@@ -84,6 +94,36 @@ def test_a_response_ends_where_a_policy_would_stop(tokenizer):
     assert found[:3] == ("<bos>user:Name a prime.<eos>\n<bos>assistant:", "7<eos>", "9<eos>")
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"chosen": "a"}, "expected column 'rejected', got columns ['chosen']"),
+        ({"prompt": "p", "chosen": 3, "rejected": "b"}, "expected text or messages in column 'chosen', got int"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "expected text or messages in column 'prompt', got int"),
+        ({"prompt": "p", "chosen": "", "rejected": "b"}, "expected a response in column 'chosen', got an empty one"),
+        ({"prompt": "p", "chosen": "a", "rejected": " "}, "expected a response in column 'rejected', got an empty one"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "expected two different responses, got the same"),
+        ({"chosen": "the same", "rejected": "the same"}, "expected two different responses, got the same"),
+    ],
+)
+def test_bad_preferences_are_named(tokenizer, values, message):
+    with pytest.raises(ValueError, match=re.escape("pairs.jsonl, line 3: " + message)):
+        read_preference(row(**values), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompt": ""}, "expected a prompt in column 'prompt', got an empty one"),
+        ({"text": "x"}, "expected column 'prompt', got columns ['text']"),
+        ({"chosen": "good", "rejected": "great"}, "expected a prompt in column 'prompt', got an empty one"),
+    ],
+)
+def test_bad_prompts_are_named(tokenizer, values, message):
+    with pytest.raises(ValueError, match=re.escape("pairs.jsonl, line 3: " + message)):
+        read_prompt(row(**values), tokenizer)
+
+
 @pytest.mark.parametrize("margin", ["1", True, math.nan, math.inf])
 def test_margins_are_finite_numbers(tokenizer, margin):
     with pytest.raises(ValueError, match=f"line 3: expected a number in column 'margin', got {margin!r}"):
@@ -94,6 +134,9 @@ def test_margins_are_finite_numbers(tokenizer, margin):
     ("values", "message"),
     [
         ({"prompt": [USER], "chosen": answer(None), "rejected": answer("9")}, "a list of messages with role and content"),
+        ({"prompt": [USER], "chosen": [{"x": 1}], "rejected": answer("9")}, "a list of messages with role and content"),
+        ({"prompt": [USER], "chosen": answer(""), "rejected": answer("9")}, "in column 'chosen', got an empty one"),
+        ({"prompt": [USER], "chosen": answer("7"), "rejected": answer("7")}, "two different responses"),
         ({"prompt": [USER], "chosen": answer("7"), "rejected": "9"}, "in column 'rejected'"),
         ({"prompt": [], "chosen": answer("7"), "rejected": answer("9")}, "a prompt of at least one message, got none"),
         ({"chosen": answer("7"), "rejected": answer("9")}, "a prompt of at least one message, got none"),

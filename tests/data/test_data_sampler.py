@@ -20,6 +20,19 @@ def test_seed_and_epoch_alone_decide():
     assert list(resumed) == list(first)
 
 
+def padded(order):
+    return sum(8 * max(LENGTHS[row] for row in order[i : i + 8]) for i in range(0, 1000, 8))
+
+
+def test_every_row_once_with_little_padding():
+    sampler = LengthSampler(LENGTHS, 8)
+    order = list(sampler)
+    assert sorted(order) == list(range(1003))
+    assert len(sampler) == 1003
+    assert padded(order) < 1.1 * sum(LENGTHS)
+    assert padded(range(1003)) > 1.5 * sum(LENGTHS)
+
+
 def test_epochs_group_other_rows_together():
     sampler = LengthSampler(LENGTHS, 8)
     batches = [{frozenset(order[i : i + 8]) for i in range(0, 1000, 8)} for order in (list(sampler), list(sampler))]

@@ -22,6 +22,15 @@ def hub(monkeypatch):
     return asked
 
 
+def test_jsonl_parquet_globs_and_lists_agree(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(4)]
+    first = write_jsonl(tmp_path / "one.jsonl", rows[:2])
+    second = write_jsonl(tmp_path / "two.jsonl", rows[2:])
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "all.parquet")
+    for source in ([first, second], str(tmp_path / "*.jsonl"), str(tmp_path / "all.parquet")):
+        assert [dict(r.values) for r in load_rows(source, "data.preferences")] == rows
+
+
 def test_line_numbers_count_blank_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "x"}\n\n  \n{"prompt": "y"}\n')
@@ -86,7 +95,11 @@ def test_reading_writes_nothing_beside_the_data(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\xff"}\n', r"a.jsonl, line 2: expected a JSON object, got malformed"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', r"a.jsonl, line 2: expected a JSON object, got malformed JSON"),
         ("a.jsonl", b'{"prompt": "x"}\n"text"\n', r"a.jsonl, line 2: expected a JSON object, got str"),
+        ("a.jsonl", b"[1]\n", "a.jsonl, line 1: expected a JSON object, got list"),
+        ("a.jsonl", b"\n", "data.preferences: expected at least one row, got none"),
+        ("a.csv", b"x", r"data.preferences: expected a .jsonl, .json or .parquet file, got '.*a.csv'"),
         ("a.parquet", b"PAR1 and no more", r"a.parquet: expected a Parquet file, got one that cannot be read"),
     ],
 )
@@ -99,3 +112,8 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
 def test_a_glob_without_files_is_named_with_its_key(tmp_path):
     with pytest.raises(ValueError, match=r"data.prompts: expected a file, got '.*\*.jsonl', which does not exist"):
         load_rows(str(tmp_path / "*.jsonl"), "data.prompts")
+
+
+def test_a_missing_file_is_not_taken_for_a_hub_name():
+    with pytest.raises(ValueError, match=r"data.prompts: expected a file, got 'gone.jsonl', which does not exist"):
+        load_rows("gone.jsonl", "data.prompts")

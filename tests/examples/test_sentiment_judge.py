@@ -51,6 +51,13 @@ def folder(tmp_path_factory):
     return root / "judge"
 
 
+def encoder_judge(folder):
+    """The judge with both views counting alike: of its own, the tiny encoder has nothing to add to the words."""
+    judge = SentimentJudge(str(folder))
+    judge.arrays = {**judge.arrays, "final_coef": np.array([1.0, 1.0])}
+    return judge
+
+
 def test_the_judge_tells_good_from_bad(folder):
     judge = SentimentJudge(str(folder))
 
@@ -63,7 +70,7 @@ def test_the_judge_tells_good_from_bad(folder):
 
 
 def test_the_generic_opening_does_not_count_but_the_opening_of_the_review_does(folder):
-    judge = SentimentJudge(str(folder))
+    judge = encoder_judge(folder)
 
     whole, bare = judge([f"{PREFIX} a lovely"], [" film"]), judge.probabilities(["a lovely film"])
     assert whole.item() == pytest.approx(bare[0], rel=1e-6)
@@ -71,7 +78,7 @@ def test_the_generic_opening_does_not_count_but_the_opening_of_the_review_does(f
 
 
 def test_a_text_scores_the_same_alone_as_among_longer_ones(folder):
-    judge = SentimentJudge(str(folder))
+    judge = encoder_judge(folder)
     texts = ["a funny cast", "a dull film and a lovely story and a dreadful plot and a moving cast", "empty"]
 
     together = judge.probabilities(texts)

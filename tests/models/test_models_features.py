@@ -1,5 +1,6 @@
 """Features: batched by length, cached by what they depend on, checked; and reward models on disk."""
 
+import itertools
 import json
 import os
 
@@ -28,10 +29,10 @@ SEQUENCES = [TokenSequence(list(range(5, 5 + n)), p) for n, p in ((4, 1), (9, 3)
 def test_batches_hold_each_row_once_within_the_budget():
     lengths = torch.randint(1, 50, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     batches = list(length_batches(lengths, 120))
-    assert sorted(sum(batches, [])) == list(range(200))
+    assert sorted(row for batch in batches for row in batch) == list(range(200))
     assert all(len(b) * max(lengths[i] for i in b) <= 120 for b in batches)
     # Each batch is as full as its next row allows.
-    for b, following in zip(batches, batches[1:], strict=False):
+    for b, following in itertools.pairwise(batches):
         assert (len(b) + 1) * lengths[following[0]] > 120
     assert list(length_batches([500], 120)) == [[0]]
     assert list(length_batches([], 120)) == []
@@ -96,9 +97,9 @@ def test_features_that_are_not_finite_name_the_sequence(tiny_model_dir):
     backbone = load_backbone(spec.base)
     # Token 13 occurs in the second and the last sequence only.
     backbone.get_input_embeddings().weight.data[13] = float("nan")
-    with pytest.raises(ValueError, match="expected finite features, got NaN or infinity for sequence 1"):
+    with pytest.raises(ValueError, match=r"expected finite features, got NaN or infinity for sequence 1"):
         compute_features(backbone, spec, SEQUENCES, CPU)
-    with pytest.raises(ValueError, match="expected at least one sequence, got none"):
+    with pytest.raises(ValueError, match=r"expected at least one sequence, got none"):
         compute_features(backbone, spec, [], CPU)
 
 
@@ -118,21 +119,19 @@ def test_a_saved_reward_model_scores_equally(tiny_model_dir, tmp_path, own_backb
     ids, lengths = right_pad([s.ids for s in SEQUENCES])
     prompts = torch.tensor([s.prompt_length for s in SEQUENCES])
     with torch.no_grad():
-        torch.testing.assert_close(
-            loaded(ids, lengths, prompts), model(ids, lengths, prompts), atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(loaded(ids, lengths, prompts), model(ids, lengths, prompts), atol=1e-5, rtol=1e-5)
     assert not loaded.training
-    with pytest.raises(FileExistsError, match="expected a folder without an ensemble"):
+    with pytest.raises(FileExistsError, match=r"expected a folder without an ensemble"):
         model.save_pretrained(tmp_path / "saved")
 
 
 def test_folders_that_hold_no_ensemble_are_refused(tiny_model_dir, tmp_path):
-    with pytest.raises(ValueError, match="reward: expected a folder with ensemble.json"):
+    with pytest.raises(ValueError, match=r"reward: expected a folder with ensemble.json"):
         RewardModel.from_pretrained(tmp_path)
     folder = ppo_helpers.ensemble(tmp_path / "e", tiny_model_dir)
     path = tmp_path / "e" / "ensemble.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
-    with pytest.raises(ValueError, match="expected format_version 1, got 99"):
+    with pytest.raises(ValueError, match=r"expected format_version 1, got 99"):
         RewardModel.from_pretrained(folder)
 
 
@@ -140,7 +139,7 @@ def test_without_its_backbone_a_reward_model_wants_features(tiny_model_dir, tmp_
     folder = ppo_helpers.ensemble(tmp_path / "e", tiny_model_dir)
     model = RewardModel.from_pretrained(folder, with_backbone=False)
     ids, lengths = right_pad([[1, 2]])
-    with pytest.raises(ValueError, match="expected features, got token ids"):
+    with pytest.raises(ValueError, match=r"expected features, got token ids"):
         model(ids, lengths, torch.tensor([1]))
-    with pytest.raises(ValueError, match="save_backbone: expected a reward model with a backbone"):
+    with pytest.raises(ValueError, match=r"save_backbone: expected a reward model with a backbone"):
         model.save_pretrained(tmp_path / "f", save_backbone=True)

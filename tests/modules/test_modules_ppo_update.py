@@ -64,10 +64,9 @@ def test_an_epoch_sees_each_row_once_and_epochs_are_shuffled_apart(tiny_model_di
     updater._accumulate = lambda part, train: seen.append(part.rows) or accumulate(part, train)
     torch.manual_seed(0)
     updater.run(experience, ppo_helpers.optimizer(nets))
-    firsts = [[row[:n].tolist() for row, n in zip(r.input_ids, r.lengths, strict=True)] for r in seen]
-    everything = sorted(row[:n].tolist() for row, n in zip(experience.rows.input_ids, experience.rows.lengths))
-    one, two = sum(firsts[:3], []), sum(firsts[3:], [])
-    assert sorted(one) == sorted(two) == everything
+    ids = [[row[:n].tolist() for row, n in zip(r.input_ids, r.lengths, strict=True)] for r in (*seen, experience.rows)]
+    one, two, everything = [[row for part in parts for row in part] for parts in (ids[:3], ids[3:6], ids[6:])]
+    assert sorted(one) == sorted(two) == sorted(everything)
     assert one != two
 
 
@@ -101,7 +100,7 @@ def test_a_loss_that_is_not_finite_takes_no_step(tiny_model_dir, reward):
     experience = ppo_helpers.make_experience(nets, tiny_model_dir)
     experience.advantages[2, 0] = float("nan")
     before = state(nets)
-    with pytest.raises(ValueError, match="loss: expected a finite number, got nan at step 0; no step was taken"):
+    with pytest.raises(ValueError, match=r"loss: expected a finite number, got nan at step 0; no step was taken"):
         PPOUpdate(LoneModule(), nets, UpdateSettings(1, 1), 1.0).run(experience, ppo_helpers.optimizer(nets))
     assert not changed(before, nets, "")
 
@@ -117,7 +116,7 @@ def test_infinite_gradients_take_no_step(tiny_model_dir, reward):
 
     module.manual_backward = overflow
     before = state(nets)
-    with pytest.raises(ValueError, match="actor_grad_norm: expected a finite number, got inf at step 0"):
+    with pytest.raises(ValueError, match=r"actor_grad_norm: expected a finite number, got inf at step 0"):
         PPOUpdate(module, nets, UpdateSettings(1, 1), 1.0).run(experience, ppo_helpers.optimizer(nets))
     assert not changed(before, nets, "")
 
@@ -237,5 +236,5 @@ def test_mixed_precision_sees_each_minibatch_s_own_weights(tiny_model_dir, rewar
      ("gamma", 1.5), ("gae_lambda", -0.1)],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(option, value):
-    with pytest.raises(ValueError, match=f"model.update.{option}: expected .*, got {value}"):
+    with pytest.raises(ValueError, match=rf"model.update.{option}: expected .*, got {value}"):
         UpdateSettings(**{option: value})

@@ -126,9 +126,9 @@ def test_somebody_s_own_loaders_are_encoded_as_they_come(tiny_model_dir, tiny_pr
 
 
 def test_bad_reward_settings_are_refused(tiny_model_dir):
-    with pytest.raises(ValueError, match="model.num_reference: expected at least 2, got 1"):
+    with pytest.raises(ValueError, match=r"model.num_reference: expected at least 2, got 1"):
         reward_module(tiny_model_dir, num_reference=1)
-    with pytest.raises(ValueError, match="model.freeze_backbone: expected true for a 8bit base, got false"):
+    with pytest.raises(ValueError, match=r"model.freeze_backbone: expected true for a 8bit base, got false"):
         RewardModule(Pretrained(tiny_model_dir, quantization="8bit"), freeze_backbone=False)
 
 
@@ -201,6 +201,6 @@ def test_a_loss_that_is_not_finite_is_refused(tiny_model_dir, tiny_preferences_f
     data.preference_rows("train")
     original = data.use_features
     data.use_features = lambda split, chosen, rejected: original(split, chosen * float("nan"), rejected)
-    with pytest.raises(ValueError, match="loss: expected a finite number, got nan in batch 0"):
+    with pytest.raises(ValueError, match=r"loss: expected a finite number, got nan in batch 0"):
         fit(module, data, tmp_path, num_sanity_val_steps=0)
     assert TokenSequence([1], 1).prompt_length == 1

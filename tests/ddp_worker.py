@@ -1,12 +1,8 @@
 """Run as a script: one PPO update in two processes, from the rollout that a test left in a file."""
 
-import os
 import sys
 import warnings
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 import ppo_helpers
 import torch
