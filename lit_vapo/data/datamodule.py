@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from lit_vapo.data.collate import Collator, FeatureBatch, PromptBatch
 from lit_vapo.data.formats import read_preference, read_prompt
 from lit_vapo.data.sampler import LengthSampler
-from lit_vapo.data.sources import load_rows
+from lit_vapo.data.sources import Row, each_row, load_rows
 from lit_vapo.data.splits import FeatureRows, Pairs, Rows, set_aside
-from lit_vapo.data.tokenise import load_text_tokenizer, tokenise_preference, tokenise_prompt
+from lit_vapo.data.tokenise import Truncation, load_text_tokenizer, tokenise_preference, tokenise_prompt
 from lit_vapo.types import TokenSequence
 
 
@@ -33,13 +33,15 @@ class TextDataModule(LightningDataModule):
             `name:config:split`) of preferences.
         preferences_validation: The same for validation; `null` sets a part of `preferences` aside.
         preferences_test: The same for testing; `null` tests on the validation part.
-        prompts: Files or hub names of prompts to respond to; `null` takes those of `preferences`.
+        prompts: Files or hub names of prompts to respond to; `null` takes those of `preferences`, each once.
         prompts_validation: The same for validation; `null` sets a part of `prompts` aside.
         prompts_test: The same for testing; `null` tests on the validation part.
         validation_fraction: Part set aside where no validation file is given. A row's place depends on its prompt
             alone (on the pair where nearly all prompts are the same), not on the other rows or a seed.
         max_length: Most tokens of prompt and response; the prompt loses its beginning first.
         max_prompt_length: Most tokens of a prompt to respond to; longer ones are an error.
+        skip_invalid: Leave out rows that are no preference or prompt (an empty response, two equal ones, a prompt too
+            long) and say how many, in place of an error.
         append_eos: End preferred and other responses with the end-of-sequence token.
         batch_size: Pairs of a step in the sft and reward stages, prompts of an iteration in the ppo stage; for each
             process.
@@ -60,6 +62,7 @@ class TextDataModule(LightningDataModule):
         max_length: int = 1024,
         max_prompt_length: int = 512,
         append_eos: bool = True,
+        skip_invalid: bool = False,
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
@@ -82,10 +85,12 @@ class TextDataModule(LightningDataModule):
             "val": prompts_validation,
             "test": prompts_test,
         }
+        self.own_prompts = prompts is not None
         self.validation_fraction = validation_fraction
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.append_eos = append_eos
+        self.skip_invalid = skip_invalid
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -142,8 +147,7 @@ class TextDataModule(LightningDataModule):
         return found[split]
 
     def _tokenise_preferences(self, sources: Any, key: str) -> Rows:
-        rows, prompts, responses = [], 0, 0
-        for row in load_rows(sources, key):
+        def tokenise(row: Row) -> tuple[dict[str, Any], Truncation]:
             preference = read_preference(row, self.text_tokenizer)
             tokens, cut = tokenise_preference(preference, self.text_tokenizer, self.max_length, self.append_eos)
             if tokens["chosen_ids"] == tokens["rejected_ids"]:
@@ -151,9 +155,11 @@ class TextDataModule(LightningDataModule):
                     f"{row.place}: expected two responses that differ within data.max_length = {self.max_length} "
                     "tokens, got the same tokens"
                 )
-            rows.append(tokens)
-            prompts += cut.prompts
-            responses += cut.responses
+            return tokens, cut
+
+        found = each_row(load_rows(sources, key), tokenise, key, self.skip_invalid)
+        rows = [tokens for tokens, _ in found]
+        prompts, responses = sum(cut.prompts for _, cut in found), sum(cut.responses for _, cut in found)
         if prompts or responses:
             rank_zero_warn(
                 f"{key}: data.max_length = {self.max_length} cut the beginning off {prompts} prompts and the end off "
@@ -162,12 +168,13 @@ class TextDataModule(LightningDataModule):
         return rows
 
     def _tokenise_prompts(self, sources: Any, key: str) -> Rows:
-        return [
-            tokenise_prompt(
-                read_prompt(row, self.text_tokenizer), self.text_tokenizer, self.max_prompt_length, row.place
-            )
-            for row in load_rows(sources, key)
-        ]
+        def tokenise(row: Row) -> dict[str, Any]:
+            prompt = read_prompt(row, self.text_tokenizer)
+            return tokenise_prompt(prompt, self.text_tokenizer, self.max_prompt_length, row.place)
+
+        rows = each_row(load_rows(sources, key), tokenise, key, self.skip_invalid)
+        # Several pairs may answer one prompt; a file of prompts is taken as it is.
+        return rows if self.own_prompts else list({row["prompt"]: row for row in rows}.values())
 
     # Loaders.
 
@@ -188,10 +195,10 @@ class TextDataModule(LightningDataModule):
     def _pair_loader(self, rows: Rows, collate: Callable[..., Any], train: bool) -> DataLoader[Any]:
         if not train:
             return self._loader(rows, collate)
+        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+        batch_size = self.batch_size * ranks.get("num_replicas", 1)
         lengths = [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
-        return self._loader(
-            rows, collate, sampler=LengthSampler(lengths, self.batch_size * self._world_size, self.seed)
-        )
+        return self._loader(rows, collate, sampler=LengthSampler(lengths, batch_size, self.seed, **ranks))
 
 
 class PreferenceDataModule(TextDataModule):
@@ -206,6 +213,8 @@ class PreferenceDataModule(TextDataModule):
         rows = self.preference_rows(split)
         if not len(rows) == len(chosen) == len(rejected):
             raise ValueError(f"expected features of {len(rows)} pairs, got {len(chosen)} and {len(rejected)}")
+        if chosen.shape != rejected.shape:
+            raise ValueError(f"expected features of one shape, got {tuple(chosen.shape)}, {tuple(rejected.shape)}")
         margin = torch.tensor([r["margin"] for r in rows], dtype=torch.float32)
         ids = torch.tensor([r["example_id"] for r in rows])
         self._features = {**getattr(self, "_features", {}), split: FeatureRows(chosen, rejected, margin, ids)}

@@ -168,6 +168,9 @@ def _conversation(row: Row, chosen: Any, rejected: Any, tokenizer: PreTrainedTok
             answers = [answer[len(shared) :] for answer in answers]
     else:
         count = next((i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), min(map(len, answers)))
+        # Dialogues may part at a user's message; the responses then begin with the assistant's one before.
+        while 0 < count < min(map(len, answers)) and any(a[count]["role"] != "assistant" for a in answers):
+            count -= 1
         shared, answers = answers[0][:count], [a[count:] for a in answers]
     prompt = _template(row, shared, tokenizer, respond=True)
     texts = []

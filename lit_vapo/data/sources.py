@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
+
+T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -37,10 +40,44 @@ def load_rows(sources: str | list[str], key: str) -> list[Row]:
     """
     rows: list[Row] = []
     for source in [sources] if isinstance(sources, str) else sources:
-        rows.extend(_read(source, key))
+        found = list(_read(source, key))
+        for row in found:
+            # A row that merely forgot its prompt would pass for a dialogue with an implicit one.
+            if ("prompt" in row.values) != ("prompt" in found[0].values):
+                raise ValueError(f"{row.place}: expected column 'prompt' in all rows of a source or in none")
+        rows.extend(found)
     if not rows:
         raise ValueError(f"{key}: expected at least one row, got none in {sources}")
     return rows
+
+
+def each_row(rows: Sequence[Row], read: Callable[[Row], T], key: str, skip_invalid: bool) -> list[T]:
+    """What `read` makes of every row.
+
+    Args:
+        rows: Rows of one or several sources.
+        read: Reads one row; raises ValueError where it is invalid.
+        key: The configuration key of the sources, for messages.
+        skip_invalid: Leave invalid rows out and warn once of their number.
+
+    Raises:
+        ValueError: A row is invalid and `skip_invalid` is off, or no valid row is left.
+    """
+    kept: list[T] = []
+    complaints: list[str] = []
+    for row in rows:
+        try:
+            kept.append(read(row))
+        except ValueError as error:
+            if not skip_invalid:
+                raise
+            complaints.append(str(error))
+    if complaints and not kept:
+        raise ValueError(f"{key}: expected at least one valid row, got none; the first: {complaints[0]}")
+    if complaints:
+        message = f"{key}: left out {len(complaints)} of {len(rows)} rows; the first: {complaints[0]}"
+        warnings.warn(message, stacklevel=2)
+    return kept
 
 
 def _read(source: str, key: str) -> Iterator[Row]:
@@ -85,5 +122,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def _read_hub(source: str) -> Iterator[Row]:
     name, config, split = [*source.split(":"), "", ""][:3]
     split = split or "train"
-    table = datasets.load_dataset(name, config or None, split=split)
+    try:
+        table = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # the hub's client has many, and few of them name the source
+        raise ValueError(f"{source}: expected a file or a data set on the hub, got none ({error})") from error
     yield from (Row(dict(values), f"{source} ({split}), row {i}") for i, values in enumerate(table, 1))

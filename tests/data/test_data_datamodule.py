@@ -203,7 +203,9 @@ def test_bad_rows_of_a_validation_file_are_named_before_training(files, tmp_path
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0])
 def test_the_validation_fraction_is_a_fraction(files, fraction):
-    with pytest.raises(ValueError, match=f"data.validation_fraction: expected a number from 0 to below 1, got {fraction}"):
+    with pytest.raises(
+        ValueError, match=f"data.validation_fraction: expected a number from 0 to below 1, got {fraction}"
+    ):
         make(PreferenceDataModule, files, validation_fraction=fraction)
 
 

@@ -133,7 +133,10 @@ def test_margins_are_finite_numbers(tokenizer, margin):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prompt": [USER], "chosen": answer(None), "rejected": answer("9")}, "a list of messages with role and content"),
+        (
+            {"prompt": [USER], "chosen": answer(None), "rejected": answer("9")},
+            "a list of messages with role and content",
+        ),
         ({"prompt": [USER], "chosen": [{"x": 1}], "rejected": answer("9")}, "a list of messages with role and content"),
         ({"prompt": [USER], "chosen": answer(""), "rejected": answer("9")}, "in column 'chosen', got an empty one"),
         ({"prompt": [USER], "chosen": answer("7"), "rejected": answer("7")}, "two different responses"),

@@ -94,7 +94,11 @@ def test_reading_writes_nothing_beside_the_data(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\xff"}\n', r"a.jsonl, line 2: expected a JSON object, got malformed"),
+        (
+            "a.jsonl",
+            b'{"prompt": "x"}\n{"prompt": "\xff"}\n',
+            r"a.jsonl, line 2: expected a JSON object, got malformed",
+        ),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', r"a.jsonl, line 2: expected a JSON object, got malformed JSON"),
         ("a.jsonl", b'{"prompt": "x"}\n"text"\n', r"a.jsonl, line 2: expected a JSON object, got str"),
         ("a.jsonl", b"[1]\n", "a.jsonl, line 1: expected a JSON object, got list"),

@@ -1,0 +1,107 @@
+"""Real data and several processes: rows that are no preference, ends of turns, shares of the rows."""
+
+import pytest
+import torch
+from helpers import tiny_preferences, tiny_tokenizer, write_jsonl
+from lightning.pytorch import Trainer
+from torch.utils.data import DistributedSampler
+
+from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule
+from lit_vapo.data.formats import read_preference
+from lit_vapo.data.sampler import LengthSampler
+from lit_vapo.data.sources import Row, load_rows
+
+CHATML = (
+    "{% for m in messages %}"
+    "<bos>{{ m['role'] }}:{{ m['content'] }}<eos>\n{% endfor %}{% if add_generation_prompt %}<bos>assistant:{% endif %}"
+)
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.fixture
+def chat(tmp_path):
+    fast = tiny_tokenizer(tmp_path / "chat", chat_template=True)
+    fast.chat_template = CHATML
+    fast.save_pretrained(tmp_path / "chat")
+    return fast
+
+
+def test_dialogues_that_part_at_a_user_turn_answer_the_turn_before(chat):
+    start = [said("user", "q"), said("assistant", "a")]
+    row = Row({"chosen": [*start, said("user", "x")], "rejected": [*start, said("user", "z")]}, "p")
+    assert read_preference(row, chat)[:3] == (
+        "<bos>user:q<eos>\n<bos>assistant:", "a<eos>\n<bos>user:x<eos>", "a<eos>\n<bos>user:z<eos>"
+    )  # fmt: skip
+
+
+def test_a_data_set_that_the_hub_does_not_have_is_named():
+    with pytest.raises(ValueError, match="owner/name: expected a file or a data set on the hub, got none"):
+        load_rows("owner/name", "k")
+
+
+def test_a_row_that_forgot_its_prompt_is_named(tmp_path):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": "b c", "rejected": "b d"}]
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: expected column 'prompt' in all rows"):
+        load_rows(write_jsonl(tmp_path / "x.jsonl", rows), "k")
+
+
+def test_invalid_rows_are_left_out_only_on_request_and_counted(tiny_model_dir, tmp_path):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path = write_jsonl(tmp_path / "x.jsonl", [good, {**good, "chosen": " "}, {**good, "rejected": "b"}])
+    options = {"tokenizer": tiny_model_dir, "preferences": path, "validation_fraction": 0.0}
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: expected a response"):
+        PreferenceDataModule(**options).prepare_data()
+    data = PreferenceDataModule(**options, skip_invalid=True)
+    with pytest.warns(UserWarning, match=r"data\.preferences: left out 2 of 3 rows; the first: .*line 2"):
+        assert len(data.preference_rows("train")) == 1
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{**good, "chosen": ""}])
+    with pytest.raises(ValueError, match="expected at least one valid row, got none"):
+        PreferenceDataModule(**{**options, "preferences": bad}, skip_invalid=True).prepare_data()
+
+
+def test_prompts_of_pairs_come_once_and_prompts_of_their_own_as_often_as_given(tiny_model_dir, tmp_path):
+    pairs = [{"prompt": p, "chosen": "b", "rejected": r} for p in "aab" for r in "cd"]
+    path = write_jsonl(tmp_path / "x.jsonl", pairs)
+    for options, expected in (({"preferences": path}, ["a", "b"]), ({"prompts": path}, list("aaaabb"))):
+        data = PromptDataModule(tiny_model_dir, **options, validation_fraction=0.0)
+        assert [row["prompt"] for row in data.prompt_rows("train")] == expected
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_batches_of_one(world):
+    sizes = [(i * 37) % 101 + 5 for i in range(98)]
+    shares = [list(LengthSampler(sizes, 4 * world, 1, world, rank)) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    assert {i for share in shares for i in share} == set(range(98))
+    one = list(LengthSampler(sizes, 4 * world, 1))
+    for step in range(98 // (4 * world)):
+        together = {i for share in shares for i in share[4 * step : 4 * step + 4]}
+        assert together == set(one[4 * world * step : 4 * world * (step + 1)])
+
+
+class ShareTrainer(Trainer):
+    """Stands for the second of two processes."""
+
+    @property
+    def distributed_sampler_kwargs(self):
+        return {"num_replicas": 2, "rank": 1}
+
+
+def test_lightning_leaves_the_sampler_alone(tiny_model_dir, tmp_path):
+    data = PreferenceDataModule(tiny_model_dir, tiny_preferences(tmp_path / "x.jsonl", 40), batch_size=4)
+    data.trainer = ShareTrainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    sampler = data.train_dataloader().sampler
+    # Lightning wraps, and shuffles again, whatever is no DistributedSampler.
+    assert isinstance(sampler, DistributedSampler)
+    assert (sampler.num_replicas, sampler.rank, sampler.batch_size) == (2, 1, 8)
+    assert len(sampler) == -(-len(data.preference_rows("train")) // 2)
+
+
+def test_features_of_different_width_are_refused(tiny_model_dir, tmp_path):
+    options = {"preferences": tiny_preferences(tmp_path / "x.jsonl", 6), "validation_fraction": 0.0}
+    data = PreferenceDataModule(tiny_model_dir, **options)
+    with pytest.raises(ValueError, match=r"expected features of one shape, got \(6, 3\), \(6, 4\)"):
+        data.use_features("train", torch.ones(6, 3), torch.ones(6, 4))
