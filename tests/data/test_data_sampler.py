@@ -1,5 +1,6 @@
 """The length sampler: all rows once, another order in every epoch, the same from the same seed, little padding."""
 
+import itertools
 import random
 
 import pytest
@@ -44,7 +45,7 @@ def test_batches_of_a_pool_hold_neighbours_in_length():
     lengths = LENGTHS[: 4 * POOL]
     order = list(LengthSampler(lengths, 4))
     ranges = sorted([min(v), max(v)] for v in ([lengths[r] for r in order[i : i + 4]] for i in range(0, 4 * POOL, 4)))
-    assert all(a[1] <= b[0] for a, b in zip(ranges[:-1], ranges[1:], strict=True))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
 
 
 def test_short_batches_stay_last():
