@@ -96,7 +96,7 @@ def page(summary: dict[str, Any], pictures: dict[str, Path], reference: Records,
     cards = (
         ("gold, before", f"{s['gold_reference']:.2f}"),
         ("gold, after", f"{s['gold_policy']:.2f}"),
-        ("gain (95% interval)", f"+{s['gold_gain']:.2f} ({low:.2f} … {high:.2f})"),
+        ("gain (95% interval)", f"{s['gold_gain']:+.2f} ({low:+.2f} … {high:+.2f})"),
         ("KL, nats per response", f"{s['sequence_kl_k1']:.1f}"),
         ("held-out prompts", str(s["samples_each"])),
     )
