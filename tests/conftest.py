@@ -88,3 +88,18 @@ def ppo_run(tmp_path_factory, stage_args, tiny_ensemble_dir):
     folder = tmp_path_factory.mktemp("runs") / "ppo"
     main(stage_args("ppo", "fit", folder, model__reward=tiny_ensemble_dir))
     return folder
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Fail if a step of training is taken."""
+
+    def step(self, batch, batch_idx):
+        raise AssertionError("training began")
+
+    from lit_vapo.modules.ppo import PPOModule
+    from lit_vapo.modules.reward import RewardModule
+    from lit_vapo.modules.sft import SFTModule
+
+    for module in (SFTModule, RewardModule, PPOModule):
+        monkeypatch.setattr(module, "training_step", step)

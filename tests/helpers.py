@@ -90,3 +90,8 @@ def tiny_prompts(path, count=16):
 
 def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def last(folder):
+    """The last checkpoint of a run."""
+    return folder / "checkpoints" / "last.ckpt"

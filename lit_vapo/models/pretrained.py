@@ -128,8 +128,6 @@ def load_backbone(spec: Pretrained, num_layers: int | None = None) -> PreTrained
             config.layer_types = config.layer_types[:num_layers]
         if getattr(config, "max_window_layers", None):
             config.max_window_layers = min(config.max_window_layers, num_layers)
-        if getattr(backbone.config, "layer_types", None) is not None:
-            backbone.config.layer_types = backbone.config.layer_types[:num_layers]
     return backbone
 
 
