@@ -272,3 +272,19 @@ def test_a_class_beside_you_is_found(run, reward, tmp_path, monkeypatch):
     config = Path("configs/ppo/tiny.yaml").resolve()
     monkeypatch.chdir(tmp_path)
     run("ppo", "fit", "--model.objective=my_own_objective.Median", folder="own", config=config)
+
+
+def test_nothing_set_aside_for_validation(run, tmp_path):
+    run("reward", "fit", "--data.validation_fraction=0", folder=tmp_path / "all")
+    assert (tmp_path / "all" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_the_last_checkpoint_is_the_last_step(run, reward):
+    # A validation after the first of two iterations must not be the end of what is saved.
+    folder = run("ppo", "fit", "--trainer.val_check_interval=2", "--trainer.limit_train_batches=3", folder="interval")
+    assert checkpoint(folder)["global_step"] == json.loads((folder / "finished.json").read_text())["steps"] == 6
+
+
+def test_predict_writes_its_responses(run, ppo):
+    run("ppo", "predict", f"--ckpt_path={ppo}/checkpoints/last.ckpt")
+    assert read_jsonl(ppo / "samples_predict.jsonl")

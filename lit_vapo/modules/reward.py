@@ -131,6 +131,8 @@ class RewardModule(TrainedWeightsModule):
         if self.freeze_backbone:
             for split in SPLITS.get(getattr(self.trainer.state.fn, "value", ""), ()):
                 pairs = datamodule.preferences(split)
+                if not pairs.chosen:
+                    continue
                 features = self._features([*pairs.chosen, *pairs.rejected], split)
                 datamodule.use_features(split, *features.split(len(pairs.chosen)))
             if isinstance(self.reference_inputs, list):
