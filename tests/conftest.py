@@ -91,8 +91,8 @@ def ppo_run(tmp_path_factory, stage_args, tiny_ensemble_dir):
 
 
 @pytest.fixture
-def untrained(monkeypatch):
-    """Fail if a step of training is taken."""
+def untrained(monkeypatch, sft_run, ppo_run):
+    """Fail if a step of training is taken (after those of the shared runs, which a test may ask for later)."""
 
     def step(self, batch, batch_idx):
         raise AssertionError("training began")
