@@ -19,6 +19,12 @@ from lit_vapo.cli import main
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Every test starts from the same random numbers, in whatever order and process it runs."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory):
     """Folder of a tiny Llama with its tokenizer."""
