@@ -17,6 +17,7 @@ from lit_vapo.models.actor_critic import ActorCritic, Rows
 from lit_vapo.models.features import compute_features, length_batches
 from lit_vapo.models.generation import Generated, Sampling, sample, stop_ids
 from lit_vapo.models.policy import Role
+from lit_vapo.models.trunk import length_mask
 from lit_vapo.objectives.base import Objective
 from lit_vapo.types import RewardEstimate, TextReward, TokenSequence
 
@@ -95,7 +96,7 @@ def assemble_rows(batch: PromptBatch, generated: Generated) -> Rows:
     # Roll each row's left padding over to its right end.
     shift = (prompt_size - batch.lengths)[:, None]
     index = (torch.arange(joined.shape[1], device=joined.device) + shift) % joined.shape[1]
-    mask = torch.arange(size, device=joined.device) < generated.response_lengths[:, None]
+    mask = length_mask(generated.response_lengths, size)
     return Rows(joined.gather(1, index), batch.lengths, mask)
 
 

@@ -1,6 +1,9 @@
 """Tiny tokenizers, models and data sets, made in a moment and offline."""
 
+import importlib
+import inspect
 import json
+import pkgutil
 from pathlib import Path
 
 import torch
@@ -95,3 +98,14 @@ def read_jsonl(path):
 def last(folder):
     """The last checkpoint of a run."""
     return folder / "checkpoints" / "last.ckpt"
+
+
+def concrete_subclasses(package, base):
+    """Every class below `base` that a module of `package` defines and that can be made."""
+    found = []
+    for module in pkgutil.iter_modules(package.__path__):
+        loaded = importlib.import_module(f"{package.__name__}.{module.name}")
+        for _, kind in inspect.getmembers(loaded, inspect.isclass):
+            if issubclass(kind, base) and not inspect.isabstract(kind) and kind.__module__ == loaded.__name__:
+                found.append(kind)
+    return found

@@ -80,15 +80,20 @@ def feature_key(spec: FeatureSpec, sequences: Sequence[TokenSequence]) -> str:
     return digest.hexdigest()[:32]
 
 
+def feature_path(folder: Path, key: str) -> Path:
+    """Where the features of a key are kept."""
+    return folder / f"{key}.safetensors"
+
+
 def save_features(folder: Path, key: str, features: Tensor) -> None:
     """Write a cache file; readers see all of it or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{key}.{os.getpid()}.partial"
     save_file({"features": features}, partial)
-    partial.replace(folder / f"{key}.safetensors")
+    partial.replace(feature_path(folder, key))
 
 
 def load_features(folder: Path, key: str) -> Tensor | None:
     """Cached features (N, H), or `None`."""
-    path = folder / f"{key}.safetensors"
+    path = feature_path(folder, key)
     return load_file(path)["features"] if path.is_file() else None

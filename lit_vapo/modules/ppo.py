@@ -198,8 +198,9 @@ class PPOModule(TrainedWeightsModule):
         )
         cast("Any", self.lr_schedulers()).step()
         seconds = {**rollout.seconds, "update": time.perf_counter() - update_started}
-        self._log_iteration(rollout, learned, seconds, time.perf_counter() - started)
-        self._adapt_kl(rollout_statistics(rollout)["kl_k3"], len(rollout.prompts))
+        statistics = rollout_statistics(rollout)
+        self._log_iteration(rollout, {**statistics, **learned}, seconds, time.perf_counter() - started)
+        self._adapt_kl(statistics["kl_k3"], len(rollout.prompts))
 
     def _sum(self, x: Tensor) -> Tensor:
         """Sum over all processes."""
@@ -215,10 +216,9 @@ class PPOModule(TrainedWeightsModule):
         self.kl_coef.mul_(1 + error * min(1.0, batch_size * self.trainer.world_size / 1024))
 
     def _log_iteration(
-        self, rollout: Rollout, learned: dict[str, Tensor], seconds: dict[str, float], total: float
+        self, rollout: Rollout, values: dict[str, Tensor], seconds: dict[str, float], total: float
     ) -> None:
         tokens = float(rollout.response_mask.sum())
-        values = {**rollout_statistics(rollout), **learned}
         values["iteration"] = torch.tensor(float(self.trainer.fit_loop.total_batch_idx + 1))
         values["kl_coef"] = self.kl_coef.clone()
         values["effective_kl_coef"] = self.kl_coef * rollout.kl_weight.mean()

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_vapo.data.collate import FeatureBatch, PreferenceBatch
 from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.metrics import PreferenceMetrics
-from lit_vapo.models.features import compute_features, feature_key, load_features, save_features
+from lit_vapo.models.features import compute_features, feature_key, feature_path, load_features, save_features
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained, hidden_size, load_backbone, load_causal_lm, place
 from lit_vapo.models.reward import FeatureSpec, RewardModel
@@ -149,7 +149,7 @@ class RewardModule(TrainedWeightsModule):
         assert self.backbone is not None
         folder = Path(self.feature_cache or Path(self.trainer.default_root_dir) / "features")
         key = feature_key(self.spec, sequences)
-        if self.trainer.is_global_zero and load_features(folder, key) is None:
+        if self.trainer.is_global_zero and not feature_path(folder, key).is_file():
             self.print(f"features: {len(sequences)} sequences of the {name} split")
             save_features(folder, key, compute_features(self.backbone, self.spec, sequences, self.device_of_run))
         self.trainer.strategy.barrier()

@@ -97,7 +97,7 @@ class StageCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's hyperparameters beat the command line without a word. Here a
-        # checkpoint gives weights and state; what was configured stands, and a misfit is refused on loading.
+        # checkpoint gives weights and state, differing settings are named on loading, and a misfit is refused.
         return
 
     def before_instantiate_classes(self) -> None:

@@ -1,11 +1,8 @@
 """Every estimator on pooled features passes this suite; a new file under lit_vapo/uncertainty/ is found unasked."""
 
-import importlib
-import inspect
-import pkgutil
-
 import pytest
 import torch
+from helpers import concrete_subclasses
 
 import lit_vapo.uncertainty
 from lit_vapo.functional import margin_estimate
@@ -17,17 +14,7 @@ from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 HIDDEN = 16
 
 
-def discover():
-    found = []
-    for module in pkgutil.iter_modules(lit_vapo.uncertainty.__path__):
-        loaded = importlib.import_module(f"lit_vapo.uncertainty.{module.name}")
-        for _, kind in inspect.getmembers(loaded, inspect.isclass):
-            if issubclass(kind, RewardHead) and not inspect.isabstract(kind) and kind.__module__ == loaded.__name__:
-                found.append(kind)
-    return found
-
-
-HEADS = discover()
+HEADS = concrete_subclasses(lit_vapo.uncertainty, RewardHead)
 
 
 def built(kind, **kwargs):

@@ -1,11 +1,8 @@
 """Every objective passes this suite; a new file under lit_vapo/objectives/ is found and tested unasked."""
 
-import importlib
-import inspect
-import pkgutil
-
 import pytest
 import torch
+from helpers import concrete_subclasses
 
 import lit_vapo.objectives
 from lit_vapo.functional import ensemble_estimate
@@ -15,18 +12,7 @@ from lit_vapo.objectives.single_reward import SingleReward
 from lit_vapo.objectives.variance_aware import VarianceAware
 from lit_vapo.types import RewardEstimate
 
-
-def discover():
-    found = []
-    for module in pkgutil.iter_modules(lit_vapo.objectives.__path__):
-        loaded = importlib.import_module(f"lit_vapo.objectives.{module.name}")
-        for _, kind in inspect.getmembers(loaded, inspect.isclass):
-            if issubclass(kind, Objective) and not inspect.isabstract(kind) and kind.__module__ == loaded.__name__:
-                found.append(kind)
-    return found
-
-
-OBJECTIVES = discover()
+OBJECTIVES = concrete_subclasses(lit_vapo.objectives, Objective)
 
 
 def members(batch=64, count=5, seed=0):
