@@ -22,6 +22,55 @@ class RewardEstimate(NamedTuple):
     members: Tensor | None
 
 
+class PairLabels(NamedTuple):
+    """What is known of pairs of responses besides the responses.
+
+    Attributes:
+        margin: `(B,)`, by how much the preference was stated, in units of reward; 0 where nobody said.
+        probability: `(B,)`, probability that the chosen response is the better one, in [0.5, 1]: 1 for a plain
+            preference, 0.5 for a tie, between them where annotators did not agree.
+        weight: `(B,)`, how often the pair counts, >= 0.
+        example_ids: `(B,)` int64, stable identity of each pair.
+    """
+
+    margin: Tensor
+    probability: Tensor
+    weight: Tensor
+    example_ids: Tensor
+
+
+class FeaturePairs(NamedTuple):
+    """Pairs of responses as features, with what is known of them.
+
+    Attributes:
+        chosen: Features of the preferred responses (B, H), or (B, K, H) where members differ in them.
+        rejected: Features of the others, of the same shape.
+        labels: What else is known of each pair.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    labels: PairLabels
+
+
+class Adapter(NamedTuple):
+    """One member's low-rank adapters and its head.
+
+    Attributes:
+        rank: Rank r.
+        alpha: The update is scaled by alpha / rank.
+        layers: Numbers of the blocks that are adapted.
+        weights: Name of a layer in the backbone -> A `(r, in)` and B `(out, r)`; the layer's update is B·A.
+        score: `(H,)`, weight of the reward head.
+    """
+
+    rank: int
+    alpha: float
+    layers: list[int]
+    weights: dict[str, tuple[Tensor, Tensor]]
+    score: Tensor
+
+
 class TokenSequence(NamedTuple):
     """Prompt and response as one list of token ids.
 

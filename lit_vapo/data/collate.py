@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_vapo.types import PairLabels
+
 
 class PreferenceBatch(NamedTuple):
     """Pairs of responses, right-padded.
@@ -18,8 +20,7 @@ class PreferenceBatch(NamedTuple):
         rejected_ids: Prompt and other response (B, Lr).
         rejected_lengths: Tokens of each (B,).
         prompt_lengths: Tokens of each prompt (B,).
-        margin: By how much the preference was stated (B,), in units of reward.
-        example_ids: Stable identity of each pair (B,), int64.
+        labels: What else is known of each pair.
     """
 
     chosen_ids: Tensor
@@ -27,24 +28,7 @@ class PreferenceBatch(NamedTuple):
     rejected_ids: Tensor
     rejected_lengths: Tensor
     prompt_lengths: Tensor
-    margin: Tensor
-    example_ids: Tensor
-
-
-class FeatureBatch(NamedTuple):
-    """Pairs of responses as features of a frozen backbone.
-
-    Attributes:
-        chosen: Features of the preferred responses (B, H).
-        rejected: Features of the others (B, H).
-        margin: As in `PreferenceBatch` (B,).
-        example_ids: As in `PreferenceBatch` (B,).
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    margin: Tensor
-    example_ids: Tensor
+    labels: PairLabels
 
 
 class PromptBatch(NamedTuple):
@@ -94,6 +78,16 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> 
     return ids, lengths
 
 
+def pair_labels(rows: Sequence[dict[str, Any]]) -> PairLabels:
+    """The labels of tokenised pairs."""
+    return PairLabels(
+        torch.tensor([r["margin"] for r in rows], dtype=torch.float32),
+        torch.tensor([r["probability"] for r in rows], dtype=torch.float32),
+        torch.tensor([r["weight"] for r in rows], dtype=torch.float32),
+        torch.tensor([r["example_id"] for r in rows]),
+    )
+
+
 class Collator:
     """Turns tokenised rows into batches.
 
@@ -114,8 +108,7 @@ class Collator:
             rejected,
             rejected_lengths,
             torch.tensor([r["prompt_length"] for r in rows]),
-            torch.tensor([r["margin"] for r in rows], dtype=torch.float32),
-            torch.tensor([r["example_id"] for r in rows]),
+            pair_labels(rows),
         )
 
     def prompts(self, rows: list[dict[str, Any]]) -> PromptBatch:

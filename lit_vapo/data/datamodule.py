@@ -11,13 +11,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_vapo.data.collate import Collator, FeatureBatch, PromptBatch
+from lit_vapo.data.collate import Collator, PromptBatch, pair_labels
 from lit_vapo.data.formats import read_preference, read_prompt
 from lit_vapo.data.sampler import LengthSampler
 from lit_vapo.data.sources import Row, each_row, load_rows
 from lit_vapo.data.splits import FeatureRows, Pairs, Rows, set_aside
 from lit_vapo.data.tokenise import Truncation, load_text_tokenizer, tokenise_preference, tokenise_prompt
-from lit_vapo.types import TokenSequence
+from lit_vapo.types import FeaturePairs, TokenSequence
 
 
 class TextDataModule(LightningDataModule):
@@ -215,9 +215,8 @@ class PreferenceDataModule(TextDataModule):
             raise ValueError(f"expected features of {len(rows)} pairs, got {len(chosen)} and {len(rejected)}")
         if chosen.shape != rejected.shape:
             raise ValueError(f"expected features of one shape, got {tuple(chosen.shape)}, {tuple(rejected.shape)}")
-        margin = torch.tensor([r["margin"] for r in rows], dtype=torch.float32)
-        ids = torch.tensor([r["example_id"] for r in rows])
-        self._features = {**getattr(self, "_features", {}), split: FeatureRows(chosen, rejected, margin, ids)}
+        features = FeatureRows(chosen, rejected, pair_labels(rows))
+        self._features = {**getattr(self, "_features", {}), split: features}
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Pairs to learn from."""
@@ -293,5 +292,5 @@ class SFTDataModule(TextDataModule):
         return self._pair_loader(rows, self.collator.sft, train=False) if rows else []
 
 
-def _as_it_is(batch: FeatureBatch) -> FeatureBatch:
+def _as_it_is(batch: FeaturePairs) -> FeaturePairs:
     return batch

@@ -26,6 +26,9 @@ class Preference(NamedTuple):
         rejected: The other one.
         margin: By how much it was preferred, in units of reward.
         templated: The texts hold a chat template's special tokens, so none are to be added.
+        probability: Probability that it is the better one, in [0.5, 1]; 0.5 for a tie.
+        weight: How often the pair counts.
+        subset: Name of the part of the data set it belongs to.
     """
 
     prompt: str
@@ -33,6 +36,9 @@ class Preference(NamedTuple):
     rejected: str
     margin: float
     templated: bool
+    probability: float = 1.0
+    weight: float = 1.0
+    subset: str | None = None
 
 
 class Prompt(NamedTuple):

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lit_vapo.data.collate import FeatureBatch
 from lit_vapo.data.tokenise import in_fraction, stable_id
-from lit_vapo.types import TokenSequence
+from lit_vapo.types import FeaturePairs, PairLabels, TokenSequence
 
 Rows = list[dict[str, Any]]
 
@@ -22,24 +21,26 @@ class Pairs(NamedTuple):
     rejected: list[TokenSequence]
 
 
-class FeatureRows(Dataset[FeatureBatch]):
+class FeatureRows(Dataset[FeaturePairs]):
     """Pairs as features; whole batches are indexed at once."""
 
-    def __init__(self, chosen: Tensor, rejected: Tensor, margin: Tensor, example_ids: Tensor) -> None:
-        self.columns = FeatureBatch(chosen, rejected, margin, example_ids)
+    def __init__(self, chosen: Tensor, rejected: Tensor, labels: PairLabels) -> None:
+        self.columns = FeaturePairs(chosen, rejected, labels)
 
     def __len__(self) -> int:
         """Number of pairs."""
-        return len(self.columns.margin)
+        return len(self.columns.chosen)
 
-    def __getitem__(self, index: int) -> FeatureBatch:
+    def __getitem__(self, index: int) -> FeaturePairs:
         """A batch of one."""
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: list[int]) -> FeatureBatch:
+    def __getitems__(self, indices: list[int]) -> FeaturePairs:
         """A batch; DataLoader asks for it this way."""
         index = torch.tensor(indices)
-        return FeatureBatch(*(column[index] for column in self.columns))
+        columns = self.columns
+        labels = PairLabels(*(column[index] for column in columns.labels))
+        return FeaturePairs(columns.chosen[index], columns.rejected[index], labels)
 
 
 def set_aside(rows: Rows, fraction: float) -> tuple[Rows, Rows]:

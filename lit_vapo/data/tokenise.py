@@ -86,6 +86,9 @@ def tokenise_preference(
         "rejected_ids": kept + rejected[:longest],
         "prompt_length": len(kept),
         "margin": preference.margin,
+        "probability": preference.probability,
+        "weight": preference.weight,
+        "subset": preference.subset,
         "example_id": stable_id(preference.prompt, preference.chosen, preference.rejected),
         "prompt": preference.prompt,
     }

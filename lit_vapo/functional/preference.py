@@ -14,6 +14,7 @@ def bradley_terry_loss(
     rejected: Tensor,
     *,
     margin: Tensor | None = None,
+    probability: Tensor | None = None,
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
     centering: float = 0.0,
@@ -21,7 +22,8 @@ def bradley_terry_loss(
     """Negative log-likelihood of the preferences under each member, one loss per member.
 
         z = chosen - rejected - margin
-        loss = 1/B * sum_b weights_b * ( -(1 - s) * logsigmoid(z_b) - s * logsigmoid(-z_b)
+        q = (1 - s) * probability + s * (1 - probability)
+        loss = 1/B * sum_b weights_b * ( -q_b * logsigmoid(z_b) - (1 - q_b) * logsigmoid(-z_b)
                                          + centering * (chosen_b + rejected_b)^2 )
 
     Source: Bradley & Terry (1952); as a loss Ouyang et al., arXiv 2203.02155, equation 1; margin Touvron et
@@ -37,6 +39,7 @@ def bradley_terry_loss(
         chosen: `(B, K)`, scores of the preferred responses, in units of reward (logits of preference).
         rejected: `(B, K)`, scores of the others.
         margin: `(B,)`, by how much chosen should beat rejected, in units of reward; None for 0.
+        probability: `(B,)`, probability that chosen is the better one, in [0, 1]; 0.5 for a tie; None for 1.
         weights: `(B, K)`, non-negative weight of each example for each member, e.g. bootstrap counts; None
             for 1.
         label_smoothing: s, the assumed probability in [0, 0.5) that a label is flipped.
@@ -66,8 +69,13 @@ def bradley_terry_loss(
             raise ValueError(f"expected margin of shape ({chosen.shape[0]},), got {tuple(margin.shape)}")
         logits = logits - margin[:, None]
     losses = -logsigmoid(logits)
-    if label_smoothing > 0.0:
-        losses = torch.lerp(losses, -logsigmoid(-logits), label_smoothing)
+    if probability is not None and probability.shape != chosen.shape[:1]:
+        raise ValueError(f"expected probability of shape ({chosen.shape[0]},), got {tuple(probability.shape)}")
+    if probability is not None or label_smoothing > 0.0:
+        stated = torch.ones_like(logits[:, 0]) if probability is None else probability
+        other = 1 - torch.lerp(stated, 1 - stated, label_smoothing)
+        # -logsigmoid(-z) = z - logsigmoid(z)
+        losses = losses + other[:, None] * logits
     if centering > 0.0:
         losses = losses + centering * (chosen + rejected).square()
     if weights is not None:

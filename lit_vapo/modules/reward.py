@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lit_vapo.data.collate import FeatureBatch, PreferenceBatch
+from lit_vapo.data.collate import PreferenceBatch
 from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.metrics import PreferenceMetrics
 from lit_vapo.models.features import compute_features, feature_key, feature_path, load_features, save_features
@@ -27,11 +27,11 @@ from lit_vapo.modules.checkpoint import (
     unpickled,
 )
 from lit_vapo.rollout import sample_references
-from lit_vapo.types import TokenSequence
+from lit_vapo.types import FeaturePairs, TokenSequence
 from lit_vapo.uncertainty.base import RewardHead
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
-Batch = PreferenceBatch | FeatureBatch
+Batch = PreferenceBatch | FeaturePairs
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
@@ -175,7 +175,7 @@ class RewardModule(TrainedWeightsModule):
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features (B, H) of the chosen and of the rejected responses."""
-        if isinstance(batch, FeatureBatch):
+        if isinstance(batch, FeaturePairs):
             return batch.chosen, batch.rejected
         model = self.reward_model()
         return (
@@ -186,7 +186,7 @@ class RewardModule(TrainedWeightsModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of the ensemble, summed over members."""
         chosen, rejected = self.encode(batch)
-        loss = self.head.loss(chosen, rejected, batch.margin, batch.example_ids)
+        loss = self.head.loss(chosen, rejected, batch.labels)
         if not torch.isfinite(loss):
             raise ValueError(f"loss: expected a finite number, got {loss.item()} in batch {batch_idx}")
         self.log("train/loss", loss.detach() / self.head.num_members, prog_bar=True)

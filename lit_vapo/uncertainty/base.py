@@ -1,40 +1,73 @@
-"""The contract of all uncertainty estimators on pooled features."""
+"""The contract of all uncertainty estimators."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_vapo.functional import ensemble_estimate, fit_normaliser, normalise_members
-from lit_vapo.types import RewardEstimate
+from lit_vapo.functional import (
+    bradley_terry_loss,
+    ensemble_estimate,
+    fit_normaliser,
+    margin_estimate,
+    normalise_members,
+    poisson_bootstrap,
+)
+from lit_vapo.types import Adapter, FeaturePairs, PairLabels, RewardEstimate
 
 
 class RewardHead(nn.Module, ABC):
-    """Maps pooled features (B, H) to a `RewardEstimate`, and knows its own training loss.
+    """Maps features of responses to a `RewardEstimate`, and knows its own training loss.
 
-    A subclass keeps every constructor argument as an attribute of the same name (so that a saved head can be built
-    again), creates its parameters in `make_parameters`, and gives `rewards` and `loss`. Members leave `forward`
-    normalised: each is centred and scaled on responses of the reference policy (`calibrate`), because a Bradley–Terry
-    reward has neither an origin nor a unit, and a variance across members that disagree on those means nothing.
+    Features are (B, H) where one backbone serves all members, and (B, K, H) where each member has its own adapters or
+    weights. A subclass keeps every constructor argument as an attribute of the same name (so that a saved head can be
+    built again), creates its parameters in `make_parameters`, and gives `rewards`. Where members change the
+    backbone it also says how (`attach`, `passes`, `join`).
+
+    Members leave `forward` normalised: each is centred and scaled on responses of the reference policy
+    (`calibrate`), because a Bradley–Terry reward has neither an origin nor a unit, and a variance across members that
+    disagree on those means nothing.
 
     Args:
         num_members: Number of members K.
+        bootstrap: Weight pairs by Poisson(1) counts per member; if off, members see the same data.
+        label_smoothing: Share of preferences taken to be stated the wrong way round, in [0, 0.5).
+        centering: Weight of the penalty (r_chosen + r_rejected)², which keeps rewards near zero.
+        seed: Seed of initialisation and bootstrap.
     """
+
+    # Whether features are the backbone's own, the same for all members: they can then be computed once and kept, or
+    # be taken from another model's pass over the same backbone.
+    shares_features: bool = True
+    # Whether each member is a whole backbone.
+    owns_backbones: bool = False
 
     reward_loc: Tensor
     reward_scale: Tensor
     reference_variance: Tensor
     calibrated: Tensor
 
-    def __init__(self, num_members: int) -> None:
+    def __init__(
+        self,
+        num_members: int,
+        bootstrap: bool = True,
+        label_smoothing: float = 0.0,
+        centering: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         if num_members < 1:
             raise ValueError(f"num_members: expected at least 1, got {num_members}")
         self.num_members = num_members
+        self.bootstrap = bootstrap
+        self.label_smoothing = label_smoothing
+        self.centering = centering
+        self.seed = seed
         self.hidden_size: int | None = None
         self.register_buffer("reward_loc", torch.zeros(num_members))
         self.register_buffer("reward_scale", torch.ones(num_members))
@@ -50,49 +83,140 @@ class RewardHead(nn.Module, ABC):
     def make_parameters(self, hidden_size: int) -> None:
         """Register the parameters; the features have width `hidden_size`."""
 
+    def draw(self, shape: Sequence[int], fan_in: int, stream: int) -> Tensor:
+        """Initial weights (K, *shape) from N(0, 1/√(fan_in + 1)).
+
+        Every member has a generator of its own, so that member k does not depend on K.
+        """
+        members = []
+        for k in range(self.num_members):
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + k) * 2 + stream)
+            members.append(torch.randn(tuple(shape), generator=generator) / (fan_in + 1) ** 0.5)
+        return torch.stack(members)
+
+    # 1. Scores.
+
     @abstractmethod
     def rewards(self, features: Tensor) -> Tensor:
-        """Raw rewards (B, K) of features (B, H), in each member's own unit (a difference is a log-odds)."""
+        """Raw rewards (B, K), in each member's own unit (a difference is a log-odds), float32."""
 
-    @abstractmethod
-    def loss(self, chosen: Tensor, rejected: Tensor, margin: Tensor | None, example_ids: Tensor) -> Tensor:
-        """Training loss, a scalar: *summed* over members, so that K does not change a member's learning rate.
-
-        Args:
-            chosen: Features (B, H) of the preferred responses.
-            rejected: Features (B, H) of the other responses.
-            margin: By how much the preference was stated (B,), in units of reward; `None` for zero.
-            example_ids: Stable identity of each pair (B,), int64; bootstrap weights depend on it alone.
-        """
+    def training_rewards(self, features: Tensor) -> Tensor:
+        """What the loss sees: rewards (B, K') where training differs from scoring."""
+        return self.rewards(features)
 
     def forward(self, features: Tensor) -> RewardEstimate:
         """Estimate of the normalised reward: mean (B,), variance (B,) with ddof 1, members (B, K)."""
-        members = normalise_members(self.rewards(features), self.reward_loc, self.reward_scale)
-        return ensemble_estimate(members)
+        return ensemble_estimate(normalise_members(self.rewards(features), self.reward_loc, self.reward_scale))
+
+    def margin(self, chosen: Tensor, rejected: Tensor) -> RewardEstimate:
+        """Estimate of the raw difference between two responses, in log-odds.
+
+        Its variance is that of each member's own difference, so what a member adds to both responses cancels.
+        """
+        return margin_estimate(self.rewards(chosen), self.rewards(rejected))
+
+    # 2. Training.
+
+    def loss(self, chosen: Tensor, rejected: Tensor, labels: PairLabels) -> Tensor:
+        """Training loss, a scalar: *summed* over members, so that K does not change a member's learning rate.
+
+        Args:
+            chosen: Features of the preferred responses.
+            rejected: Features of the other responses.
+            labels: Margins, soft labels, weights and identities of the pairs; bootstrap counts depend on the
+                identity alone.
+        """
+        both = self.training_rewards(torch.cat([chosen, rejected]))
+        weights = labels.weight[:, None].expand(-1, both.shape[1])
+        if self.bootstrap:
+            weights = weights * poisson_bootstrap(labels.example_ids, both.shape[1], self.seed)
+        return bradley_terry_loss(
+            both[: len(chosen)],
+            both[len(chosen) :],
+            margin=labels.margin,
+            probability=labels.probability,
+            weights=weights,
+            label_smoothing=self.label_smoothing,
+            centering=self.centering,
+        ).sum()
+
+    def settle(self, pairs: Iterable[FeaturePairs]) -> None:
+        """Fix what is not learned by gradient, from the features of all training pairs.
+
+        Called before scores are read off: at each validation and each checkpoint.
+        """
+        return
+
+    @property
+    def settles(self) -> bool:
+        """Whether `settle` does anything, so that nobody computes features for nothing."""
+        return type(self).settle is not RewardHead.settle
 
     @torch.no_grad()
     def calibrate(self, features: Tensor) -> None:
         """Fix each member's origin and unit, and the typical variance, on reference responses.
 
         Args:
-            features: Features (N, H) of N >= 2 responses of the reference policy.
+            features: Features of N >= 2 responses of the reference policy.
 
         Raises:
-            ValueError: A member's reward is not finite or does not vary.
+            ValueError: A member's reward is not finite.
         """
-        raw = self.rewards(features).float()
-        loc, scale = fit_normaliser(raw)
+        loc, scale = self.fit_normaliser(features)
         self.reward_loc.copy_(loc)
         self.reward_scale.copy_(scale)
-        self.reference_variance.copy_(ensemble_estimate(normalise_members(raw, loc, scale)).variance.mean())
+        self.reference_variance.copy_(self(features).variance.mean())
         self.calibrated.fill_(True)
+
+    def fit_normaliser(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Origin and unit of each member (K,) on reference responses."""
+        return fit_normaliser(self.rewards(features).float())
+
+    # 3. The backbone.
+
+    def attach(self, backbone: nn.Module, blocks: nn.ModuleList) -> nn.Module:
+        """Make a backbone ready for the members; the result is what `passes` gets.
+
+        Args:
+            backbone: A frozen decoder, on the CPU or where it was quantised.
+            blocks: Its transformer blocks.
+        """
+        return backbone
+
+    def passes(self, backbone: Any) -> Iterator[Any]:
+        """The models to run one after another over a batch, or over all batches. A row may come back K-fold."""
+        yield backbone
+
+    def join(self, outputs: list[Tensor]) -> Tensor:
+        """Features from the pooled states of all passes, each (B, H) or (B, K, H)."""
+        (features,) = outputs
+        return features
+
+    # 4. On disk.
+
+    def adapters(self) -> list[Adapter]:
+        """Each member's low-rank adapters, which are saved in peft's format; empty where there are none."""
+        return []
+
+    def load_adapters(self, adapters: list[Adapter]) -> None:
+        """Take the adapters that were read from a folder."""
+        return
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """What is saved beside backbone and adapters."""
+        return self.state_dict()
+
+    def linear_members(self) -> tuple[Tensor, Tensor] | None:
+        """Weights (K, H) and biases (K,) of the normalised members if linear in shared features, else `None`."""
+        return None
 
     def linear_mean(self) -> tuple[Tensor, Tensor] | None:
         """Weight (H,) and bias () of the mean normalised reward if it is linear in the features, else `None`.
 
         A critic on the same features starts from it.
         """
-        return None
+        members = self.linear_members()
+        return None if members is None else (members[0].mean(0), members[1].mean(0))
 
     def init_args(self) -> dict[str, Any]:
         """The constructor arguments, read back from the attributes of the same names."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lit_vapo.functional import bradley_terry_loss, poisson_bootstrap
 from lit_vapo.uncertainty.base import RewardHead
 
 
@@ -34,28 +33,17 @@ class HeadEnsemble(RewardHead):
         centering: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(num_members)
+        super().__init__(num_members, bootstrap, label_smoothing, centering, seed)
         self.hidden_width = hidden_width
-        self.bootstrap = bootstrap
-        self.label_smoothing = label_smoothing
-        self.centering = centering
-        self.seed = seed
 
     def make_parameters(self, hidden_size: int) -> None:
-        """Draw the members' weights, each from its own generator so that member k does not depend on K."""
+        """Draw the members' weights."""
         width = self.hidden_width or hidden_size
-        self.weight = nn.Parameter(self._draw((width,), width, stream=0))
+        self.weight = nn.Parameter(self.draw((width,), width, stream=0))
         self.bias = nn.Parameter(torch.zeros(self.num_members))
         if self.hidden_width is not None:
-            self.hidden_weight = nn.Parameter(self._draw((self.hidden_width, hidden_size), hidden_size, stream=1))
+            self.hidden_weight = nn.Parameter(self.draw((self.hidden_width, hidden_size), hidden_size, stream=1))
             self.hidden_bias = nn.Parameter(torch.zeros(self.num_members, self.hidden_width))
-
-    def _draw(self, shape: tuple[int, ...], fan_in: int, stream: int) -> Tensor:
-        members = []
-        for k in range(self.num_members):
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + k) * 2 + stream)
-            members.append(torch.randn(shape, generator=generator) / (fan_in + 1) ** 0.5)
-        return torch.stack(members)
 
     def rewards(self, features: Tensor) -> Tensor:
         """Raw rewards (B, K) of features (B, H), computed in float32, under autocast too."""
@@ -66,23 +54,10 @@ class HeadEnsemble(RewardHead):
             hidden = torch.einsum("bh,kwh->bkw", features, self.hidden_weight) + self.hidden_bias
             return torch.einsum("bkw,kw->bk", torch.tanh(hidden), self.weight) + self.bias
 
-    def loss(self, chosen: Tensor, rejected: Tensor, margin: Tensor | None, example_ids: Tensor) -> Tensor:
-        """Bradley–Terry loss of the bootstrapped pairs, summed over members (see `RewardHead.loss`)."""
-        weights = poisson_bootstrap(example_ids, self.num_members, self.seed) if self.bootstrap else None
-        both = self.rewards(torch.cat([chosen, rejected]))
-        return bradley_terry_loss(
-            both[: len(chosen)],
-            both[len(chosen) :],
-            margin=margin,
-            weights=weights,
-            label_smoothing=self.label_smoothing,
-            centering=self.centering,
-        ).sum()
-
-    def linear_mean(self) -> tuple[Tensor, Tensor] | None:
-        """Mean of the normalised linear heads: r̄(φ) = mean_k (w_k·φ + b_k − loc_k) / scale_k."""
+    def linear_members(self) -> tuple[Tensor, Tensor] | None:
+        """Weights and biases of the normalised linear heads: (w_k·φ + b_k − loc_k) / scale_k."""
         if self.hidden_width is not None:
             return None
-        weight = (self.weight / self.reward_scale[:, None]).mean(0)
-        bias = ((self.bias - self.reward_loc) / self.reward_scale).mean()
+        weight = self.weight / self.reward_scale[:, None]
+        bias = (self.bias - self.reward_loc) / self.reward_scale
         return weight.detach().clone(), bias.detach().clone()
