@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -207,6 +206,15 @@ class PreferenceDataModule(TextDataModule):
     def prepare_data(self) -> None:
         """Read and check the data before any model is loaded."""
         self.preference_rows("train")
+
+    streams = False
+
+    def all_pairs(self) -> DataLoader[Any]:
+        """All training pairs, in their order and not shared out to processes."""
+        features = getattr(self, "_features", {}).get("train")
+        if features is not None:
+            return self._loader(features, _as_it_is)
+        return self._loader(self.preference_rows("train"), self.collator.preferences)
 
     def use_features(self, split: str, chosen: Tensor, rejected: Tensor) -> None:
         """Serve features (N, H) in place of tokens, in the order of `preferences(split)`."""
