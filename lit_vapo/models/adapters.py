@@ -20,7 +20,7 @@ SCORE = f"{ROOT}score.weight"
 def save_adapter(folder: Path, adapter: Adapter, backbone: PreTrainedModel, base: str) -> None:
     """Write one member as the adapter of a sequence classifier with one label.
 
-    On `AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)`, `PeftModel.from_pretrained` of the folder
+    Loaded by `PeftModel.from_pretrained` on `AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)` it
     gives the member's raw reward, for heads that read the last token of the last block.
 
     Args:

@@ -116,6 +116,11 @@ class LoraEnsemble(RewardHead):
         finally:
             self.active = False
 
+    def join(self, outputs: list[Tensor]) -> Tensor:
+        """Features (B, K, H)."""
+        (features,) = outputs
+        return features if features.ndim == 3 else features[:, None]
+
     def _is_target(self, name: str, module: nn.Module) -> bool:
         if not _is_linear(module):
             return False
