@@ -237,8 +237,7 @@ class RolloutMaker:
             self._reward_encoder = pair_encoder(model.load_tokenizer())
         encode = self._reward_encoder
         sequences = [encode(p, r, bool(s)) for p, r, s in zip(prompts, responses, stopped.tolist(), strict=True)]
-        assert model.backbone is not None
-        return compute_features(model.backbone, model.spec, sequences, stopped.device).to(stopped.device)
+        return compute_features(model, sequences, stopped.device).to(stopped.device)
 
 
 def sample_references(

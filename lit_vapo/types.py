@@ -59,14 +59,12 @@ class Adapter(NamedTuple):
     Attributes:
         rank: Rank r.
         alpha: The update is scaled by alpha / rank.
-        layers: Numbers of the blocks that are adapted.
         weights: Name of a layer in the backbone -> A `(r, in)` and B `(out, r)`; the layer's update is B·A.
         score: `(H,)`, weight of the reward head.
     """
 
     rank: int
     alpha: float
-    layers: list[int]
     weights: dict[str, tuple[Tensor, Tensor]]
     score: Tensor
 

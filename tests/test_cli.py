@@ -86,8 +86,6 @@ class Paired(RewardHead):
     def rewards(self, features):
         return features @ self.weight.T
 
-    def loss(self, chosen, rejected, margin, example_ids):
-        return bradley_terry_loss(self.rewards(chosen), self.rewards(rejected), margin=margin).sum()
 '''
 
 

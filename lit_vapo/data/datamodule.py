@@ -173,6 +173,15 @@ class PreferenceDataModule(TextDataModule):
         if not self.streams:
             check_preferred(any(map(prefers, self.preference_rows("train"))), "data.preferences")
 
+    streams = False
+
+    def all_pairs(self) -> DataLoader[Any]:
+        """All training pairs, in their order and not shared out to processes."""
+        features = getattr(self, "_features", {}).get("train")
+        if features is not None:
+            return self._loader(features, _as_it_is)
+        return self._loader(self.preference_rows("train"), self.collator.preferences)
+
     def use_features(self, split: str, chosen: Tensor, rejected: Tensor) -> None:
         """Serve features, (N, H) or (N, K, H), in place of tokens, in the order of `preferences(split)`."""
         rows = self.preference_rows(split)

@@ -13,9 +13,11 @@ from lit_vapo.functional.ensemble import (
     fit_normaliser,
     margin_estimate,
     normalise_members,
+    nuclear_diversity,
     poisson_bootstrap,
 )
 from lit_vapo.functional.kl import kl_k1, kl_k2, kl_k3, sequence_log_ratio, weighted_k3
+from lit_vapo.functional.laplace import Posterior, laplace_preference
 from lit_vapo.functional.logprobs import TokenLogprobs, token_logprobs
 from lit_vapo.functional.masked import Moments, masked_mean, masked_sum, masked_var, masked_whiten, moments
 from lit_vapo.functional.ppo import (
@@ -40,6 +42,7 @@ __all__ = [
     "Advantages",
     "Moments",
     "PolicyTerms",
+    "Posterior",
     "TokenLogprobs",
     "ValueTerms",
     "approx_kl",
@@ -55,6 +58,7 @@ __all__ = [
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "laplace_preference",
     "margin_estimate",
     "masked_mean",
     "masked_sum",
@@ -62,6 +66,7 @@ __all__ = [
     "masked_whiten",
     "moments",
     "normalise_members",
+    "nuclear_diversity",
     "objective",
     "optimal_policy",
     "poisson_bootstrap",

@@ -169,6 +169,36 @@ def poisson_bootstrap(example_ids: Tensor, num_members: int, seed: int) -> Tenso
     return torch.searchsorted(_poisson_thresholds(device), uniform, right=True).float()
 
 
+def nuclear_diversity(matrices: Tensor) -> Tensor:
+    """How differently the members' matrices point: their nuclear norm side by side, relative to the largest.
+
+        ‖[M_1; …; M_K]‖_* / ( √min(K·r, n) · ‖[M_1; …; M_K]‖_F )
+
+    After Zhai et al., arXiv 2401.00243, who maximise the nuclear norm itself; divided by the Frobenius norm and the
+    root of the rank it is bounded, and larger matrices alone gain nothing.
+
+    Args:
+        matrices: `(K, r, n)`.
+
+    Returns:
+        `()`, in (0, 1]: 1 where all rows are orthogonal and of equal length, 1/√min(K·r, n) where all are parallel.
+
+    Raises:
+        ValueError: if the shape is another.
+
+    Example:
+        >>> nuclear_diversity(torch.eye(4).view(2, 2, 4)).item()
+        1.0
+        >>> nuclear_diversity(torch.ones(2, 2, 4)).item()
+        0.5
+    """
+    if matrices.ndim != 3:
+        raise ValueError(f"expected matrices of shape (K, r, n), got {tuple(matrices.shape)}")
+    stacked = matrices.flatten(0, 1).float()
+    singular = torch.linalg.svdvals(stacked)
+    return singular.sum() / (len(singular) ** 0.5 * torch.linalg.vector_norm(stacked))
+
+
 @cache
 def _poisson_thresholds(device: torch.device) -> Tensor:
     """Return floor(2**63 * P(X <= n)) for X ~ Poisson(1), n = 0, 1, …, while that is below 2**63."""

@@ -13,7 +13,7 @@ from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.critic import Critic, CriticSpec, own_trunk
 from lit_vapo.models.policy import Policy, Role
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
-from lit_vapo.models.reward import RewardModel, read_config
+from lit_vapo.models.reward import RewardModel, head_class, read_config
 from lit_vapo.models.trunk import pool, response_states, run_trunk
 
 
@@ -76,14 +76,15 @@ class ActorCritic(nn.Module):
     def __init__(self, base: Pretrained, lora: Lora | None, critic: CriticSpec, reward: str) -> None:
         super().__init__()
         config = read_config(reward)
-        self.shares_base = not config["own_backbone"] and _same_model(Pretrained(**config["spec"]["base"]), base)
+        frozen = not config["own_backbone"] and head_class(config["head"]["class_path"]).shares_features
+        self.shares_base = frozen and _same_model(Pretrained(**config["spec"]["base"]), base)
         self.reward_model = RewardModel.from_pretrained(reward, with_backbone=not self.shares_base)
         spec = self.reward_model.spec
         self.base = base
         self.critic_trunk = critic.trunk
         # Value and reward are read at the same depth where they read the same model.
         critic_base = (critic.base or base) if critic.trunk == "own" else base
-        comparable = not config["own_backbone"] and _same_model(spec.base, critic_base)
+        comparable = frozen and _same_model(spec.base, critic_base)
         self.tap_layer = spec.layer if self.shares_base else None
         self.value_layer = spec.layer if comparable else None
         # Above the depth at which it reads, the critic holds nothing: nothing there would ever get a gradient.

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from lit_vapo.models.reward import FeatureSpec
-from lit_vapo.models.trunk import pool, run_trunk
+from lit_vapo.models.reward import FeatureSpec, RewardModel
+from lit_vapo.models.trunk import pooled
 from lit_vapo.types import TokenSequence
 
 TOKENS_PER_BATCH = 4096
@@ -44,22 +43,28 @@ def right_pad(sequences: Sequence[Sequence[int]], device: torch.device | None = 
 
 
 @torch.no_grad()
-def compute_features(
-    backbone: PreTrainedModel, spec: FeatureSpec, sequences: Sequence[TokenSequence], device: torch.device
-) -> Tensor:
-    """Pooled features (N, H), float32 on the CPU, of sequences batched by length."""
-    out: Tensor | None = None
-    for rows in length_batches([len(s.ids) for s in sequences]):
-        ids, lengths = right_pad([sequences[i].ids for i in rows], device)
-        prompts = torch.tensor([sequences[i].prompt_length for i in rows], device=device)
-        features = pool(run_trunk(backbone, ids, lengths).last, lengths, prompts, spec.pooling).cpu()
-        if out is None:
-            out = torch.empty(len(sequences), features.shape[1])
-        out[rows] = features
-    if out is None:
+def compute_features(model: RewardModel, sequences: Sequence[TokenSequence], device: torch.device) -> Tensor:
+    """Features of sequences batched by length, float32 on the CPU: (N, H), or (N, K, H) where members differ.
+
+    Raises:
+        ValueError: There is no sequence, or a feature is not finite (naming the sequence).
+    """
+    if not sequences:
         raise ValueError("expected at least one sequence, got none")
+    batches, order = [], []
+    for rows in length_batches([len(s.ids) for s in sequences]):
+        order += rows
+        prompts = torch.tensor([sequences[i].prompt_length for i in rows], device=device)
+        batches.append((*right_pad([sequences[i].ids for i in rows], device), prompts))
+    back = torch.tensor(order).argsort()
+    outputs = []
+    # All batches for one model before the next, which may have to be read from disk.
+    for backbone in model.passes():
+        parts = [pooled(backbone, *batch, model.spec.pooling).cpu() for batch in batches]
+        outputs.append(torch.cat(parts)[back])
+    out = model.head.join(outputs)
     if not torch.isfinite(out).all():
-        row = int((~torch.isfinite(out)).any(1).nonzero()[0, 0])
+        row = int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0, 0])
         raise ValueError(f"expected finite features, got NaN or infinity for sequence {row}")
     return out
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_vapo.models.pretrained import Pretrained, load_backbone, load_tokenizer
-from lit_vapo.models.trunk import Pooling, pool, run_trunk
+from lit_vapo.models.adapters import load_adapter, save_adapter
+from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, load_backbone, load_tokenizer
+from lit_vapo.models.trunk import Pooling, pooled
 from lit_vapo.types import RewardEstimate
 from lit_vapo.uncertainty.base import RewardHead
 
 CONFIG_NAME = "ensemble.json"
 WEIGHTS_NAME = "head.safetensors"
 BACKBONE_NAME = "backbone"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -47,21 +50,25 @@ class RewardModel(nn.Module):
     Args:
         spec: What the head reads.
         head: The head, already built.
-        backbone: The backbone, cut off at `spec.layer`, or `None`.
+        backbone: The backbone, cut off at `spec.layer` and attached to the head (`attach`), or `None`.
     """
 
-    def __init__(self, spec: FeatureSpec, head: RewardHead, backbone: PreTrainedModel | None) -> None:
+    def __init__(self, spec: FeatureSpec, head: RewardHead, backbone: Any) -> None:
         super().__init__()
         self.spec = spec
         self.head = head
         self.backbone = backbone
 
     def encode(self, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> Tensor:
-        """Features (B, H) of right-padded sequences (B, L)."""
+        """Features (B, H) of right-padded sequences (B, L), or (B, K, H) where members differ in them."""
+        rows = (input_ids, lengths, prompt_lengths)
+        return self.head.join([pooled(x, *rows, self.spec.pooling) for x in self.passes()])
+
+    def passes(self) -> Iterator[PreTrainedModel]:
+        """The models to run, one after another."""
         if self.backbone is None:
             raise ValueError("this reward model was loaded without its backbone: expected features, got token ids")
-        hidden = run_trunk(self.backbone, input_ids, lengths).last
-        return pool(hidden, lengths, prompt_lengths, self.spec.pooling)
+        return self.head.passes(self.backbone)
 
     def forward(self, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> RewardEstimate:
         """Estimate of the normalised reward of right-padded sequences (B, L)."""
@@ -69,7 +76,7 @@ class RewardModel(nn.Module):
         return estimate
 
     def save_pretrained(self, folder: str | Path, save_backbone: bool = False) -> None:
-        """Write `ensemble.json` and `head.safetensors`, and the backbone if it was trained.
+        """Write `ensemble.json`, `head.safetensors`, members' adapters or backbones, and a backbone that was trained.
 
         Raises:
             FileExistsError: The folder already holds an ensemble.
@@ -77,24 +84,31 @@ class RewardModel(nn.Module):
         folder = Path(folder)
         if (folder / CONFIG_NAME).exists():
             raise FileExistsError(f"{folder}: expected a folder without an ensemble, got one that holds {CONFIG_NAME}")
+        if self.backbone is None and (save_backbone or not self.head.shares_features):
+            raise ValueError("save_backbone: expected a reward model with a backbone, got one without")
         folder.mkdir(parents=True, exist_ok=True)
+        members = range(self.head.num_members)[self.head.present]
+        if self.head.owns_backbones:
+            for k, member in zip(members, self.head.passes(self.backbone), strict=True):
+                member.save_pretrained(folder / f"member_{k}")
+        elif save_backbone:
+            self.backbone.save_pretrained(folder / BACKBONE_NAME)
+        for k, adapter in enumerate(self.head.adapters()):
+            save_adapter(folder / f"member_{k}", adapter, self.backbone, self.spec.base.path)
         kind = type(self.head)
         config = {
             "format_version": FORMAT_VERSION,
             "spec": asdict(self.spec),
             "hidden_size": self.head.hidden_size,
             "num_members": self.head.num_members,
-            "own_backbone": save_backbone,
+            "members": list(members),
+            "own_backbone": save_backbone and not self.head.owns_backbones,
             "head": {
                 "class_path": f"{kind.__module__}.{kind.__qualname__}",
                 "init_args": self.head.init_args(),
             },
         }
-        if save_backbone:
-            if self.backbone is None:
-                raise ValueError("save_backbone: expected a reward model with a backbone, got one without")
-            self.backbone.save_pretrained(folder / BACKBONE_NAME)
-        save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / WEIGHTS_NAME)
+        save_file({k: v.contiguous() for k, v in self.head.saved_state().items()}, folder / WEIGHTS_NAME)
         # Written last: a folder with this file is complete.
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -104,27 +118,57 @@ class RewardModel(nn.Module):
 
         Args:
             folder: The ensemble's folder.
-            with_backbone: Load the backbone too; off if the caller brings features.
+            with_backbone: Load the backbone too; off if the caller brings features, which members must share.
 
         Raises:
-            ValueError: The folder holds no ensemble, or one that this version cannot read.
+            ValueError: The folder holds no ensemble, one that this version cannot read, or one that lacks a member.
         """
+        folder = Path(folder)
         config = read_config(folder)
         spec = FeatureSpec(**{**config["spec"], "base": Pretrained(**config["spec"]["base"])})
         head = build_head(config["head"]["class_path"], config["head"]["init_args"], config["hidden_size"])
-        head.load_state_dict(load_file(Path(folder) / WEIGHTS_NAME))
-        backbone = None
-        if with_backbone:
-            source = spec.base
-            if config["own_backbone"]:
-                source = Pretrained(str(Path(folder) / BACKBONE_NAME), dtype=source.dtype)
-            backbone = load_backbone(source, None if config["own_backbone"] else spec.layer)
-        model = cls(spec, head, backbone)
-        return model.requires_grad_(False).eval()
+        if len(config["members"]) < head.num_members:
+            raise ValueError(
+                f"{folder}: expected all {head.num_members} members, got member {config['members']} alone. Join the "
+                "members' folders with `lit-vapo reward join`."
+            )
+        backbone = _load_backbone(folder, spec, head, config["own_backbone"]) if with_backbone else None
+        _load_head(head, folder / WEIGHTS_NAME)
+        return cls(spec, head, backbone).requires_grad_(False).eval()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the backbone."""
         return load_tokenizer(self.spec.base)
+
+
+def _load_backbone(folder: Path, spec: FeatureSpec, head: RewardHead, own: bool) -> Any:
+    if head.owns_backbones:
+        for k in range(head.num_members):
+            if not (folder / f"member_{k}" / "config.json").is_file():
+                raise ValueError(f"{folder}: expected the model of member {k} in {folder / f'member_{k}'}, got none")
+        readers = [partial(_load_saved, folder / f"member_{k}", spec) for k in range(head.num_members)]
+        # Off the module's list of children where they are to be read anew at each call.
+        return nn.ModuleList([read() for read in readers]) if getattr(head, "resident", True) else readers
+    backbone = _load_saved(folder / BACKBONE_NAME, spec) if own else load_backbone(spec.base, spec.layer)
+    attached = head.attach(backbone, decoder_layers(backbone))
+    count = len(head.adapters())
+    if count:
+        head.load_adapters([load_adapter(folder / f"member_{k}", backbone, spec.base.path) for k in range(count)])
+    return attached
+
+
+def _load_saved(folder: Path, spec: FeatureSpec) -> PreTrainedModel:
+    """A trained backbone as it was saved: cut off already, and in the type it was trained in."""
+    saved = Pretrained(str(folder), attn_implementation=spec.base.attn_implementation)
+    return cast("PreTrainedModel", freeze(load_backbone(saved)))
+
+
+def _load_head(head: RewardHead, path: Path) -> None:
+    weights = load_file(path)
+    expected = head.saved_state().keys()
+    if weights.keys() != expected:
+        raise ValueError(f"{path}: expected {sorted(expected)}, got {sorted(weights)}")
+    head.load_state_dict(weights, strict=False)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -148,10 +192,19 @@ def build_head(class_path: str, init_args: dict[str, Any], hidden_size: int) -> 
     Raises:
         ValueError: The class is not a `RewardHead`.
     """
+    head = head_class(class_path)(**init_args)
+    head.build(hidden_size)
+    return head
+
+
+def head_class(class_path: str) -> type[RewardHead]:
+    """Import an estimator.
+
+    Raises:
+        ValueError: The class is not a `RewardHead`.
+    """
     module, _, name = class_path.rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     if not (isinstance(kind, type) and issubclass(kind, RewardHead)):
         raise ValueError(f"head.class_path: expected a subclass of RewardHead, got {class_path}")
-    head: RewardHead = kind(**init_args)
-    head.build(hidden_size)
-    return head
+    return kind

@@ -5,7 +5,7 @@ The (B, T, V) logits are never made: the head is applied to the response positio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -93,6 +93,22 @@ def pool(hidden: Tensor, lengths: Tensor, prompt_lengths: Tensor, pooling: Pooli
     inside = (positions >= prompt_lengths[:, None]) & (positions < lengths[:, None])
     states = torch.where(inside[..., None], hidden, torch.zeros((), dtype=hidden.dtype, device=hidden.device))
     return states.sum(1, dtype=torch.float32) / inside.sum(1, keepdim=True).clamp_min(1)
+
+
+def join_rows(ids: Sequence[Tensor], lengths: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Several right-padded batches (B_i, L_i) as one (ΣB_i, max L_i), with their lengths."""
+    size = max(x.shape[1] for x in ids)
+    return torch.cat([nn.functional.pad(x, (0, size - x.shape[1])) for x in ids]), torch.cat(list(lengths))
+
+
+def pooled(
+    backbone: PreTrainedModel, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor, pooling: Pooling
+) -> Tensor:
+    """Features (B, H) of right-padded sequences (B, L), or (B, K, H) from a backbone that answers once per member."""
+    hidden = run_trunk(backbone, input_ids, lengths).last
+    copies = hidden.shape[0] // len(lengths)
+    features = pool(hidden, lengths.repeat(copies), prompt_lengths.repeat(copies), pooling)
+    return features if copies == 1 else features.view(copies, len(lengths), -1).transpose(0, 1)
 
 
 def response_states(hidden: Tensor, prompt_lengths: Tensor, size: int) -> Tensor:

@@ -14,9 +14,18 @@ from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.metrics import PreferenceMetrics
 from lit_vapo.models.features import compute_features, feature_key, feature_path, load_features, save_features
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import Pretrained, hidden_size, load_backbone, load_causal_lm, place
+from lit_vapo.models.pretrained import (
+    Pretrained,
+    decoder_layers,
+    freeze,
+    hidden_size,
+    keep_differentiable,
+    load_backbone,
+    load_causal_lm,
+    place,
+)
 from lit_vapo.models.reward import FeatureSpec, RewardModel
-from lit_vapo.models.trunk import Pooling
+from lit_vapo.models.trunk import Pooling, join_rows
 from lit_vapo.modules.checkpoint import (
     TrainedWeightsModule,
     check_context,
@@ -57,6 +66,7 @@ class RewardModule(TrainedWeightsModule):
         reference_sampling: How the reference responds; use what PPO will use.
         num_reference: How many prompts it responds to.
         feature_cache: Folder of the feature cache; `null` for `features` in the run's folder.
+        member: Train this member alone, where members share nothing (`FullEnsemble`); see `lit-vapo reward join`.
         seed: Seed of the reference's responses.
     """
 
@@ -76,18 +86,27 @@ class RewardModule(TrainedWeightsModule):
         reference_sampling: Sampling | None = None,
         num_reference: int = 256,
         feature_cache: str | None = None,
+        member: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         check_positive(learning_rate=learning_rate, backbone_learning_rate=backbone_learning_rate)
         if num_reference < 2:
             raise ValueError(f"model.num_reference: expected at least 2, got {num_reference}")
-        if not freeze_backbone and base.quantization is not None:
-            raise ValueError(f"model.freeze_backbone: expected true for a {base.quantization} base, got false")
+        if base.quantization is not None and (not freeze_backbone or (head is not None and head.owns_backbones)):
+            raise ValueError(
+                f"model.base.quantization: expected null where the backbone's own weights are trained, got "
+                f"{base.quantization}. Train heads or adapters on a quantised base."
+            )
+        self.head = head or HeadEnsemble()
+        if not (freeze_backbone or self.head.shares_features):
+            kind = type(self.head).__name__
+            raise ValueError(f"model.freeze_backbone: expected true for {kind}, which brings what it trains, got false")
         with unpickled():
             self.save_hyperparameters()
+        if member is not None:
+            self.head.select(member)
         self.spec = FeatureSpec(base, layer, pooling)
-        self.head = head or HeadEnsemble()
         self.freeze_backbone = freeze_backbone
         self.learning_rate = learning_rate
         self.backbone_learning_rate = backbone_learning_rate
@@ -102,56 +121,69 @@ class RewardModule(TrainedWeightsModule):
         self.reference_inputs: list[TokenSequence] | Tensor | None = None
         self.evaluation: dict[str, Any] | None = None
 
-    # 1. Building: load the backbone, compute what is frozen, then let go of it.
+    # 1. Building: load the backbone, and turn what is frozen into features once.
+
+    @property
+    def frozen_features(self) -> bool:
+        """Whether no training step changes the features, so that they need no gradient."""
+        return self.head.shares_features and self.freeze_backbone
 
     def configure_model(self) -> None:
-        """Load the backbone, and with a frozen one turn every pair into features."""
+        """Load the backbone, and with frozen features turn every pair into them and let go of it."""
         if self.head.hidden_size is None:
             self.head.build(hidden_size(self.spec.base))
-        elif self.backbone is not None and not self.freeze_backbone:
+        elif self.backbone is not None and not self.frozen_features:
             return
-        if self.freeze_backbone and self._trainer is None:
+        if self._trainer is None and self.frozen_features:
+            # To export, the head is all that is needed.
             return
-        self.backbone = backbone = load_backbone(self.spec.base, self.spec.layer)
-        if not self.freeze_backbone:
-            # Small updates of weights in bfloat16 would be rounded away.
-            self.backbone = backbone = backbone.float()
-        if self._trainer is None:
-            return
-        if self.freeze_backbone:
-            self.backbone = place(backbone, self.device_of_run)
-        datamodule = cast("PreferenceDataModule | None", getattr(self.trainer, "datamodule", None))
+        self.backbone = self._load_backbone()
+        datamodule = self._datamodule
         if datamodule is None:
-            # Somebody's own loaders: batches of tokens, encoded as they come.
+            # An export, or somebody's own loaders: batches of tokens, encoded as they come.
             return
-        check_context(backbone.config, datamodule.longest_pair())
-        fitting = self.trainer.state.fn == "fit"
-        if fitting and self.reference is not None:
+        check_context(cast("Any", next(self.head.passes(self.backbone))).config, datamodule.longest_pair())
+        if self.trainer.state.fn == "fit" and self.reference is not None:
             self.reference_inputs = self._sample_reference(datamodule)
-        if self.freeze_backbone:
-            for split in SPLITS.get(getattr(self.trainer.state.fn, "value", ""), ()):
-                pairs = datamodule.preferences(split)
-                if not pairs.chosen:
-                    continue
+        if self.frozen_features and not datamodule.streams:
+            self._keep_features(datamodule)
+
+    @property
+    def _datamodule(self) -> PreferenceDataModule | None:
+        return getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+
+    def _load_backbone(self) -> Any:
+        backbone = freeze(load_backbone(self.spec.base, self.spec.layer))
+        if self.frozen_features:
+            return place(cast("Any", backbone), self.device_of_run)
+        if self.head.shares_features:
+            # Small updates of weights in bfloat16 would be rounded away.
+            return backbone.float().requires_grad_(True)
+        keep_differentiable(backbone)
+        return self.head.attach(backbone, decoder_layers(backbone))
+
+    def _keep_features(self, datamodule: PreferenceDataModule) -> None:
+        for split in SPLITS.get(getattr(self.trainer.state.fn, "value", ""), ()):
+            pairs = datamodule.preferences(split)
+            if pairs.chosen:
                 features = self._features([*pairs.chosen, *pairs.rejected], split)
                 datamodule.use_features(split, *features.split(len(pairs.chosen)))
-            if isinstance(self.reference_inputs, list):
-                self.reference_inputs = self._features(self.reference_inputs, "reference")
-            self.backbone = None
+        if isinstance(self.reference_inputs, list):
+            self.reference_inputs = self._features(self.reference_inputs, "reference")
+        self.backbone = None
 
     @property
     def device_of_run(self) -> torch.device:
         """Where this process computes, known before the model is moved there."""
-        return self.trainer.strategy.root_device
+        return self.trainer.strategy.root_device if self._trainer is not None else self.device
 
     def _features(self, sequences: list[TokenSequence], name: str) -> Tensor:
         """Features from the cache; the first process computes what is missing."""
-        assert self.backbone is not None
         folder = Path(self.feature_cache or Path(self.trainer.default_root_dir) / "features")
         key = feature_key(self.spec, sequences)
         if self.trainer.is_global_zero and not feature_path(folder, key).is_file():
             self.print(f"features: {len(sequences)} sequences of the {name} split")
-            save_features(folder, key, compute_features(self.backbone, self.spec, sequences, self.device_of_run))
+            save_features(folder, key, compute_features(self.reward_model(), sequences, self.device_of_run))
         self.trainer.strategy.barrier()
         features = load_features(folder, key)
         assert features is not None
@@ -170,18 +202,18 @@ class RewardModule(TrainedWeightsModule):
 
     def margins(self, batch: Batch) -> Tensor:
         """Raw margins (B, K) of a batch."""
-        chosen, rejected = self.encode(batch)
-        return self.head.rewards(chosen) - self.head.rewards(rejected)
+        members = self.head.margin(*self.encode(batch)).members
+        assert members is not None
+        return members
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features (B, H) of the chosen and of the rejected responses."""
+        """Features of the chosen and of the rejected responses."""
         if isinstance(batch, FeaturePairs):
             return batch.chosen, batch.rejected
-        model = self.reward_model()
-        return (
-            model.encode(batch.chosen_ids, batch.chosen_lengths, batch.prompt_lengths),
-            model.encode(batch.rejected_ids, batch.rejected_lengths, batch.prompt_lengths),
-        )
+        # One pass for both sides: twice the rows in each matrix product.
+        ids, lengths = join_rows((batch.chosen_ids, batch.rejected_ids), (batch.chosen_lengths, batch.rejected_lengths))
+        features = self.reward_model().encode(ids, lengths, batch.prompt_lengths.repeat(2))
+        return features[: len(batch.chosen_ids)], features[len(batch.chosen_ids) :]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of the ensemble, summed over members."""
@@ -189,14 +221,28 @@ class RewardModule(TrainedWeightsModule):
         loss = self.head.loss(chosen, rejected, batch.labels)
         if not torch.isfinite(loss):
             raise ValueError(f"loss: expected a finite number, got {loss.item()} in batch {batch_idx}")
-        self.log("train/loss", loss.detach() / self.head.num_members, prog_bar=True)
+        members = len(range(self.head.num_members)[self.head.present])
+        self.log("train/loss", loss.detach() / members, prog_bar=True, batch_size=len(chosen))
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Centre and scale the members as they are now, and save that with them."""
+        self.settle()
         self.calibrate()
         checkpoint["state_dict"] = self.state_dict()
         super().on_save_checkpoint(checkpoint)
+
+    def settle(self) -> None:
+        """Let the head see all training pairs, where it needs to."""
+        if not self.head.settles or self.trainer.state.fn != "fit":
+            return
+        loader = self.trainer.train_dataloader if self._datamodule is None else self._datamodule.all_pairs()
+        with torch.no_grad():
+            self.head.settle(self._encoded(batch) for batch in cast("Any", loader))
+
+    def _encoded(self, batch: Batch) -> FeaturePairs:
+        batch = cast("Batch", self.transfer_batch_to_device(batch, self.device, 0))
+        return FeaturePairs(*self.encode(batch), batch.labels)
 
     def calibrate(self) -> None:
         """Centre and scale the members on the reference's responses, if there is a reference."""
@@ -204,8 +250,7 @@ class RewardModule(TrainedWeightsModule):
             return
         features = self.reference_inputs
         if isinstance(features, list):
-            assert self.backbone is not None
-            features = compute_features(self.backbone, self.spec, features, self.device)
+            features = compute_features(self.reward_model(), features, self.device)
         self.head.calibrate(features.to(self.device))
 
     # 3. Evaluation: one step for validation and test.
@@ -245,7 +290,7 @@ class RewardModule(TrainedWeightsModule):
     def configure_optimizers(self) -> Any:
         """AdamW with linear decay; head and backbone have their own learning rates."""
         groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "lr": self.learning_rate}]
-        if not self.freeze_backbone and self.backbone is not None:
+        if self.backbone is not None and any(p.requires_grad for p in self.backbone.parameters()):
             groups.append({"params": list(self.backbone.parameters()), "lr": self.backbone_learning_rate})
         optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
         decay = linear_decay(total_steps(self))
@@ -263,4 +308,6 @@ class RewardModule(TrainedWeightsModule):
 
     def export(self, folder: str | Path) -> None:
         """Write the ensemble as a folder that `RewardModel.from_pretrained` loads."""
-        self.reward_model().save_pretrained(folder, save_backbone=not self.freeze_backbone)
+        self.reward_model().save_pretrained(
+            folder, save_backbone=not self.frozen_features and self.head.shares_features
+        )

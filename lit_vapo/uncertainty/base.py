@@ -69,6 +69,8 @@ class RewardHead(nn.Module, ABC):
         self.centering = centering
         self.seed = seed
         self.hidden_size: int | None = None
+        # The members that are there: all, or the one that is trained by itself.
+        self.present = slice(None)
         self.register_buffer("reward_loc", torch.zeros(num_members))
         self.register_buffer("reward_scale", torch.ones(num_members))
         self.register_buffer("reference_variance", torch.ones(()))
@@ -106,7 +108,11 @@ class RewardHead(nn.Module, ABC):
 
     def forward(self, features: Tensor) -> RewardEstimate:
         """Estimate of the normalised reward: mean (B,), variance (B,) with ddof 1, members (B, K)."""
-        return ensemble_estimate(normalise_members(self.rewards(features), self.reward_loc, self.reward_scale))
+        return ensemble_estimate(self.normalise(self.rewards(features)))
+
+    def normalise(self, rewards: Tensor) -> Tensor:
+        """Rewards in standard deviations over the reference's responses (B, K)."""
+        return normalise_members(rewards, self.reward_loc[self.present], self.reward_scale[self.present])
 
     def margin(self, chosen: Tensor, rejected: Tensor) -> RewardEstimate:
         """Estimate of the raw difference between two responses, in log-odds.
@@ -129,7 +135,7 @@ class RewardHead(nn.Module, ABC):
         both = self.training_rewards(torch.cat([chosen, rejected]))
         weights = labels.weight[:, None].expand(-1, both.shape[1])
         if self.bootstrap:
-            weights = weights * poisson_bootstrap(labels.example_ids, both.shape[1], self.seed)
+            weights = weights * poisson_bootstrap(labels.example_ids, self.num_members, self.seed)[:, self.present]
         return bradley_terry_loss(
             both[: len(chosen)],
             both[len(chosen) :],
@@ -139,6 +145,14 @@ class RewardHead(nn.Module, ABC):
             label_smoothing=self.label_smoothing,
             centering=self.centering,
         ).sum()
+
+    def select(self, member: int) -> None:
+        """Train one member by itself, with the weights and the bootstrap it would have among the others.
+
+        Raises:
+            ValueError: Members share what is trained, or there is no such member.
+        """
+        raise ValueError(f"model.member: expected null for {type(self).__name__}, whose members share a backbone")
 
     def settle(self, pairs: Iterable[FeaturePairs]) -> None:
         """Fix what is not learned by gradient, from the features of all training pairs.
@@ -163,8 +177,8 @@ class RewardHead(nn.Module, ABC):
             ValueError: A member's reward is not finite.
         """
         loc, scale = self.fit_normaliser(features)
-        self.reward_loc.copy_(loc)
-        self.reward_scale.copy_(scale)
+        self.reward_loc[self.present] = loc
+        self.reward_scale[self.present] = scale
         self.reference_variance.copy_(self(features).variance.mean())
         self.calibrated.fill_(True)
 

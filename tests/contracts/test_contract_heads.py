@@ -1,110 +1,219 @@
 """Every estimator on pooled features passes this suite; a new file under lit_vapo/uncertainty/ is found unasked."""
 
+import inspect
+
 import pytest
 import torch
-from helpers import concrete_subclasses
+from helpers import concrete_subclasses, tiny_model, tiny_tokenizer
 
 import lit_vapo.uncertainty
-from lit_vapo.functional import margin_estimate
-from lit_vapo.models.pretrained import Pretrained
+from lit_vapo.models.features import compute_features
+from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, hidden_size, load_backbone
 from lit_vapo.models.reward import FeatureSpec, RewardModel, build_head
+from lit_vapo.types import FeaturePairs, PairLabels, TokenSequence
 from lit_vapo.uncertainty.base import RewardHead
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 HIDDEN = 16
+CPU = torch.device("cpu")
 
 
 HEADS = concrete_subclasses(lit_vapo.uncertainty, RewardHead)
+SEQUENCES = [TokenSequence(list(range(5, 5 + n)), p) for n, p in ((4, 1), (9, 3), (2, 1), (6, 2), (30, 10), (7, 3))]
 
 
-def built(kind, **kwargs):
-    head = kind(num_members=4, **kwargs)
+def built(kind, members=4, **kwargs):
+    head = kind(num_members=members, **kwargs)
     head.build(HIDDEN)
     return head
 
 
-def features(batch=32, seed=0):
-    return torch.randn(batch, HIDDEN, generator=torch.Generator().manual_seed(seed))
+def features(head, batch=32, seed=0):
+    """Features as a backbone would give them: one vector a row, or one a member."""
+    x = torch.randn(batch, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    return x if head.shares_features else x[:, None].expand(-1, head.num_members, -1)
 
 
-def test_head_ensemble_is_discovered():
-    assert HeadEnsemble in HEADS
+def labels(count, **kwargs):
+    columns = {
+        "margin": torch.zeros(count),
+        "probability": torch.ones(count),
+        "weight": torch.ones(count),
+        "example_ids": torch.arange(count),
+    }
+    return PairLabels(**{**columns, **kwargs})
+
+
+def planted(head, count=64):
+    """Pairs ordered by a hidden direction."""
+    direction = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(9))
+    a, b = features(head, count, 1), features(head, count, 2)
+    swap = ((a - b) @ direction < 0)[..., None]
+    return torch.where(swap, b, a), torch.where(swap, a, b)
+
+
+def trained(head, steps=60):
+    """The head after training on planted pairs, and its losses."""
+    torch.manual_seed(0)
+    chosen, rejected = planted(head)
+    pairs = FeaturePairs(chosen, rejected, labels(64))
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = head.loss(*pairs)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    head.settle([pairs])
+    return head, losses
+
+
+def whole(kind, model, quantization=None):
+    """A reward model whose parameters are not those it was made with, on the tiny model."""
+    spec = FeatureSpec(Pretrained(model, quantization=quantization))
+    head = kind(num_members=3)
+    head.build(hidden_size(spec.base))
+    backbone = freeze(load_backbone(spec.base))
+    reward = RewardModel(spec, head, head.attach(backbone, decoder_layers(backbone)))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in [*head.parameters(), *(p for p in reward.parameters() if p.requires_grad)]:
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    if head.settles:
+        x = compute_features(reward, SEQUENCES, CPU)
+        head.settle([FeaturePairs(x[:3], x[3:], labels(3))])
+    head.calibrate(compute_features(reward, SEQUENCES, CPU))
+    return reward.eval()
+
+
+@pytest.fixture(scope="module")
+def wide_model_dir(tmp_path_factory):
+    """Folder of a Llama that is wide enough for the blocks of 4-bit weights."""
+    path = tmp_path_factory.mktemp("wide") / "model"
+    return tiny_model(path, tiny_tokenizer(path), hidden_size=128, intermediate_size=128)
+
+
+def test_estimators_are_discovered():
+    assert {k.__name__ for k in HEADS} >= {
+        "HeadEnsemble",
+        "LoraEnsemble",
+        "FullEnsemble",
+        "BayesianLinear",
+        "McDropout",
+    }
 
 
 @pytest.mark.parametrize("kind", HEADS)
 class TestEveryHead:
     def test_estimate_has_the_promised_shapes(self, kind):
-        estimate = built(kind)(features())
-        assert estimate.mean.shape == estimate.variance.shape == (32,)
-        assert (estimate.variance >= 0).all()
-        assert estimate.members is None or estimate.members.shape == (32, 4)
+        head = built(kind)
+        for estimate in (head(features(head)), head.margin(features(head, seed=1), features(head, seed=2))):
+            assert estimate.mean.shape == estimate.variance.shape == (32,)
+            assert (estimate.variance > 0).all()
+            assert estimate.members is None or estimate.members.shape == (32, 4)
 
     def test_half_precision_features_are_scored_in_float32(self, kind):
-        assert built(kind)(features().bfloat16()).mean.dtype == torch.float32
+        head = built(kind)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert head(features(head).bfloat16()).mean.dtype == torch.float32
+            assert head.training_rewards(features(head).bfloat16()).dtype == torch.float32
+
+    def test_scores_are_reproducible(self, kind):
+        head = built(kind)
+        torch.testing.assert_close(head(features(head)), head(features(head)), atol=0, rtol=0)
 
     def test_training_lowers_the_loss_and_orders_the_pairs(self, kind):
-        torch.manual_seed(0)
-        head = built(kind)
-        direction = torch.randn(HIDDEN)
-        a, b = features(64, 1), features(64, 2)
-        swap = ((a - b) @ direction < 0)[:, None]
-        chosen, rejected = torch.where(swap, b, a), torch.where(swap, a, b)
-        ids = torch.arange(64)
-        optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
-        losses = []
-        for _ in range(60):
-            optimizer.zero_grad()
-            loss = head.loss(chosen, rejected, None, ids)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+        head, losses = trained(built(kind))
         assert losses[-1] < 0.5 * losses[0]
-        assert ((head.rewards(chosen) - head.rewards(rejected)).mean(1) > 0).float().mean() > 0.9
+        assert (head.margin(*planted(head)).mean > 0).float().mean() > 0.9
+
+    def test_a_weight_of_n_is_n_repetitions(self, kind):
+        # Of the loss's sum over pairs: it is divided by their number.
+        head = built(kind)
+        chosen, rejected = planted(head, 6)
+        weighted = labels(6, weight=torch.tensor([1.0, 3.0, 0.0, 2.0, 1.0, 1.0]))
+        index = torch.tensor([0, 1, 1, 1, 3, 3, 4, 5])
+        repeated = PairLabels(*(column[index] for column in labels(6)))
+        if not torch.equal(head.training_rewards(chosen), head.training_rewards(chosen)):
+            pytest.skip("training is random; `laplace_preference` and `bradley_terry_loss` have tests of their own")
+        one = head.loss(chosen, rejected, weighted) * 6
+        other = head.loss(chosen[index], rejected[index], repeated) * 8
+        torch.testing.assert_close(one, other)
+        states = []
+        for pairs in (
+            FeaturePairs(chosen, rejected, weighted),
+            FeaturePairs(chosen[index], rejected[index], repeated),
+        ):
+            head.settle([pairs])
+            states.append(head.margin(chosen, rejected))
+        torch.testing.assert_close(*states, atol=1e-4, rtol=1e-4)
+
+    def test_a_tie_pulls_towards_no_margin(self, kind):
+        head = built(kind, bootstrap=False) if "bootstrap" in inspect.signature(kind).parameters else built(kind)
+        chosen, rejected = planted(head)
+        tie = labels(64, probability=torch.full((64,), 0.5))
+        torch.manual_seed(0)
+        forwards = head.loss(chosen, rejected, tie)
+        torch.manual_seed(0)
+        torch.testing.assert_close(forwards, head.loss(rejected, chosen, tie))
 
     def test_calibration_centres_and_scales_each_member(self, kind):
-        head = built(kind)
-        x = features(500)
+        head, _ = trained(built(kind))
+        x = features(head, 500)
         assert not bool(head.calibrated)
         head.calibrate(x)
-        members = head(x).members
-        torch.testing.assert_close(members.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
-        torch.testing.assert_close(members.std(0), torch.ones(4), atol=1e-5, rtol=0)
-        torch.testing.assert_close(head(x).variance.mean(), head.reference_variance)
+        estimate = head(x)
+        torch.testing.assert_close(estimate.members.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+        torch.testing.assert_close(estimate.mean.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+        # One unit for each member, or one for all.
+        units = torch.stack([*estimate.members.std(0), estimate.mean.std()])
+        assert (units[:-1] - 1).abs().max() < 1e-5 or abs(units[-1] - 1) < 1e-5
+        torch.testing.assert_close(estimate.variance.mean(), head.reference_variance)
         assert bool(head.calibrated)
 
     def test_calibration_refuses_too_few_responses(self, kind):
-        with pytest.raises(ValueError, match="at least 2"):
-            built(kind).calibrate(features(1))
-
-    def test_a_members_offset_changes_no_margin_variance(self, kind):
         head = built(kind)
-        chosen, rejected = head.rewards(features(8, 1)), head.rewards(features(8, 2))
-        offset = torch.tensor([100.0, -3.0, 0.5, 7.0])
-        plain = margin_estimate(chosen.double(), rejected.double())
-        moved = margin_estimate(chosen.double() + offset, rejected.double() + offset)
-        torch.testing.assert_close(plain.variance, moved.variance)
+        with pytest.raises(ValueError, match="at least 2"):
+            head.calibrate(features(head, 1))
+
+    def test_what_members_add_to_both_responses_changes_no_margin(self, kind, monkeypatch):
+        head, _ = trained(built(kind))
+        chosen, rejected = planted(head)
+        plain = head.margin(chosen, rejected)
+        offset = torch.tensor([64.0, -32.0, 0.5, 8.0])
+        rewards = kind.rewards
+        monkeypatch.setattr(kind, "rewards", lambda self, x: rewards(self, x).double() + offset.double())
+        moved = head.margin(chosen, rejected)
+        torch.testing.assert_close(plain.mean, moved.mean.float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(plain.variance, moved.variance.float(), atol=1e-5, rtol=1e-5)
 
     def test_init_args_build_the_same_head_again(self, kind):
-        head = built(kind)
+        head, _ = trained(built(kind), steps=2)
         again = build_head(f"{kind.__module__}.{kind.__qualname__}", head.init_args(), HIDDEN)
         again.load_state_dict(head.state_dict())
-        torch.testing.assert_close(again(features()), head(features()))
+        torch.testing.assert_close(again(features(again)), head(features(head)))
 
-    def test_a_saved_head_scores_equally(self, kind, tmp_path):
-        head = built(kind)
-        head.calibrate(features(100))
-        RewardModel(FeatureSpec(Pretrained("base")), head, None).save_pretrained(tmp_path / "ensemble")
-        loaded = RewardModel.from_pretrained(tmp_path / "ensemble", with_backbone=False)
-        torch.testing.assert_close(loaded.head(features()), head(features()), atol=1e-5, rtol=0)
-        assert not any(p.requires_grad for p in loaded.parameters())
+    @pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
+    def test_a_saved_model_scores_equally(self, kind, quantization, wide_model_dir, tmp_path):
+        if kind.owns_backbones and quantization:
+            pytest.skip("quantised weights are not trained")
+        reward = whole(kind, wide_model_dir, quantization)
+        reward.save_pretrained(tmp_path / "saved")
+        again = RewardModel.from_pretrained(tmp_path / "saved")
+        assert not any(p.requires_grad for p in again.parameters())
+        with torch.no_grad():
+            one, other = (m.head(compute_features(m, SEQUENCES, CPU)) for m in (reward, again))
+        assert one.variance.max() > 0.01
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
 
     def test_the_mean_as_a_linear_function_agrees(self, kind):
-        head = built(kind)
-        head.calibrate(features(100))
+        head, _ = trained(built(kind))
+        head.calibrate(features(head, 100))
         linear = head.linear_mean()
         if linear is None:
             pytest.skip("not linear")
-        torch.testing.assert_close(features() @ linear[0] + linear[1], head(features()).mean, atol=1e-5, rtol=1e-5)
+        x = features(head)
+        torch.testing.assert_close(x @ linear[0] + linear[1], head(x).mean, atol=1e-5, rtol=1e-5)
 
     def test_no_members_are_refused(self, kind):
         with pytest.raises(ValueError, match="expected at least 1, got 0"):
@@ -132,7 +241,7 @@ def test_loss_sums_over_members():
     for count in (1, 5):
         head = HeadEnsemble(count, bootstrap=False)
         head.build(HIDDEN)
-        head.loss(features(8, 1), features(8, 2), None, torch.arange(8)).backward()
+        head.loss(features(head, 8, 1), features(head, 8, 2), labels(8)).backward()
         gradients.append(head.weight.grad[0])
     torch.testing.assert_close(*gradients)
 
@@ -140,7 +249,7 @@ def test_loss_sums_over_members():
 def test_hidden_layer_is_a_loop_over_members():
     head = HeadEnsemble(4, hidden_width=5)
     head.build(HIDDEN)
-    x = features(3)
+    x = features(head, 3)
     for k in range(4):
         hidden = torch.tanh(x @ head.hidden_weight[k].T + head.hidden_bias[k])
         torch.testing.assert_close(head.rewards(x)[:, k], hidden @ head.weight[k] + head.bias[k])

@@ -26,6 +26,11 @@ CPU = torch.device("cpu")
 SEQUENCES = [TokenSequence(list(range(5, 5 + n)), p) for n, p in ((4, 1), (9, 3), (2, 1), (6, 2), (30, 10))]
 
 
+def bare(spec, backbone):
+    """A reward model whose head is of no interest."""
+    return RewardModel(spec, HeadEnsemble(2), backbone)
+
+
 def test_batches_hold_each_row_once_within_the_budget():
     lengths = torch.randint(1, 50, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     batches = list(length_batches(lengths, 120))
@@ -45,7 +50,7 @@ def test_features_do_not_depend_on_batching(tiny_model_dir, monkeypatch, pooling
     monkeypatch.setattr("lit_vapo.models.features.length_batches", lambda x: length_batches(x, tokens))
     spec = FeatureSpec(Pretrained(tiny_model_dir), 1, pooling)
     backbone = load_backbone(spec.base, spec.layer)
-    features = compute_features(backbone, spec, SEQUENCES, CPU)
+    features = compute_features(bare(spec, backbone), SEQUENCES, CPU)
     for row, sequence in enumerate(SEQUENCES):
         ids, lengths = right_pad([sequence.ids])
         with torch.no_grad():
@@ -98,9 +103,9 @@ def test_features_that_are_not_finite_name_the_sequence(tiny_model_dir):
     # Token 13 occurs in the second and the last sequence only.
     backbone.get_input_embeddings().weight.data[13] = float("nan")
     with pytest.raises(ValueError, match=r"expected finite features, got NaN or infinity for sequence 1"):
-        compute_features(backbone, spec, SEQUENCES, CPU)
+        compute_features(bare(spec, backbone), SEQUENCES, CPU)
     with pytest.raises(ValueError, match=r"expected at least one sequence, got none"):
-        compute_features(backbone, spec, [], CPU)
+        compute_features(bare(spec, backbone), [], CPU)
 
 
 @pytest.mark.parametrize("own_backbone", [False, True])
@@ -131,7 +136,7 @@ def test_folders_that_hold_no_ensemble_are_refused(tiny_model_dir, tmp_path):
     folder = ppo_helpers.ensemble(tmp_path / "e", tiny_model_dir)
     path = tmp_path / "e" / "ensemble.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
-    with pytest.raises(ValueError, match=r"expected format_version 1, got 99"):
+    with pytest.raises(ValueError, match=r"expected format_version 2, got 99"):
         RewardModel.from_pretrained(folder)
 
 

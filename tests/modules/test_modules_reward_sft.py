@@ -109,7 +109,7 @@ def test_the_cache_is_hit_a_second_time_and_missed_for_other_settings(
 
     calls = []
     compute = reward.compute_features
-    monkeypatch.setattr(reward, "compute_features", lambda *a: calls.append(len(a[2])) or compute(*a))
+    monkeypatch.setattr(reward, "compute_features", lambda *a: calls.append(len(a[1])) or compute(*a))
     cache = str(tmp_path / "cache")
     for count, options in ((2, {}), (2, {}), (4, {"layer": 1}), (6, {"pooling": "mean"})):
         module = reward_module(tiny_model_dir, feature_cache=cache, **options)
@@ -128,7 +128,7 @@ def test_somebody_s_own_loaders_are_encoded_as_they_come(tiny_model_dir, tiny_pr
 def test_bad_reward_settings_are_refused(tiny_model_dir):
     with pytest.raises(ValueError, match=r"model.num_reference: expected at least 2, got 1"):
         reward_module(tiny_model_dir, num_reference=1)
-    with pytest.raises(ValueError, match=r"model.freeze_backbone: expected true for a 8bit base, got false"):
+    with pytest.raises(ValueError, match=r"model.base.quantization: expected null where .* are trained, got 8bit"):
         RewardModule(Pretrained(tiny_model_dir, quantization="8bit"), freeze_backbone=False)
 
 

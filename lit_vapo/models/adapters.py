@@ -1,0 +1,79 @@
+"""A member's low-rank adapters in peft's format, so that plain peft loads them too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_vapo.types import Adapter
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+ROOT = "base_model.model."
+SCORE = f"{ROOT}score.weight"
+
+
+def save_adapter(folder: Path, adapter: Adapter, backbone: PreTrainedModel, base: str) -> None:
+    """Write one member as the adapter of a sequence classifier with one label.
+
+    Loaded by `PeftModel.from_pretrained` on `AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)` it
+    gives the member's raw reward, for heads that read the last token of the last block.
+
+    Args:
+        folder: A new folder.
+        adapter: The member.
+        backbone: What it adapts.
+        base: The backbone's path or hub name.
+    """
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=cast("int", adapter.alpha),
+        lora_dropout=0.0,
+        # Whole names: the blocks below the adapted ones have layers of the same kind.
+        target_modules=sorted(adapter.weights),
+        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in backbone.modules()),
+        modules_to_save=["score"],
+        task_type="SEQ_CLS",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    weights = {SCORE: adapter.score[None].contiguous()}
+    for name, (a, b) in adapter.weights.items():
+        weights[f"{_prefix(backbone)}{name}.lora_A.weight"] = a.contiguous()
+        weights[f"{_prefix(backbone)}{name}.lora_B.weight"] = b.contiguous()
+    save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def load_adapter(folder: Path, backbone: PreTrainedModel, base: str) -> Adapter:
+    """Read what `save_adapter` wrote.
+
+    Raises:
+        ValueError: The folder is missing or incomplete, or the adapter belongs to another base.
+    """
+    for name in ("adapter_config.json", WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: expected a member with {name}, got none")
+    config = LoraConfig.from_pretrained(folder)
+    if config.base_model_name_or_path != base:
+        raise ValueError(f"{folder}: expected an adapter of {base!r}, got one of {config.base_model_name_or_path!r}")
+    weights = load_file(folder / WEIGHTS_NAME)
+    score = weights.pop(SCORE, None)
+    prefix = _prefix(backbone)
+    strange = [key for key in weights if not key.startswith(prefix)]
+    if score is None or strange:
+        raise ValueError(f"{folder}: expected a reward head and adapters below {prefix!r}, got {sorted(strange)[:3]}")
+    names = sorted({key.removeprefix(prefix).rsplit(".", 2)[0] for key in weights})
+    pairs: dict[str, tuple[Tensor, Tensor]] = {
+        name: (weights[f"{prefix}{name}.lora_A.weight"], weights[f"{prefix}{name}.lora_B.weight"]) for name in names
+    }
+    return Adapter(int(config.r), float(config.lora_alpha), pairs, score[0])
+
+
+def _prefix(backbone: PreTrainedModel) -> str:
+    return f"{ROOT}{backbone.base_model_prefix}."
