@@ -144,6 +144,9 @@ class TextDataModule(TextSplits, LightningDataModule):
     def _training_pairs(self, collate: Callable[..., Any]) -> DataLoader[Any]:
         if not self.streams:
             return self._pair_loader(self.preference_rows("train"), collate, train=True)
+        if self.trainer is not None and self.trainer.max_steps < 0:
+            # Learning rates decay to the end of the run, which a stream does not tell.
+            raise ValueError("trainer.max_steps: expected the steps of a run on data that streams, got -1")
         return StreamLoader(
             self.stream(**self._ranks()),
             lambda: self.trainer.current_epoch if self.trainer is not None else None,
@@ -173,10 +176,11 @@ class PreferenceDataModule(TextDataModule):
         if not self.streams:
             check_preferred(any(map(prefers, self.preference_rows("train"))), "data.preferences")
 
-    streams = False
-
     def all_pairs(self) -> DataLoader[Any]:
         """All training pairs, in their order and not shared out to processes."""
+        if self.streams:
+            stream = self.stream(shuffle=False)
+            return DataLoader(stream, batch_size=self.batch_size, collate_fn=self.collator.preferences)
         features = getattr(self, "_features", {}).get("train")
         if features is not None:
             return self._loader(features, _as_it_is)

@@ -139,7 +139,7 @@ def _is_array(path: Path) -> bool:
 def _read_array(path: Path) -> Iterator[Row]:
     """The objects of an array, each with the line that it begins on; the file is read as a whole."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected a JSON array, got malformed text ({error})") from error
     decoder = json.JSONDecoder()

@@ -139,7 +139,7 @@ def test_ranks_of_the_trainer_share_the_pairs(tiny_model_dir, file):
         module = data(PreferenceDataModule, tiny_model_dir, file)
         ranks = {"num_replicas": 2, "rank": rank}
         shares = type("Shares", (Trainer,), {"distributed_sampler_kwargs": ranks})
-        module.trainer = shares(logger=False, enable_checkpointing=False, accelerator="cpu")
+        module.trainer = shares(logger=False, enable_checkpointing=False, accelerator="cpu", max_steps=5)
         parts.append(served(module.train_dataloader()))
     assert set(parts[0]).isdisjoint(parts[1])
     assert [len(part) for part in parts] == [COUNT // 2] * 2
@@ -181,6 +181,11 @@ def test_a_trainer_goes_through_epochs_and_stops_at_max_steps(tiny_model_dir, fi
         stream.set_epoch(epoch)
         batches = [i for at, batch in seen for i in batch if at == epoch]
         assert batches == ids(stream)
+
+
+def test_a_run_on_a_stream_needs_an_end(tiny_model_dir, file):
+    with pytest.raises(ValueError, match="trainer.max_steps: expected the steps of a run on data that streams, got -1"):
+        fit(data(PreferenceDataModule, tiny_model_dir, file), max_epochs=1)
 
 
 def test_mixtures_stream_in_their_shares(tokenizer, tmp_path):
@@ -246,6 +251,15 @@ def test_stages_that_stream(tiny_model_dir, file, kind, batch):
     assert all(isinstance(b, batch) for b in batches)
     assert len(batches) == -(-COUNT // 4)
     assert module.longest_pair() == 64
+
+
+def test_all_pairs_come_in_their_order_to_every_process(tiny_model_dir, file):
+    module = data(PreferenceDataModule, tiny_model_dir, file)
+    module.trainer = type("Shares", (Trainer,), {"distributed_sampler_kwargs": {"num_replicas": 2, "rank": 1}})(
+        logger=False, enable_checkpointing=False, accelerator="cpu"
+    )
+    margins = [m for batch in module.all_pairs() for m in batch.labels.margin.tolist()]
+    assert margins == list(range(COUNT))
 
 
 def test_only_training_pairs_stream(tiny_model_dir, file, tmp_path):
