@@ -1,6 +1,7 @@
 """Streams: every row once whoever reads, another order in every epoch, little padding, nothing read ahead of need."""
 
 import itertools
+import json
 import random
 import warnings
 from collections import Counter
@@ -8,9 +9,11 @@ from collections import Counter
 import datasets
 import pytest
 import torch
-from helpers import tiny_tokenizer, write_jsonl
+import yaml
+from helpers import last, tiny_tokenizer, write_jsonl
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_vapo.cli import main
 from lit_vapo.data.collate import PreferenceBatch, SFTBatch
 from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule, SFTDataModule
 from lit_vapo.data.readers import PairReader
@@ -286,6 +289,18 @@ def test_only_training_pairs_stream(tiny_model_dir, file, tmp_path):
 def test_what_a_stream_cannot_do_is_refused(tiny_model_dir, file, options, message):
     with pytest.raises(ValueError, match=message):
         data(PreferenceDataModule, tiny_model_dir, file, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_stages_run_on_a_mixture_that_streams(stage_args, tmp_path, stage):
+    sources = {write_jsonl(tmp_path / f"{name}.jsonl", pairs(20, name)): 1 for name in "ab"}
+    held = write_jsonl(tmp_path / "held.jsonl", pairs(6, "Held"))
+    options = {"preferences": json.dumps(sources), "preferences_validation": held, "streaming": "true"}
+    main(stage_args(stage, "fit", tmp_path / "run", **{f"data__{name}": value for name, value in options.items()}))
+    saved = yaml.safe_load(next((tmp_path / "run").glob("logs/version_*/config.yaml")).read_text())
+    assert saved["data"]["preferences"] == sources
+    assert torch.load(last(tmp_path / "run"), weights_only=True)["global_step"] == 2
 
 
 @pytest.mark.parametrize("kind", [PreferenceDataModule, SFTDataModule])
