@@ -18,7 +18,7 @@ def save_classifier(model: RewardModel, folder: str | Path) -> None:
     """Write K linear heads as `AutoModelForSequenceClassification` with `num_labels = K`, with its tokenizer.
 
     Logit k is member k's normalised reward up to a constant, since the classifiers of transformers have no bias. The
-    constants stand in the configuration: reward = logits + config.reward_offset. Differences between responses need none.
+    constants stand in the configuration: reward = logits + config.reward_offset. Differences of responses need none.
 
     Args:
         model: A reward model with its backbone.
@@ -31,11 +31,11 @@ def save_classifier(model: RewardModel, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: expected a new or empty folder, got one with files in it")
-    linear = model.head.linear_members()
-    if linear is None or model.spec.pooling != "last" or model.spec.base.quantization is not None:
+    linear, spec = model.head.linear_members(), model.spec
+    if linear is None or spec.pooling != "last" or spec.base.quantization is not None:
         raise ValueError(
             "a classifier: expected linear heads on one unquantised backbone with pooling `last`, got "
-            f"{type(model.head).__name__} with pooling {model.spec.pooling!r}, quantization {model.spec.base.quantization}"
+            f"{type(model.head).__name__} with pooling {spec.pooling!r}, quantization {spec.base.quantization}"
         )
     weight, offset = linear
     backbone = model.backbone

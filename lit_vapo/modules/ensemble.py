@@ -37,18 +37,16 @@ def join(members: list[str], output: str) -> None:
     if len(members) < 2:
         raise ValueError(f"--members: expected at least 2 folders, got {len(members)}")
     configs = [read_config(folder) for folder in members]
-    found: dict[int, Path] = {}
+    first, found = configs[0], dict[int, Path]()
     for folder, config in zip(members, configs, strict=True):
         for name in ("spec", "head", "hidden_size"):
-            if config[name] != configs[0][name]:
-                raise ValueError(
-                    f"{folder}: expected {name} as in {members[0]}, {configs[0][name]}, got {config[name]}"
-                )
+            if config[name] != first[name]:
+                raise ValueError(f"{folder}: expected {name} as in {members[0]}, {first[name]}, got {config[name]}")
         for k in config["members"]:
             if k in found:
                 raise ValueError(f"{folder}: expected each member once, got member {k} here and in {found[k]}")
             found[k] = Path(folder)
-    count = int(configs[0]["num_members"])
+    count = int(first["num_members"])
     missing = sorted(set(range(count)) - set(found))
     if missing:
         raise ValueError(f"--members: expected all {count} members, got none for {missing}")
@@ -64,7 +62,7 @@ def join(members: list[str], output: str) -> None:
     for k, folder in found.items():
         shutil.copytree(folder / f"member_{k}", target / f"member_{k}")
     save_file(joined, target / WEIGHTS_NAME)
-    (target / CONFIG_NAME).write_text(json.dumps({**configs[0], "members": list(range(count))}, indent=2) + "\n")
+    (target / CONFIG_NAME).write_text(json.dumps({**first, "members": list(range(count))}, indent=2) + "\n")
     print(f"joined {count} members to {target}; `lit-vapo reward calibrate` or the start of PPO makes them comparable")
 
 
@@ -118,8 +116,8 @@ def disagreement(
 ) -> None:
     """Draw the scores of all members on a few responses, and the distribution of σ over a data set.
 
-    Writes `members.png` (chosen and rejected response of each pair, a dot a member), `sigma.png`, and the figures behind
-    them as `scores.csv` and `disagreement.json`.
+    Writes `members.png` (chosen and rejected response of each pair, a dot a member), `sigma.png`, and the figures
+    behind them as `scores.csv` and `disagreement.json`.
 
     Args:
         ensemble: Folder of the ensemble.

@@ -20,11 +20,12 @@ def cost(w, x, margin=0.0, q=1.0, v=1.0, precision=1.0):
 
 
 def test_one_pair_by_hand():
-    # Δφ = 2, λ = 4: the mode solves 4w = 2·σ(−2w). At w = 0.2: 0.8 against 2·0.40131 = 0.80262; the root is 0.20047.
-    # H = 4 + p(1−p)·4 with p = σ(0.40094) = 0.59891: 4 + 4·0.24022 = 4.96087.
+    # Δφ = 2, λ = 4: the mode solves 4w = 2·σ(−2w). At w = 0.2 the sides are 0.8 and 2·0.401312 = 0.802625, their slopes
+    # 4 and −4·0.2403 = −0.961, so the root is 0.2 + 0.002625/4.961 = 0.20053.
+    # H = 4 + p(1−p)·4 with p = σ(0.40106) = 0.59894: 4 + 4·0.24021 = 4.96084.
     posterior = laplace_preference(torch.tensor([[2.0]], dtype=torch.float64), prior_precision=4.0)
-    assert posterior.mode.item() == pytest.approx(0.20047, abs=1e-5)
-    assert posterior.factor.item() == pytest.approx(1 / math.sqrt(4.96087), abs=1e-5)
+    assert posterior.mode.item() == pytest.approx(0.20053, abs=1e-5)
+    assert posterior.factor.item() == pytest.approx(1 / math.sqrt(4.96084), abs=1e-5)
 
 
 @pytest.mark.parametrize("precision", [0.1, 1.0, 30.0])

@@ -9,7 +9,7 @@ from helpers import tiny_model, tiny_tokenizer
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from lit_vapo.functional import nuclear_diversity
+from lit_vapo.functional import nuclear_diversity, poisson_bootstrap
 from lit_vapo.models.features import compute_features, right_pad
 from lit_vapo.models.pretrained import (
     Pretrained,
@@ -25,7 +25,9 @@ from lit_vapo.uncertainty.lora_ensemble import LoraEnsemble
 
 CPU = torch.device("cpu")
 SEQUENCES = [TokenSequence(list(range(5, 5 + n)), 2) for n in (4, 9, 3, 6)]
-LABELS = PairLabels(torch.zeros(2), torch.ones(2), torch.ones(2), torch.arange(2))
+# Two pairs that the bootstrap gives to all three members.
+IDS = [i for i in range(100) if (poisson_bootstrap(torch.tensor([i]), 3, seed=0) > 0).all()][:2]
+LABELS = PairLabels(torch.zeros(2), torch.ones(2), torch.ones(2), torch.tensor(IDS))
 
 
 def reward_model(model, members=3, quantization=None, spread=0.3, **kwargs):
@@ -111,13 +113,17 @@ def test_every_adapter_gets_a_gradient(tmp_path, quantization):
     assert all(p.grad is None for p in model.backbone.parameters())
 
 
-def test_bootstrap_reaches_the_adapters(tiny_model_dir):
-    # With weights of zero for a member (Poisson counts 0 for both pairs) it gets no gradient.
+def test_a_member_learns_from_its_own_bootstrap(tiny_model_dir):
+    # A pair that member 0 never sees and member 1 does.
+    counts = poisson_bootstrap(torch.arange(1000), 3, seed=0)
+    identity = int(((counts[:, 0] == 0) & (counts[:, 1] > 0)).nonzero()[0])
     model = reward_model(tiny_model_dir)
-    features = model.encode(*tokens())
-    silent = LABELS._replace(weight=torch.zeros(2))
-    model.head.loss(features[:2], features[2:], silent).backward()
-    assert all(p.grad.abs().max() == 0 for p in model.head.lora_a.values())
+    features = model.encode(*tokens(2))
+    pair = PairLabels(torch.zeros(1), torch.ones(1), torch.ones(1), torch.tensor([identity]))
+    model.head.loss(features[:1], features[1:], pair).backward()
+    for parameter in model.head.lora_a.values():
+        assert parameter.grad[0].abs().max() == 0
+        assert parameter.grad[1].abs().max() > 0
 
 
 def test_diversity_is_taken_off_the_loss(tiny_model_dir):
@@ -142,6 +148,7 @@ def test_only_named_layers_are_adapted(tiny_model_dir):
 
 @pytest.fixture
 def saved(tiny_model_dir, tmp_path):
+    """A saved ensemble of three members."""
     reward_model(tiny_model_dir).save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -159,7 +166,7 @@ def test_a_member_of_another_base_is_refused(saved):
         RewardModel.from_pretrained(saved)
 
 
-def test_a_member_of_another_shape_is_refused(saved, tmp_path):
+def test_a_member_of_another_shape_is_refused(saved, tiny_model_dir, tmp_path):
     wide = tiny_model(tmp_path / "w", tiny_tokenizer(tmp_path / "w"), hidden_size=64)
     reward_model(wide).save_pretrained(tmp_path / "wide")
     weights = "adapter_model.safetensors"
