@@ -16,8 +16,14 @@ stages:
   export    turn a checkpoint into a folder that other programs load
 
 commands of a stage: fit, validate, test (ppo: predict too); their options: lit-vapo STAGE fit --help
+
+commands for a finished ensemble:
+  reward join          make one ensemble of members trained in runs of their own
+  reward calibrate     centre and scale the members anew on responses of a reference policy
+  reward disagreement  draw the scores of all members, and the distribution of their σ
 """
 STAGES = ("sft", "reward", "ppo")
+TOOLS = ("join", "calibrate", "disagreement")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -34,6 +40,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(USAGE)
     elif words[0] == "export":
         _export(words[1:])
+    elif words[0] == "reward" and words[1:2] and words[1] in TOOLS:
+        _tool(words[1], words[2:])
     elif words[0] in STAGES:
         _stage(words[0], words[1:])
     else:
@@ -55,6 +63,29 @@ def _stage(stage: str, words: list[str]) -> None:
         "ppo": (PPOModule, PromptDataModule),
     }
     StageCLI(*classes[stage], stage=stage, args=words)
+
+
+def _tool(name: str, words: list[str]) -> None:
+    import inspect
+
+    from jsonargparse import ArgumentParser
+
+    from lit_vapo.data.datamodule import PreferenceDataModule
+    from lit_vapo.models.pretrained import quiet
+    from lit_vapo.modules import ensemble
+
+    quiet()
+    function = getattr(ensemble, name)
+    summary = inspect.getdoc(function).partition("\n\n")[0]
+    parser = ArgumentParser(prog=f"lit-vapo reward {name}", description=summary)
+    parser.add_argument("--config", action="config", help="Options from a file.")
+    takes_data = "data" in inspect.signature(function).parameters
+    if takes_data:
+        # The options of the stages' data, and so the same files.
+        parser.add_class_arguments(PreferenceDataModule, "data")
+    parser.add_function_arguments(function, skip={"data"} if takes_data else None, as_group=False)
+    given = parser.instantiate_classes(parser.parse_args(words))
+    function(**{key: value for key, value in given.as_dict().items() if key != "config"})
 
 
 def _export(words: list[str]) -> None:

@@ -12,7 +12,7 @@ from lit_vapo.modules.reward import RewardModule
 from lit_vapo.modules.sft import SFTModule
 
 
-def export(checkpoint: str, output: str) -> None:
+def export(checkpoint: str, output: str, classifier: bool = False) -> None:
     """Turn a checkpoint into a folder that other programs load.
 
     A policy becomes an ordinary transformers (or, with LoRA, peft) folder with its tokenizer and the critic below
@@ -21,6 +21,7 @@ def export(checkpoint: str, output: str) -> None:
     Args:
         checkpoint: A checkpoint of any stage.
         output: A folder that is new or empty.
+        classifier: Write a head ensemble as a sequence classifier of transformers with one label for each member.
 
     Raises:
         ValueError: There is no such checkpoint, or it is of no known stage.
@@ -31,12 +32,15 @@ def export(checkpoint: str, output: str) -> None:
     if Path(output).exists() and any(Path(output).iterdir()):
         raise FileExistsError(f"--output: expected a new or empty folder, got {output!r} with files in it")
     stage = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(STAGE_KEY)
+    if classifier and stage != RewardModule.stage:
+        raise ValueError(f"--classifier: expected a checkpoint of the reward stage, got one of {stage!r}")
     if stage == PPOModule.stage:
         # The judge only watches training: it need not be there.
         module = PPOModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, gold=None)
         module.export(output)
     elif stage == RewardModule.stage:
-        RewardModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).export(output)
+        ensemble = RewardModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+        ensemble.export_classifier(output) if classifier else ensemble.export(output)
     elif stage == SFTModule.stage:
         SFTModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).export(output)
     else:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_vapo.data.collate import PreferenceBatch
 from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.metrics import PreferenceMetrics
+from lit_vapo.models.classifier import save_classifier
 from lit_vapo.models.features import compute_features, feature_key, feature_path, load_features, save_features
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import (
@@ -305,6 +306,11 @@ class RewardModule(TrainedWeightsModule):
 
     def _is_own_state(self, name: str) -> bool:
         return name.startswith("head.")
+
+    def export_classifier(self, folder: str | Path) -> None:
+        """Write linear heads as a sequence classifier that transformers loads by itself."""
+        backbone = self.backbone or freeze(load_backbone(self.spec.base, self.spec.layer))
+        save_classifier(RewardModel(self.spec, self.head, backbone), folder)
 
     def export(self, folder: str | Path) -> None:
         """Write the ensemble as a folder that `RewardModel.from_pretrained` loads."""
