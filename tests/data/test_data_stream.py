@@ -83,6 +83,9 @@ def test_batches_are_of_similar_length(tokenizer, file):
     shuffled = random.Random(0).sample(rows, COUNT)
     assert padded(rows) < 1.15 * sum(map(length, rows))
     assert padded(shuffled) > 1.3 * sum(map(length, rows))
+    # Short pairs do not all come before long ones.
+    longest = [max(map(length, rows[i : i + 4])) for i in range(0, 40, 4)]
+    assert longest != sorted(longest)
 
 
 def test_a_buffer_reaches_further_than_its_size():
@@ -254,6 +257,11 @@ def test_stages_that_stream(tiny_model_dir, file, kind, batch):
     assert all(isinstance(b, batch) for b in batches)
     assert len(batches) == -(-COUNT // 4)
     assert module.longest_pair() == 64
+
+
+def test_the_seed_of_the_data_decides_the_order_of_a_stream(tiny_model_dir, file):
+    orders = [served(data(PreferenceDataModule, tiny_model_dir, file, seed=s).train_dataloader()) for s in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_all_pairs_come_in_their_order_to_every_process(tiny_model_dir, file):
