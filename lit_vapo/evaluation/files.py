@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_vapo.evaluation.report import PreferenceReport
+from lit_vapo.types import RewardEstimate
 
 FIGURES = ("accuracy", "nll", "ece", "brier")
 
@@ -96,6 +97,25 @@ def write_report(
     pairs = zip(*(column.tolist() for column in columns), strict=True)
     _write_csv(paths[2], [*names, *(f"margin_member_{k}" for k in members)], pairs)
     return paths
+
+
+def write_scores(
+    path: str | Path, estimate: RewardEstimate, places: Sequence[str], sides: Sequence[str], texts: Sequence[str]
+) -> None:
+    """Write the normalised scores of N responses as a table.
+
+    Args:
+        path: The CSV file.
+        estimate: Their estimate.
+        places: Where each response comes from.
+        sides: Which of its pair it is.
+        texts: The responses.
+    """
+    columns = [estimate.mean, estimate.variance.clamp_min(0).sqrt()]
+    members = [] if estimate.members is None else list(estimate.members.T)
+    names = ["place", "side", "reward", "sigma", *(f"member_{k}" for k in range(len(members))), "response"]
+    numbers = [column.tolist() for column in [*columns, *members]]
+    _write_csv(Path(path), names, zip(places, sides, *numbers, texts, strict=True))
 
 
 def _without_nan(value: Any) -> Any:
