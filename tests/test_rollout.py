@@ -229,7 +229,9 @@ def test_reference_features_are_those_of_reference_responses(nets, tiny_model_di
     sequences = sample_references(lm, tokenizer, [batch, batch], scorer.sampling)
     assert all(isinstance(s, TokenSequence) for s in sequences)
     backbone = load_backbone(Pretrained(tiny_model_dir))
-    expected = compute_features(backbone, FeatureSpec(Pretrained(tiny_model_dir)), sequences, torch.device("cpu"))
+    expected = compute_features(
+        RewardModel(FeatureSpec(Pretrained(tiny_model_dir)), HeadEnsemble(3), backbone), sequences, torch.device("cpu")
+    )
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
 
 
