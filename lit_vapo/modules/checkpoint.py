@@ -26,6 +26,11 @@ class TrainedWeightsModule(LightningModule):
 
     stage: str = ""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # What may be missing is checked here, by name.
+        self.strict_loading = False
+
     def kept_keys(self) -> set[str]:
         """Names in the state dict that a checkpoint keeps: trained parameters, and buffers outside frozen models."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -46,7 +51,7 @@ class TrainedWeightsModule(LightningModule):
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**plain(dict(settings)), "_instantiator": INSTANTIATOR}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that does not fit, and fill in the frozen weights it left out.
+        """Refuse a checkpoint that does not fit; the frozen weights it left out stay as they are.
 
         Raises:
             ValueError: Another stage, other parameters or other shapes.
@@ -65,8 +70,6 @@ class TrainedWeightsModule(LightningModule):
                     f"checkpoint of another architecture: expected {key} of shape {tuple(own[key].shape)}, "
                     f"got {tuple(value.shape)}"
                 )
-        for key, value in own.items():
-            saved.setdefault(key, value)
 
     def _tell_differences(self, checkpoint: dict[str, Any]) -> None:
         """Name every setting that differs from the checkpoint's: its state goes on, whatever the setting says."""
