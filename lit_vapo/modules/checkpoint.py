@@ -26,11 +26,6 @@ class TrainedWeightsModule(LightningModule):
 
     stage: str = ""
 
-    def __init__(self) -> None:
-        super().__init__()
-        # What may be missing is checked here, by name.
-        self.strict_loading = False
-
     def kept_keys(self) -> set[str]:
         """Names in the state dict that a checkpoint keeps: trained parameters, and buffers outside frozen models."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -51,7 +46,7 @@ class TrainedWeightsModule(LightningModule):
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**plain(dict(settings)), "_instantiator": INSTANTIATOR}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that does not fit; the frozen weights it left out stay as they are.
+        """Refuse a checkpoint that does not fit, and fill in the frozen weights it left out.
 
         Raises:
             ValueError: Another stage, other parameters or other shapes.
@@ -70,6 +65,10 @@ class TrainedWeightsModule(LightningModule):
                     f"checkpoint of another architecture: expected {key} of shape {tuple(own[key].shape)}, "
                     f"got {tuple(value.shape)}"
                 )
+        for key, value in own.items():
+            # A 4-bit weight writes how it is quantised under keys of its own, and reads none.
+            if ".weight." not in key:
+                saved.setdefault(key, value)
 
     def _tell_differences(self, checkpoint: dict[str, Any]) -> None:
         """Name every setting that differs from the checkpoint's: its state goes on, whatever the setting says."""
