@@ -42,9 +42,10 @@ SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test", "val",
 
 
 class RewardModule(EvaluatedRewards):
-    """Trains a `RewardHead` on preferences, on a frozen or on a trained backbone.
+    """Trains an uncertainty estimator (`RewardHead`) on preferences.
 
-    With a frozen backbone the features of all pairs are computed once and cached, and the heads train from them.
+    Where all members read one frozen backbone, the features of all pairs are computed once and cached, and the heads
+    train from them.
     Whenever a checkpoint is written, every member is centred and scaled on responses of the reference policy, which
     are sampled once at the start.
 
@@ -55,9 +56,9 @@ class RewardModule(EvaluatedRewards):
             layers often say more about a text's quality than the last one, which prepares the next token.
         pooling: `last` reads the last real token, `mean` averages over the response.
         freeze_backbone: Keep the backbone's weights and train from cached features.
-        learning_rate: Peak learning rate of the head (AdamW).
-        backbone_learning_rate: Peak learning rate of the backbone, if it is trained.
-        weight_decay: Decoupled weight decay of the head.
+        learning_rate: Peak learning rate of heads and adapters (AdamW).
+        backbone_learning_rate: Peak learning rate of backbones that are trained.
+        weight_decay: Decoupled weight decay of all that is trained.
         reference: The reference policy, whose responses fix each member's origin and unit; `null` leaves that to
             the start of PPO.
         reference_sampling: How the reference responds; use what PPO will use.

@@ -119,14 +119,15 @@ class EvaluatedRewards(TrainedWeightsModule):
         names = [rows.get(identity) for identity in report.example_ids.tolist()]
         return subset_table(report, [name or "none" for name in names]) if any(names) else None
 
-    @staticmethod
-    def _draw(folder: Path, report: PreferenceReport, other: PreferenceReport | None) -> None:
+    def _draw(self, folder: Path, report: PreferenceReport, other: PreferenceReport | None) -> None:
         if not report.num_pairs:
             return
         figures.reliability(report, folder / "reliability.png")
         figures.risk_coverage(report, folder / "risk_coverage.png")
         outside = None if other is None else other.response_sigma.flatten()
-        figures.sigma_histogram(report.response_sigma.flatten(), folder / "sigma.png", other=outside)
+        # Members that were not calibrated have the units that training gave them.
+        unit = {} if bool(self.head.calibrated) else {"unit": "units of the members' own, which were not calibrated"}
+        figures.sigma_histogram(report.response_sigma.flatten(), folder / "sigma.png", other=outside, **unit)
 
     def _log_tables(self, folder: Path) -> None:
         assert self.evaluation is not None
