@@ -104,6 +104,7 @@ def test_an_offline_run_holds_metrics_configuration_and_samples(run):
     assert [row[column] for row in table["data"]] == [record["response"] for record in written][: len(table["data"])]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_a_test_of_an_ensemble_leaves_tables_and_pictures(stage_args, reward_run, tiny_model_dir, tmp_path):
     options = [
         f"--config={CONFIGS / 'logger' / 'wandb.yaml'}",

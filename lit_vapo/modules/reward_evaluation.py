@@ -125,9 +125,8 @@ class EvaluatedRewards(TrainedWeightsModule):
         figures.reliability(report, folder / "reliability.png")
         figures.risk_coverage(report, folder / "risk_coverage.png")
         outside = None if other is None else other.response_sigma.flatten()
-        # Members that were not calibrated have the units that training gave them.
-        unit = {} if bool(self.head.calibrated) else {"unit": "units of the members' own, which were not calibrated"}
-        figures.sigma_histogram(report.response_sigma.flatten(), folder / "sigma.png", other=outside, **unit)
+        unit = "standard deviations of the reference's rewards" if bool(self.head.calibrated) else "not calibrated"
+        figures.sigma_histogram(report.response_sigma.flatten(), folder / "sigma.png", other=outside, unit=unit)
 
     def _log_tables(self, folder: Path) -> None:
         assert self.evaluation is not None
