@@ -205,8 +205,13 @@ class PreferenceDataModule(TextDataModule):
         return self._pairs("val")
 
     def test_splits(self) -> list[str]:
-        """The splits that a test serves, in the order of its loaders: those of `test`, `val` and `ood` with rows."""
-        return [split for split in ("test", "val", "ood") if self.preference_rows(split)]
+        """The splits that a test serves, in the order of its loaders: those of `test`, `val` and `ood` with rows.
+
+        Where validation pairs stand in for a test, they are no held-out part besides.
+        """
+        stands_in = self.preference_rows("test") is self.preference_rows("val")
+        served = ("test", "ood") if stands_in else ("test", "val", "ood")
+        return [split for split in served if self.preference_rows(split)]
 
     def test_dataloader(self) -> dict[str, DataLoader[Any]]:
         """Pairs to test on, the held-out ones to calibrate on, and those from elsewhere."""

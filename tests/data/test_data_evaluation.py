@@ -98,7 +98,7 @@ def test_a_test_serves_test_validation_and_pairs_from_elsewhere(tiny_model_dir, 
 
 @pytest.mark.parametrize(
     ("fraction", "ood", "expected"),
-    [(0.2, False, ["test", "val"]), (0.0, True, ["ood"]), (0.0, False, [])],
+    [(0.2, False, ["test"]), (0.0, True, ["ood"]), (0.0, False, [])],
 )
 def test_splits_without_rows_have_no_loader(tiny_model_dir, files, fraction, ood, expected):
     given = files("ood", pairs(7, "Elsewhere")) if ood else None
