@@ -1,7 +1,8 @@
 """Which uncertainty estimator? Each is trained and tested by the command line, on several data sets and seeds.
 
-Every run is a process of its own, so that its seconds and peak memory are its own. A run whose result is there is not
-repeated: start again after a stop, or to add data and seeds.
+Every run is a process of its own, with its own seconds and peak memory of training (`seconds` is the whole of
+`reward fit`, with loading and validation). Runs on one data set share the cache of frozen features: whoever comes first
+computes them. A run whose result is there is not repeated: start again after a stop, or to add data and seeds.
 
     python benchmarks/estimators.py --data '{"harmless": "hh.jsonl", "pandalm": "pandalm.jsonl"}' --model MODEL_FOLDER
     python benchmarks/estimators.py     # a few made-up pairs and a tiny model, to see that it works
@@ -23,6 +24,8 @@ from jsonargparse import auto_cli
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ESTIMATORS = ("head_ensemble", "mc_dropout", "bayesian_linear", "lora_ensemble", "full_ensemble")
+# Whole models are trained on the lowest blocks alone: all of them would take hours on a CPU.
+EXTRA = {"full_ensemble": ["--model.layer=4"]}
 FIGURES = ("accuracy", "member_accuracy", "nll", "ece", "error_auroc", "aurc", "seconds", "memory_gb")
 
 
@@ -60,11 +63,12 @@ def result(folder: Path, estimator: str, data: str, model: str, seed: int, optio
         f"--seed_everything={seed}",
         f"--trainer.default_root_dir={folder}",
         "--trainer.enable_progress_bar=false",
+        *EXTRA.get(estimator, []),
         *options,
     ]
     seconds, memory = run(["reward", "fit", *words, "--overwrite=true"], folder / "log.txt")
     run(["reward", "test", *words, f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"], folder / "log.txt")
-    found = json.loads((folder / "evaluation.json").read_text())
+    found = json.loads((folder / "test" / "evaluation.json").read_text())
     members = found["members"]
     figures = {
         **found["mean"],

@@ -165,7 +165,13 @@ def sigma_histogram(
         axis.legend(loc="upper right")
 
 
-def member_scores(scores: Tensor, labels: Sequence[str], path: str | Path, width: int = 60) -> None:
+def member_scores(
+    scores: Tensor,
+    labels: Sequence[str],
+    path: str | Path,
+    width: int = 60,
+    unit: str = "standard deviations of the reference's rewards",
+) -> None:
     """Draw every member's score of some responses: a row for each response, a dot for each member.
 
     The response that members disagree on most stands on top. As in the first figure of arXiv 2507.15906.
@@ -175,6 +181,7 @@ def member_scores(scores: Tensor, labels: Sequence[str], path: str | Path, width
         labels: What each response is called, e.g. the end of its prompt and its text.
         path: The PNG.
         width: How many characters of a label are shown.
+        unit: What the scores are measured in.
 
     Raises:
         ValueError: if there are no scores, or not one label for each response.
@@ -196,7 +203,7 @@ def member_scores(scores: Tensor, labels: Sequence[str], path: str | Path, width
         axis.scatter(scores.mean(1), rows, s=200, color=ORANGE, marker="|", linewidth=3, label="their mean", zorder=3)
         axis.scatter(scores.flatten(), dots, s=26, color=BLUE, alpha=0.55, linewidth=0, label="a member", zorder=4)
         axis.set_yticks(rows.tolist(), shown, parse_math=False)
-        axis.set(xlabel="reward (standard deviations of the reference's rewards)", ylim=(-0.7, len(scores) - 0.3))
+        axis.set(xlabel=f"reward ({unit})", ylim=(-0.7, len(scores) - 0.3))
         # On the figure and not the axes, which long labels make narrow.
         title = f"What {scores.shape[1]} reward models say of the same responses, the most disputed on top"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")

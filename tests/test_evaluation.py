@@ -10,7 +10,7 @@ import torch
 from scipy import optimize, stats
 from sklearn.metrics import roc_auc_score
 
-from lit_vapo.evaluation.files import write_report
+from lit_vapo.evaluation.files import evaluation, write_report
 from lit_vapo.evaluation.report import PreferenceReport
 from lit_vapo.evaluation.tables import ood_auroc, subset_table, temperature_report
 from lit_vapo.functional import ensemble_estimate
@@ -253,15 +253,15 @@ def test_files_hold_what_the_report_holds(tmp_path):
     report = random_report(8, size=40)
     found = {"temperature": 1.5, "nll": 0.5}
     subsets = subset_table(report, ["a", "b"] * 20)
-    paths = write_report(tmp_path / "new", report, temperature=found, ood={"other": 0.7}, subsets=subsets)
+    paths = write_report(tmp_path / "new", report, evaluation(report, temperature=found, ood=0.7, subsets=subsets))
     assert [path.name for path in paths] == ["evaluation.json", "evaluation.csv", "pairs.csv"]
     record = json.loads(paths[0].read_text(), parse_constant=refuse)
-    names = ["mean", "members", "num_pairs", "num_ties", "uncertainty", "temperature", "ood", "subsets"]
+    names = ["mean", "members", "num_pairs", "num_ties", "uncertainty", "temperature", "ood_auroc", "subsets"]
     assert list(record) == names
     assert record["mean"]["brier"] == pytest.approx(report.brier[-1].item())
     assert [row["nll"] for row in record["members"]] == pytest.approx(report.nll[:-1].tolist())
     assert record["uncertainty"]["best_aurc"] == pytest.approx(report.risk_coverage.best_area.item())
-    assert (record["temperature"], record["ood"], record["subsets"]) == (found, {"other": 0.7}, subsets)
+    assert (record["temperature"], record["ood_auroc"], record["subsets"]) == (found, 0.7, subsets)
 
     rows = list(csv.DictReader(paths[1].read_text().splitlines()))
     assert [row["member"] for row in rows] == ["0", "1", "2", "3", "mean"]
@@ -275,15 +275,17 @@ def test_files_hold_what_the_report_holds(tmp_path):
 
 
 def test_files_are_the_same_bytes_again(tmp_path):
-    first = [path.read_bytes() for path in write_report(tmp_path, random_report(9), ood={"b": 1.0, "a": 0.5})]
-    again = [path.read_bytes() for path in write_report(tmp_path, random_report(9), ood={"b": 1.0, "a": 0.5})]
-    assert first == again
+    def written():
+        report = random_report(9)
+        return [path.read_bytes() for path in write_report(tmp_path, report, evaluation(report, ood=0.5))]
+
+    assert written() == written()
 
 
 def test_what_is_not_defined_is_null(tmp_path):
     estimate = RewardEstimate(torch.tensor([1.0, 2.0]), torch.zeros(2), None)
     report = PreferenceReport(torch.tensor([2**62, 2**62 + 1]), estimate, torch.zeros(2, 2), num_ties=3)
-    paths = write_report(tmp_path, report, subsets=subset_table(report, ["a", "b"]))
+    paths = write_report(tmp_path, report, evaluation(report, subsets=subset_table(report, ["a", "b"])))
     record = json.loads(paths[0].read_text(), parse_constant=refuse)
     assert record["members"] == []
     assert record["num_ties"] == 3

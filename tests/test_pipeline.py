@@ -81,7 +81,7 @@ def test_reward_checkpoint_holds_the_head_and_its_calibration_alone(reward):
 
 def test_reward_test_writes_members_and_mean(reward, run):
     run("reward", "test", f"--ckpt_path={reward}/checkpoints/last.ckpt")
-    found = json.loads((reward / "evaluation.json").read_text())
+    found = json.loads((reward / "test" / "evaluation.json").read_text())
     assert len(found["members"]) == 3
     assert set(found["mean"]) == {"accuracy", "nll", "ece", "brier"}
     assert found["num_pairs"] > 0

@@ -121,7 +121,7 @@ def test_a_test_of_an_ensemble_leaves_tables_and_pictures(stage_args, reward_run
     assert {"test/accuracy", "test/error_auroc", "test/members/_type", "test/risk_coverage/_type"} <= keys
     (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/test/members_*.table.json")
     rows = json.loads(table.read_text())["data"]
-    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    found = json.loads((tmp_path / "run" / "test" / "evaluation.json").read_text())
     assert [row[0] for row in rows] == ["0", "1", "2", "mean"]
     assert rows[-1][1:] == list(found["mean"].values())
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/test/*.png"))) == 3

@@ -188,7 +188,10 @@ def report(output: str) -> None:
     if not trained:
         raise ValueError(f"expected metrics of a ppo fit below {root / 'ppo' / 'logs'}, got none")
     summary = summarise(
-        reference, policy, _read_json(root / "judge" / "quality.json"), _read_json(root / "reward" / "evaluation.json")
+        reference,
+        policy,
+        _read_json(root / "judge" / "quality.json"),
+        _read_json(root / "reward" / "test" / "evaluation.json"),
     )
     (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     pictures = save_all(root / "figures", trained[-1]["train"], reference, policy)

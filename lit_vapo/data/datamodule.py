@@ -116,6 +116,7 @@ class TextDataModule(TextSplits, LightningDataModule):
         self._pair_reader = PairReader(self.text_tokenizer, max_length, append_eos)
         self._prompt_reader = PromptReader(self.text_tokenizer, max_prompt_length)
         self._rows = {}
+        self._features: dict[str, FeatureRows] = {}
 
     # Loaders.
 
@@ -181,7 +182,7 @@ class PreferenceDataModule(TextDataModule):
         if self.streams:
             stream = self.stream(shuffle=False)
             return DataLoader(stream, batch_size=self.batch_size, collate_fn=self.collator.preferences)
-        features = getattr(self, "_features", {}).get("train")
+        features = self._features.get("train")
         if features is not None:
             return self._loader(features, _as_it_is)
         return self._loader(self.preference_rows("train"), self.collator.preferences)
@@ -194,7 +195,7 @@ class PreferenceDataModule(TextDataModule):
         if chosen.shape != rejected.shape:
             raise ValueError(f"expected features of one shape, got {tuple(chosen.shape)}, {tuple(rejected.shape)}")
         features = FeatureRows(chosen, rejected, pair_labels(rows))
-        self._features = {**getattr(self, "_features", {}), split: features}
+        self._features[split] = features
 
     def train_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
         """Pairs to learn from."""
@@ -221,7 +222,7 @@ class PreferenceDataModule(TextDataModule):
         rows = self.preference_rows(split)
         if not rows:
             return []
-        features = getattr(self, "_features", {}).get(split)
+        features = self._features.get(split)
         if features is not None:
             return self._loader(features, _as_it_is, shuffle=split == "train")
         return self._pair_loader(rows, self.collator.preferences, train=split == "train")

@@ -18,7 +18,7 @@ FIGURES = ("accuracy", "nll", "ece", "brier")
 def evaluation(
     report: PreferenceReport,
     temperature: Mapping[str, float] | None = None,
-    ood: Mapping[str, float] | None = None,
+    ood: float | None = None,
     subsets: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """All figures of an evaluation as one record; NaN stands where a figure is not defined.
@@ -26,12 +26,12 @@ def evaluation(
     Args:
         report: The evaluation.
         temperature: From `temperature_report`.
-        ood: AUROC of σ against each other data set, by its name.
+        ood: AUROC of σ against another data set.
         subsets: From `subset_table`.
 
     Returns:
         `mean` and `members` (accuracy, nll, ece, brier), `num_pairs`, `num_ties`, `uncertainty`, and `temperature`,
-        `ood`, `subsets` where they were given.
+        `ood_auroc`, `subsets` where they were given.
     """
     rows = [{name: float(getattr(report, name)[k]) for name in FIGURES} for k in range(report.num_members + 1)]
     curve = report.risk_coverage
@@ -52,20 +52,13 @@ def evaluation(
     if temperature is not None:
         record["temperature"] = dict(temperature)
     if ood is not None:
-        record["ood"] = dict(ood)
+        record["ood_auroc"] = ood
     if subsets is not None:
         record["subsets"] = [dict(row) for row in subsets]
     return record
 
 
-def write_report(
-    folder: str | Path,
-    report: PreferenceReport,
-    *,
-    temperature: Mapping[str, float] | None = None,
-    ood: Mapping[str, float] | None = None,
-    subsets: Sequence[Mapping[str, Any]] | None = None,
-) -> list[Path]:
+def write_report(folder: str | Path, report: PreferenceReport, record: Mapping[str, Any]) -> list[Path]:
     """Write `evaluation.json`, `evaluation.csv` (a row for each member, and the mean) and `pairs.csv`.
 
     The same evaluation gives the same bytes. What is not defined (NaN) is null in JSON and an empty field in CSV.
@@ -73,9 +66,7 @@ def write_report(
     Args:
         folder: Where to; made if need be.
         report: The evaluation.
-        temperature: From `temperature_report`.
-        ood: AUROC of σ against each other data set, by its name.
-        subsets: From `subset_table`.
+        record: Its figures, from `evaluation`.
 
     Returns:
         The three paths.
@@ -83,8 +74,7 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("evaluation.json", "evaluation.csv", "pairs.csv")]
-    record = evaluation(report, temperature, ood, subsets)
-    paths[0].write_text(json.dumps(_without_nan(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    paths[0].write_text(json.dumps(_without_nan(dict(record)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     members = range(report.num_members)
     rows = zip([*members, "mean"], [*record["members"], record["mean"]], strict=True)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lit_vapo.folders import check_new
 from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.critic import Critic, CriticSpec, own_trunk
 from lit_vapo.models.policy import Policy, Role
@@ -149,9 +150,7 @@ class ActorCritic(nn.Module):
         Raises:
             FileExistsError: The folder is not empty.
         """
-        folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder}: expected an empty or new folder, got one with files in it")
+        folder = check_new(folder, "export")
         self.policy.save_pretrained(folder)
         load_tokenizer(self.base).save_pretrained(folder)
         critic = folder / "critic"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from lit_vapo.folders import check_new
 from lit_vapo.models.reward import RewardModel
 
 OFFSET = "reward_offset"
@@ -17,8 +19,9 @@ OFFSET = "reward_offset"
 def save_classifier(model: RewardModel, folder: str | Path) -> None:
     """Write K linear heads as `AutoModelForSequenceClassification` with `num_labels = K`, with its tokenizer.
 
-    Logit k is member k's normalised reward up to a constant, since the classifiers of transformers have no bias. The
-    constants stand in the configuration: reward = logits + config.reward_offset. Differences of responses need none.
+    The whole is written in float32. Logit k is member k's normalised reward up to a constant, since the classifiers of
+    transformers have no bias. The constants stand in the configuration: reward = logits + config.reward_offset.
+    Differences of responses need none.
 
     Args:
         model: A reward model with its backbone.
@@ -28,9 +31,7 @@ def save_classifier(model: RewardModel, folder: str | Path) -> None:
         ValueError: The heads are not linear or read anything but the last token, or the backbone is quantised.
         FileExistsError: The folder has files in it.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder}: expected a new or empty folder, got one with files in it")
+    check_new(folder, "--output")
     linear, spec = model.head.linear_members(), model.spec
     if linear is None or spec.pooling != "last" or spec.base.quantization is not None:
         raise ValueError(
@@ -38,9 +39,11 @@ def save_classifier(model: RewardModel, folder: str | Path) -> None:
             f"{type(model.head).__name__} with pooling {spec.pooling!r}, quantization {spec.base.quantization}"
         )
     weight, offset = linear
-    backbone = model.backbone
+    # A reward of half precision would be coarser than the members' differences.
+    backbone = model.backbone.float()
     tokenizer = model.load_tokenizer()
-    config = backbone.config
+    config = copy.deepcopy(backbone.config)
+    config.dtype = torch.float32
     config.num_labels = len(weight)
     config.id2label = {k: f"member_{k}" for k in range(len(weight))}
     config.label2id = {name: k for k, name in config.id2label.items()}
@@ -52,7 +55,7 @@ def save_classifier(model: RewardModel, folder: str | Path) -> None:
     classifier = cast("Any", AutoModelForSequenceClassification).from_config(config)
     setattr(classifier, backbone.base_model_prefix, backbone)
     classifier.score = nn.Linear(weight.shape[1], len(weight), bias=False)
-    classifier.score.weight = nn.Parameter(weight.to(backbone.dtype))
+    classifier.score.weight = nn.Parameter(weight)
     with torch.no_grad():
         classifier.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

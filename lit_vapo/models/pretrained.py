@@ -149,6 +149,25 @@ def load_tokenizer(spec: Pretrained) -> PreTrainedTokenizerBase:
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, spec: Pretrained, key: str) -> None:
+    """Refuse a model that reads other token ids than those a tokenizer writes.
+
+    Args:
+        tokenizer: The tokenizer of the data.
+        spec: The model.
+        key: The option to change, for the message.
+
+    Raises:
+        ValueError: Their vocabularies differ.
+    """
+    if load_tokenizer(spec).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{key}: expected the data's tokenizer and the model to have one vocabulary, got "
+            f"{tokenizer.name_or_path!r} and {spec.path!r}. PPO reads texts anew for an "
+            "ensemble of another tokenizer, and calibrates it so."
+        )
+
+
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
     """The list of transformer blocks of a backbone, whatever the architecture calls it.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -132,6 +132,10 @@ class RewardModel(nn.Module):
                 f"{folder}: expected all {head.num_members} members, got member {config['members']} alone. Join the "
                 "members' folders with `lit-vapo reward join`."
             )
+        if not (with_backbone or head.shares_features):
+            raise ValueError(
+                f"with_backbone: expected true for {type(head).__name__}, whose members change the backbone"
+            )
         backbone = _load_backbone(folder, spec, head, config["own_backbone"]) if with_backbone else None
         _load_head(head, folder / WEIGHTS_NAME)
         return cls(spec, head, backbone).requires_grad_(False).eval()
@@ -148,7 +152,7 @@ def _load_backbone(folder: Path, spec: FeatureSpec, head: RewardHead, own: bool)
                 raise ValueError(f"{folder}: expected the model of member {k} in {folder / f'member_{k}'}, got none")
         readers = [partial(_load_saved, folder / f"member_{k}", spec) for k in range(head.num_members)]
         # Off the module's list of children where they are to be read anew at each call.
-        return nn.ModuleList([read() for read in readers]) if getattr(head, "resident", True) else readers
+        return nn.ModuleList([read() for read in readers]) if head.resident else readers
     backbone = _load_saved(folder / BACKBONE_NAME, spec) if own else load_backbone(spec.base, spec.layer)
     attached = head.attach(backbone, decoder_layers(backbone))
     count = len(head.adapters())
@@ -159,7 +163,7 @@ def _load_backbone(folder: Path, spec: FeatureSpec, head: RewardHead, own: bool)
 
 def _load_saved(folder: Path, spec: FeatureSpec) -> PreTrainedModel:
     """A trained backbone as it was saved: cut off already, and in the type it was trained in."""
-    saved = Pretrained(str(folder), attn_implementation=spec.base.attn_implementation)
+    saved = replace(spec.base, path=str(folder), revision=None, quantization=None, dtype="auto")
     return cast("PreTrainedModel", freeze(load_backbone(saved)))
 
 

@@ -120,6 +120,18 @@ def check_positive(**values: float | None) -> None:
             raise ValueError(f"model.{name}: expected a number above 0, got {value}")
 
 
+def check_precision(given: str, *allowed: str) -> None:
+    """Refuse a precision in which training would go wrong.
+
+    Half precision throughout would round small updates away; a base's own weights are set by its `dtype`.
+
+    Raises:
+        ValueError: It is none of those allowed.
+    """
+    if given not in allowed:
+        raise ValueError(f"trainer.precision: expected {' or '.join(allowed)}, got {given}")
+
+
 def total_steps(module: LightningModule) -> int:
     """Planned batches of the whole run.
 

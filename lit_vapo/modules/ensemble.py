@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,12 +14,14 @@ from torch import Tensor
 from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.evaluation.files import write_scores
 from lit_vapo.figures import member_scores, sigma_histogram
+from lit_vapo.folders import check_new, new_folder
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import Pretrained, load_causal_lm, place
+from lit_vapo.models.pretrained import Pretrained, check_tokenizer, load_causal_lm, place
 from lit_vapo.models.reward import CONFIG_NAME, WEIGHTS_NAME, RewardModel, read_config
 from lit_vapo.modules.checkpoint import seeded
 from lit_vapo.rollout import sample_references
+from lit_vapo.types import RewardEstimate
 
 
 def join(members: list[str], output: str) -> None:
@@ -50,20 +51,26 @@ def join(members: list[str], output: str) -> None:
     missing = sorted(set(range(count)) - set(found))
     if missing:
         raise ValueError(f"--members: expected all {count} members, got none for {missing}")
-    target = _new_folder(output)
-    weights = [load_file(found[k] / WEIGHTS_NAME) for k in range(count)]
-    joined: dict[str, Tensor] = {}
+    for k, source in found.items():
+        if not (source / f"member_{k}" / "config.json").is_file():
+            raise ValueError(f"{source}: expected the model of member {k} in member_{k}, got none")
+    with new_folder(output, "--output") as target:
+        for k, source in found.items():
+            shutil.copytree(source / f"member_{k}", target / f"member_{k}")
+        save_file(_join_heads([load_file(found[k] / WEIGHTS_NAME) for k in range(count)]), target / WEIGHTS_NAME)
+        (target / CONFIG_NAME).write_text(json.dumps({**first, "members": list(range(count))}, indent=2) + "\n")
+    print(f"joined {count} members to {output}; `lit-vapo reward calibrate` or the start of PPO makes them comparable")
+
+
+def _join_heads(weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Row k of what each member has a row of, from the file of member k."""
+    joined = {}
     for name, value in weights[0].items():
-        rows = [w[name] for w in weights]
-        each = value.ndim > 0 and value.shape[0] == count
-        joined[name] = torch.stack([row[k] for k, row in enumerate(rows)]) if each else value
+        each = value.ndim > 0 and value.shape[0] == len(weights)
+        joined[name] = torch.stack([w[name][k] for k, w in enumerate(weights)]) if each else value
     # The members' typical variance takes all of them: it is fixed where they are calibrated together.
     joined["calibrated"] = torch.zeros_like(joined["calibrated"])
-    for k, source in found.items():
-        shutil.copytree(source / f"member_{k}", target / f"member_{k}")
-    save_file(joined, target / WEIGHTS_NAME)
-    (target / CONFIG_NAME).write_text(json.dumps({**first, "members": list(range(count))}, indent=2) + "\n")
-    print(f"joined {count} members to {target}; `lit-vapo reward calibrate` or the start of PPO makes them comparable")
+    return joined
 
 
 def calibrate(
@@ -89,20 +96,23 @@ def calibrate(
     Raises:
         FileExistsError: The output has files in it.
     """
-    target = _new_folder(output)
+    check_new(output, "--output")
     model = RewardModel.from_pretrained(ensemble)
-    lm = place(load_causal_lm(reference), torch.device("cpu" if not torch.cuda.is_available() else "cuda"))
+    check_tokenizer(data.text_tokenizer, model.spec.base, "--data.tokenizer")
+    check_tokenizer(data.text_tokenizer, reference, "--reference")
+    lm = place(load_causal_lm(reference), _device())
     model = _on(model, lm.device)
     with seeded(seed):
         batches = data.prompt_batches("train", num_reference)
         sequences = sample_references(lm, data.text_tokenizer, batches, sampling or Sampling())
     before = model.head.reward_scale.clone()
     model.head.calibrate(compute_features(model, sequences, lm.device).to(lm.device))
-    shutil.copytree(ensemble, target, dirs_exist_ok=True)
-    state = {k: v.contiguous().cpu() for k, v in model.head.saved_state().items()}
-    save_file(state, target / WEIGHTS_NAME)
+    with new_folder(output, "--output") as target:
+        shutil.copytree(ensemble, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(target.name))
+        state = {k: v.contiguous().cpu() for k, v in model.head.saved_state().items()}
+        save_file(state, target / WEIGHTS_NAME)
     change = (model.head.reward_scale / before).tolist()
-    print(f"calibrated on {len(sequences)} responses of {asdict(reference)['path']}; written to {target}")
+    print(f"calibrated on {len(sequences)} responses of {reference.path}; written to {output}")
     print("each member's unit, new / old: " + ", ".join(f"{x:.3f}" for x in change))
 
 
@@ -111,7 +121,7 @@ def disagreement(
     output: str,
     data: PreferenceDataModule,
     pairs: list[int] | None = None,
-    split: str = "val",
+    split: Literal["train", "val", "test", "ood"] = "val",
     max_pairs: int = 500,
 ) -> None:
     """Draw the scores of all members on a few responses, and the distribution of σ over a data set.
@@ -131,6 +141,7 @@ def disagreement(
         ValueError: The ensemble has fewer than two members, or there is no such pair.
         FileExistsError: The output has files in it.
     """
+    check_new(output, "--output")
     count = int(read_config(ensemble)["num_members"])
     if count < 2:
         raise ValueError(f"--ensemble: expected at least 2 members to disagree, got {count}")
@@ -140,53 +151,49 @@ def disagreement(
     for number in pairs or []:
         if not 0 <= number < len(rows):
             raise ValueError(f"--pairs: expected numbers 0 … {len(rows) - 1}, got {number}")
-    target = _new_folder(output)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _on(RewardModel.from_pretrained(ensemble), device)
+    model = _on(RewardModel.from_pretrained(ensemble), _device())
+    check_tokenizer(data.text_tokenizer, model.spec.base, "--data.tokenizer")
     both = data.preferences(split)
     sequences = [*both.chosen[: len(rows)], *both.rejected[: len(rows)]]
-    estimate = model.head(compute_features(model, sequences, device).to(device))
-    estimate = type(estimate)(*(x.cpu() for x in estimate))
+    estimate = model.head(compute_features(model, sequences, _device()).to(_device()))
+    if estimate.members is None:
+        raise ValueError(f"--ensemble: expected separate members to draw, got {type(model.head).__name__}")
+    members = estimate.members.cpu()
+    estimate = RewardEstimate(estimate.mean.cpu(), estimate.variance.cpu(), members)
     sigma = estimate.variance.sqrt()
-    typical = sigma.view(2, -1).mean(0)
-    order = typical.argsort().tolist()
-    drawn = pairs if pairs is not None else list(dict.fromkeys([*order[:4], *order[-4:]]))
+    order = sigma.view(2, -1).mean(0).argsort().tolist()
+    drawn = pairs or list(dict.fromkeys([*order[:4], *order[-4:]]))
     index = [i for number in drawn for i in (number, number + len(rows))]
-    names = [f"{_short(_response(data, sequences[i]))}  [{'chosen' if i < len(rows) else 'rejected'}]" for i in index]
-    member_scores(estimate.members[index], names, target / "members.png")
-    sigma_histogram(sigma, target / "sigma.png")
     texts = [_response(data, sequence) for sequence in sequences]
     sides = ["chosen"] * len(rows) + ["rejected"] * len(rows)
-    places = [row["place"] for row in rows] * 2
-    write_scores(target / "scores.csv", estimate, places, sides, texts)
-    quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
-    summary = {
-        "num_responses": len(sequences),
-        "sigma_mean": float(sigma.mean()),
-        "sigma_quantiles": dict(zip(map(str, quantiles.tolist()), sigma.quantile(quantiles).tolist(), strict=True)),
-        "pairs": drawn,
-    }
-    (target / "disagreement.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"mean σ {float(sigma.mean()):.3f} over {len(sequences)} responses; pictures in {target}")
+    unit = "standard deviations of the reference's rewards" if bool(model.head.calibrated) else "not calibrated"
+    with new_folder(output, "--output") as target:
+        labels = [f"[{sides[i]}] {texts[i]}" for i in index]
+        member_scores(members[index], labels, target / "members.png", unit=unit)
+        sigma_histogram(sigma, target / "sigma.png", unit=unit)
+        write_scores(target / "scores.csv", estimate, [row["place"] for row in rows] * 2, sides, texts)
+        summary = {"num_responses": len(sequences), **_quantiles(sigma), "pairs": drawn}
+        (target / "disagreement.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"mean σ {float(sigma.mean()):.3f} ({unit}) over {len(sequences)} responses; pictures in {output}")
+
+
+def _quantiles(sigma: Tensor) -> dict[str, Any]:
+    shares = (0.05, 0.25, 0.5, 0.75, 0.95)
+    values = sigma.quantile(torch.tensor(shares)).tolist()
+    return {"sigma_mean": float(sigma.mean()), "sigma_quantiles": dict(zip(map(str, shares), values, strict=True))}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _on(model: RewardModel, device: torch.device) -> RewardModel:
-    return model if model.spec.base.quantization is not None else model.to(device)
-
-
-def _new_folder(output: str) -> Path:
-    target = Path(output)
-    if target.exists() and any(target.iterdir()):
-        raise FileExistsError(f"--output: expected a new or empty folder, got {output!r} with files in it")
-    target.mkdir(parents=True, exist_ok=True)
-    return target
+    if model.spec.base.quantization is None:
+        return model.to(device)
+    model.head.to(device)  # the backbone was quantised where it belongs
+    return model
 
 
 def _response(data: PreferenceDataModule, sequence: Any) -> str:
     ids = sequence.ids[sequence.prompt_length :]
     return str(data.text_tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _short(text: str, size: int = 60) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= size else text[: size - 1] + "…"

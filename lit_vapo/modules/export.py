@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from lit_vapo.folders import check_new
 from lit_vapo.modules.checkpoint import STAGE_KEY
 from lit_vapo.modules.ppo import PPOModule
 from lit_vapo.modules.reward import RewardModule
@@ -29,8 +30,7 @@ def export(checkpoint: str, output: str, classifier: bool = False) -> None:
     """
     if not Path(checkpoint).is_file():
         raise ValueError(f"--checkpoint: expected a checkpoint file, got {checkpoint!r}")
-    if Path(output).exists() and any(Path(output).iterdir()):
-        raise FileExistsError(f"--output: expected a new or empty folder, got {output!r} with files in it")
+    check_new(output, "--output")
     stage = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(STAGE_KEY)
     if classifier and stage != RewardModule.stage:
         raise ValueError(f"--classifier: expected a checkpoint of the reward stage, got one of {stage!r}")

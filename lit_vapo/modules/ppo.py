@@ -21,6 +21,7 @@ from lit_vapo.models.reward import read_config
 from lit_vapo.modules.checkpoint import (
     TrainedWeightsModule,
     check_positive,
+    check_precision,
     linear_decay,
     seeded,
     total_steps,
@@ -127,10 +128,8 @@ class PPOModule(TrainedWeightsModule):
     def _start(self) -> None:
         """What needs the device and the data: the rollout maker, and a calibrated ensemble."""
         assert self.networks is not None
-        if self.trainer.precision not in ("32-true", "bf16-mixed", "64-true"):
-            # The loss scaler of 16-mixed belongs to one step a batch, an iteration takes many; half precision
-            # throughout would round small updates away. The base's own weights are set by model.base.dtype.
-            raise ValueError(f"trainer.precision: expected 32-true or bf16-mixed for PPO, got {self.trainer.precision}")
+        # The loss scaler of 16-mixed belongs to one step a batch, and an iteration takes many.
+        check_precision(self.trainer.precision, "32-true", "bf16-mixed")
         datamodule = cast("PromptDataModule | None", getattr(self.trainer, "datamodule", None))
         if datamodule is None:
             raise ValueError("trainer: expected a PromptDataModule (it has the tokenizer), got plain dataloaders")

@@ -14,6 +14,7 @@ from lit_vapo.models.features import compute_features, feature_key, feature_path
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import (
     Pretrained,
+    check_tokenizer,
     decoder_layers,
     freeze,
     hidden_size,
@@ -27,6 +28,7 @@ from lit_vapo.models.trunk import Pooling, join_rows
 from lit_vapo.modules.checkpoint import (
     check_context,
     check_positive,
+    check_precision,
     linear_decay,
     seeded,
     total_steps,
@@ -115,6 +117,7 @@ class RewardModule(EvaluatedRewards):
         self.feature_cache = feature_cache
         self.seed = seed
         self.backbone: Any = None
+        self.settled_at = -1
         self.reference_inputs: list[TokenSequence] | Tensor | None = None
 
     # 1. Building: load the backbone, and turn what is frozen into features once.
@@ -126,6 +129,11 @@ class RewardModule(EvaluatedRewards):
 
     def configure_model(self) -> None:
         """Load the backbone, and with frozen features turn every pair into them and let go of it."""
+        if self._trainer is not None:
+            check_precision(self.trainer.precision, "32-true", "bf16-mixed", "16-mixed")
+            if self.pairs is not None and self.pairs.streams and self.head.settles:
+                kind = type(self.head).__name__
+                raise ValueError(f"data.streaming: expected false for {kind}, which holds all training pairs, got true")
         if self.head.hidden_size is None:
             self.head.build(hidden_size(self.spec.base))
         elif self.backbone is not None and not self.frozen_features:
@@ -184,6 +192,7 @@ class RewardModule(EvaluatedRewards):
     def _sample_reference(self, datamodule: PreferenceDataModule) -> list[TokenSequence]:
         """Responses of the reference policy, the same in every process."""
         assert self.reference is not None
+        check_tokenizer(datamodule.text_tokenizer, self.reference, "model.reference")
         self.print(f"reference: sampling {self.num_reference} responses to calibrate the ensemble on")
         lm = place(load_causal_lm(self.reference), self.device_of_run)
         batches = datamodule.prompt_batches("train", self.num_reference)
@@ -219,9 +228,10 @@ class RewardModule(EvaluatedRewards):
         super().on_save_checkpoint(checkpoint)
 
     def settle(self) -> None:
-        """Let the head see all training pairs, where it needs to."""
-        if not self.head.settles or self.trainer.state.fn != "fit":
+        """Let the head see all training pairs, where it needs to; once at each step."""
+        if not self.head.settles or self.trainer.state.fn != "fit" or self.trainer.global_step == self.settled_at:
             return
+        self.settled_at = self.trainer.global_step
         loader = self.trainer.train_dataloader if self.pairs is None else self.pairs.all_pairs()
         with torch.no_grad():
             self.head.settle(self._encoded(batch) for batch in cast("Any", loader))

@@ -23,13 +23,14 @@ from lit_vapo.uncertainty.base import RewardHead
 
 Batch = PreferenceBatch | FeaturePairs
 SHOWN = ("accuracy", "nll", "ece")
+TEST_FOLDER = "test"
 
 
 class EvaluatedRewards(TrainedWeightsModule):
     """Evaluates a reward ensemble on pairs; training is the subclass's.
 
     A test also fits a temperature on the validation pairs, tells the pairs of `data.preferences_ood` from its own by σ,
-    breaks its figures down by `subset`, and writes files and pictures into the run's folder.
+    breaks its figures down by `subset`, and writes files and pictures into `test` in the run's folder.
     """
 
     head: RewardHead
@@ -55,6 +56,11 @@ class EvaluatedRewards(TrainedWeightsModule):
     def on_validation_start(self) -> None:
         """Score with what the training pairs say so far."""
         self.settle()
+
+    def setup(self, stage: str) -> None:
+        """Refuse a test of nothing."""
+        if stage == "test" and self.pairs is not None and not self.pairs.preference_rows("test"):
+            raise ValueError("data.preferences_test: expected pairs to test on (or a part set aside), got none")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect margins."""
@@ -86,20 +92,20 @@ class EvaluatedRewards(TrainedWeightsModule):
         reports = {split: self._report(split) for split in splits}
         report = reports["test"]
         temperature = None
-        if all(r.num_pairs for r in (report, reports.get("val", report))) and "val" in reports:
+        if "val" in reports and reports["val"].num_pairs and report.num_pairs:
             temperature = temperature_report(reports["val"], report)
-        ood = {"ood": float(ood_auroc(report, reports["ood"]))} if "ood" in reports else None
+        ood = float(ood_auroc(report, reports["ood"])) if "ood" in reports else None
         figures_of_test = dict(report.summary())
         if temperature is not None:
             figures_of_test |= {k: temperature[k] for k in ("temperature", "nll_calibrated", "ece_calibrated")}
         if ood is not None:
-            figures_of_test["ood_auroc"] = ood["ood"]
+            figures_of_test["ood_auroc"] = ood
         self._log_figures("test", figures_of_test)
         subsets = self._subsets(report)
         self.evaluation = evaluation(report, temperature, ood, subsets)
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.default_root_dir)
-            write_report(folder, report, temperature=temperature, ood=ood, subsets=subsets)
+            folder = Path(self.trainer.default_root_dir) / TEST_FOLDER
+            write_report(folder, report, self.evaluation)
             self._draw(folder, report, reports.get("ood"))
             self._log_tables(folder)
 
@@ -124,7 +130,7 @@ class EvaluatedRewards(TrainedWeightsModule):
             return
         figures.reliability(report, folder / "reliability.png")
         figures.risk_coverage(report, folder / "risk_coverage.png")
-        outside = None if other is None else other.response_sigma.flatten()
+        outside = None if other is None or not other.num_pairs else other.response_sigma.flatten()
         unit = "standard deviations of the reference's rewards" if bool(self.head.calibrated) else "not calibrated"
         figures.sigma_histogram(report.response_sigma.flatten(), folder / "sigma.png", other=outside, unit=unit)
 

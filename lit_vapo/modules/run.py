@@ -149,7 +149,7 @@ class StageCLI(LightningCLI):
                 f"Resume with --ckpt_path={checkpoints}/last.ckpt, replace it with --overwrite=true, or choose "
                 "another folder."
             )
-        self.replaced = [*held, *self.root.glob("samples_*.jsonl")]
+        self.replaced = [*held, *self.root.glob("samples_*.jsonl"), *self.root.glob("test")]
 
     @rank_zero_only
     def before_fit(self) -> None:

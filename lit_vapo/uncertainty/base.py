@@ -46,6 +46,8 @@ class RewardHead(nn.Module, ABC):
     shares_features: bool = True
     # Whether each member is a whole backbone.
     owns_backbones: bool = False
+    # Whether these are held in memory while scoring.
+    resident: bool = True
 
     reward_loc: Tensor
     reward_scale: Tensor
@@ -88,13 +90,14 @@ class RewardHead(nn.Module, ABC):
     def draw(self, shape: Sequence[int], fan_in: int, stream: int) -> Tensor:
         """Initial weights (K, *shape) from N(0, 1/√(fan_in + 1)).
 
-        Every member has a generator of its own, so that member k does not depend on K.
+        Every member has a generator of its own, so that member k does not depend on K; `stream` tells its draws apart.
         """
-        members = []
-        for k in range(self.num_members):
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + k) * 2 + stream)
-            members.append(torch.randn(tuple(shape), generator=generator) / (fan_in + 1) ** 0.5)
-        return torch.stack(members)
+        members = [torch.randn(tuple(shape), generator=self.generator(k, stream)) for k in range(self.num_members)]
+        return torch.stack(members) / (fan_in + 1) ** 0.5
+
+    def generator(self, member: int, stream: int) -> torch.Generator:
+        """Random numbers of one member for one purpose."""
+        return torch.Generator().manual_seed(((self.seed * 1_000_003 + member) * 1_000_003 + stream) % 2**63)
 
     # 1. Scores.
 

@@ -17,8 +17,8 @@ class BayesianLinear(RewardHead):
 
     The posterior is the Laplace approximation of Bayesian Bradley–Terry regression with the prior w ~ N(0, I/λ): its
     mode by Newton's method over all training pairs, its precision H = λI + Σ p(1−p)·ΔφΔφᵀ (Kristiadi et al.
-    2002.10118; for rewards Yang et al. 2402.13210). Gradient steps on a frozen backbone only bring the weights near the
-    mode; on a trained backbone they train it.
+    2002.10118; for rewards Yang et al. 2402.13210). On a frozen backbone Newton's method finds that mode from wherever
+    gradient steps end, so their number and rate do not matter; on a trained backbone they train it.
 
     Mean and variance are exact. φ is taken from the mean over reference responses, since a reward is known up to a
     shift only; the variance of a margin is that of the difference, ΔφᵀH⁻¹Δφ. For objectives that want
@@ -29,7 +29,6 @@ class BayesianLinear(RewardHead):
         prior_precision: λ, the precision of the prior on each weight; larger keeps weights and variance smaller. The
             default suits hidden states after a final normalisation, whose entries are about 1.
         label_smoothing: Share of preferences taken to be stated the wrong way round, in [0, 0.5).
-        centering: Weight of the penalty (r_chosen + r_rejected)², which keeps rewards near zero (gradient steps only).
         seed: Seed of initialisation and draws.
 
     Raises:
@@ -46,10 +45,9 @@ class BayesianLinear(RewardHead):
         num_members: int = 10,
         prior_precision: float = 30.0,
         label_smoothing: float = 0.0,
-        centering: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(num_members, False, label_smoothing, centering, seed)
+        super().__init__(num_members, False, label_smoothing, seed=seed)
         if not prior_precision > 0:
             raise ValueError(f"prior_precision: expected a number above 0, got {prior_precision}")
         self.prior_precision = prior_precision
@@ -57,11 +55,11 @@ class BayesianLinear(RewardHead):
     def make_parameters(self, hidden_size: int) -> None:
         """Draw the weights; the posterior begins as the prior."""
         self.weight = nn.Parameter(self.draw((hidden_size,), hidden_size, stream=0)[0])
-        generator = torch.Generator().manual_seed(self.seed)
         # Posterior: w = mode + factor · ε with factor · factorᵀ = H⁻¹.
         self.register_buffer("mode", self.weight.detach().clone())
         self.register_buffer("factor", torch.eye(hidden_size) / self.prior_precision**0.5)
-        self.register_buffer("draws", torch.randn(self.num_members, hidden_size, generator=generator))
+        drawn = [torch.randn(hidden_size, generator=self.generator(k, 1)) for k in range(self.num_members)]
+        self.register_buffer("draws", torch.stack(drawn))
         self.register_buffer("centre", torch.zeros(hidden_size))
 
     def training_rewards(self, features: Tensor) -> Tensor:
@@ -104,7 +102,7 @@ class BayesianLinear(RewardHead):
             probability=probability,
             weights=torch.cat([x.weight for x in labels]),
             prior_precision=self.prior_precision,
-            start=self.mode,
+            start=self.weight.detach(),
         )
         self.mode.copy_(posterior.mode)
         self.factor.copy_(posterior.factor)
@@ -115,6 +113,11 @@ class BayesianLinear(RewardHead):
         loc, _ = super().fit_normaliser(features)
         scale = self._exact(features.float() - self.centre)[0].std(correction=1).clamp_min(1e-6)
         return loc, scale.expand(self.num_members)
+
+    def linear_members(self) -> tuple[Tensor, Tensor] | None:
+        """The normalised draws."""
+        weight = (self.mode + self.draws @ self.factor.T) / self.reward_scale[:, None]
+        return weight, -self.reward_loc / self.reward_scale
 
     def linear_mean(self) -> tuple[Tensor, Tensor] | None:
         """The normalised mean reward."""

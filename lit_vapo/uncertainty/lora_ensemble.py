@@ -17,6 +17,9 @@ from lit_vapo.uncertainty.base import RewardHead
 class LoraEnsemble(RewardHead):
     """K adapters with a linear head each, on one backbone (fp32, bf16, 8-bit or 4-bit) and in one run.
 
+    The backbone is a decoder whose blocks get their masks with the batch in front: Llama, Qwen, Mistral, Mixtral,
+    Gemma, Phi, Falcon, GPT-NeoX, GPT-2 and their like. Bloom and MPT, whose masks have the heads there, are refused.
+
     Below the lowest adapted block all members see the same states, so that part of the backbone runs once. There the
     batch is repeated K times, and each adapted layer y = Wx + α/r·B_k·A_k·x adds the update of all members by two
     grouped matrix products. A member differs from the others by the initialisation of adapters and head and by
@@ -82,8 +85,10 @@ class LoraEnsemble(RewardHead):
         """Make adapters for the backbone's layers, and hang them in.
 
         Raises:
-            ValueError: There are fewer blocks than `top_layers`, or no such layers.
+            ValueError: There are fewer blocks than `top_layers`, no such layers, or masks of another kind.
         """
+        if type(backbone).__name__.startswith(("Bloom", "Mpt")):
+            raise ValueError(f"LoraEnsemble: expected masks with the batch in front, got {type(backbone).__name__}")
         top = len(blocks) if self.top_layers is None else self.top_layers
         if not 1 <= top <= len(blocks):
             raise ValueError(f"head.top_layers: expected 1 … {len(blocks)}, got {self.top_layers}")
@@ -100,7 +105,7 @@ class LoraEnsemble(RewardHead):
             inputs, outputs = _sizes(module)
             if key not in self.lora_a:
                 # N(0, 1/√(in+1)) for A and zeros for B: a member starts as the backbone itself.
-                self.lora_a[key] = nn.Parameter(self.draw((self.rank, inputs), inputs, stream=2 * stream + 1))
+                self.lora_a[key] = nn.Parameter(self.draw((self.rank, inputs), inputs, stream=stream))
                 self.lora_b[key] = nn.Parameter(torch.zeros(self.num_members, outputs, self.rank))
             module.register_forward_hook(self._update(key))
         device = next(backbone.parameters()).device
@@ -119,12 +124,20 @@ class LoraEnsemble(RewardHead):
     def join(self, outputs: list[Tensor]) -> Tensor:
         """Features (B, K, H)."""
         (features,) = outputs
-        return features if features.ndim == 3 else features[:, None]
+        if self.num_members == 1:
+            return features[:, None]
+        if features.ndim != 3:
+            raise ValueError(
+                f"expected states of {self.num_members} members, got those of the backbone alone: is this the backbone "
+                "that the adapters were attached to?"
+            )
+        return features
 
     def _is_target(self, name: str, module: nn.Module) -> bool:
         if not _is_linear(module):
             return False
-        return self.target_modules == "all-linear" or name.rpartition(".")[2] in self.target_modules
+        wanted = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        return self.target_modules == "all-linear" or name.rpartition(".")[2] in wanted
 
     def _spread(self, first: bool) -> Callable[..., tuple[Any, Any] | None]:
         """A hook that repeats what a block gets once for each member; its states are repeated by the first."""

@@ -54,9 +54,8 @@ class McDropout(RewardHead):
         if self.hidden_width is not None:
             self.hidden_weight = nn.Parameter(self.draw((self.hidden_width, hidden_size), hidden_size, stream=1)[0])
             self.hidden_bias = nn.Parameter(torch.zeros(self.hidden_width))
-        generator = torch.Generator().manual_seed(self.seed)
-        kept = torch.rand(self.num_members, width, generator=generator) >= self.dropout
-        self.register_buffer("masks", kept / (1 - self.dropout))
+        drawn = [torch.rand(width, generator=self.generator(k, 2)) for k in range(self.num_members)]
+        self.register_buffer("masks", (torch.stack(drawn) >= self.dropout) / (1 - self.dropout))
 
     def rewards(self, features: Tensor) -> Tensor:
         """Raw rewards (B, K) under the K masks, of features (B, H)."""

@@ -30,7 +30,8 @@ def demo(tmp_path):
     (tmp_path / "ppo/samples_test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     member = {"accuracy": 0.75, "nll": 0.5, "ece": 0.02}
     evaluation = {"mean": member, "members": [member] * 3, "num_pairs": 40}
-    (tmp_path / "reward/evaluation.json").write_text(json.dumps(evaluation))
+    (tmp_path / "reward/test").mkdir(parents=True)
+    (tmp_path / "reward/test/evaluation.json").write_text(json.dumps(evaluation))
     (tmp_path / "judge/quality.json").write_text(json.dumps({**member, "sentences": 50}))
     return tmp_path
 

@@ -64,12 +64,12 @@ class TestEveryEstimator:
         folder = trained(name)
         options = [*head_options(name), "--data.test_fraction=0.3"]
         main(stage_args("reward", "test", folder, *options, ckpt_path=last(folder)))
-        found = json.loads((folder / "evaluation.json").read_text())
+        found = json.loads((folder / "test" / "evaluation.json").read_text())
         assert len(found["members"]) == 3
         assert found["uncertainty"]["margin_sigma"] > 0
         assert {"temperature", "nll_calibrated"} <= set(found["temperature"])
         for picture in ("reliability", "risk_coverage", "sigma"):
-            assert (folder / f"{picture}.png").stat().st_size > 5000
+            assert (folder / "test" / f"{picture}.png").stat().st_size > 5000
         main(["export", f"--checkpoint={last(folder)}", f"--output={tmp_path / 'out'}"])
         estimate = scores(tmp_path / "out")
         # Calibrated on responses of the tiny model: finite, and in units of their spread.
@@ -156,17 +156,20 @@ def test_members_read_from_disk_score_as_those_held(full, tmp_path):
 def test_what_cannot_be_joined_is_named(full, tmp_path, tiny_ensemble_dir):
     _, (first, second) = full
     output = f"--output={tmp_path / 'x'}"
+    shutil.copytree(second, tmp_path / "bare")
+    shutil.rmtree(tmp_path / "bare" / "member_1")
     for members, message in (
         (f"[{first}]", r"--members: expected at least 2 folders, got 1"),
         (f"[{first},{first}]", r"expected each member once, got member 0 here and in"),
         (f"[{first},{tiny_ensemble_dir}]", r"expected head as in .*, got"),
         (f"[{first},{tmp_path / 'none'}]", r"reward: expected a folder with ensemble.json"),
+        (f"[{first},{tmp_path / 'bare'}]", r"bare: expected the model of member 1 in member_1, got none"),
     ):
         with pytest.raises(ValueError, match=message):
             main(["reward", "join", f"--members={members}", output])
     with pytest.raises(ValueError, match=r"expected all 2 members, got member \[1\] alone. Join"):
         RewardModel.from_pretrained(second)
-    assert not (tmp_path / "x").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["bare"]
 
 
 def test_a_joined_member_that_is_missing_is_named(full, tmp_path):
@@ -242,6 +245,8 @@ def test_disagreement_draws_members_and_sigma(tiny_ensemble_dir, tiny_model_dir,
         assert (tmp_path / "a" / name).stat().st_size > 5000
     with pytest.raises(ValueError, match=r"--pairs: expected numbers 0 … \d+, got 99"):
         main([*words, f"--output={tmp_path / 'b'}", "--pairs=[99]"])
+    with pytest.raises(SystemExit):
+        main([*words, f"--output={tmp_path / 'b'}", "--split=other"])
     with pytest.raises(ValueError, match=r"--split: expected one with pairs, got 'ood', which has none"):
         main([*words, f"--output={tmp_path / 'b'}", "--split=ood"])
     single = ppo_helpers.ensemble(tmp_path / "single", tiny_model_dir, members=1)
@@ -288,14 +293,83 @@ def test_a_padding_token_that_ends_responses_is_replaced(tmp_path, tiny_preferen
 
 
 def test_what_is_no_plain_classifier_is_refused(trained, sft_run, tmp_path):
-    for name in ("lora_ensemble", "full_ensemble", "bayesian_linear"):
+    for name in ("lora_ensemble", "full_ensemble"):
         with pytest.raises(ValueError, match=r"a classifier: expected linear heads on one unquantised backbone"):
             main(["export", f"--checkpoint={last(trained(name))}", f"--output={tmp_path / name}", "--classifier=true"])
     with pytest.raises(ValueError, match=r"--classifier: expected a checkpoint of the reward stage, got one of 'sft'"):
         main(["export", f"--checkpoint={last(sft_run)}", f"--output={tmp_path / 'sft'}", "--classifier=true"])
 
 
+def other_tokenizer(folder):
+    """A tiny model whose tokenizer has fewer tokens."""
+    tokenizer = helpers.tiny_tokenizer(folder, pad=False)
+    return helpers.tiny_model(folder, tokenizer)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(
+    tiny_ensemble_dir, tiny_model_dir, tiny_preferences_file, tmp_path
+):
+    other = other_tokenizer(tmp_path / "other")
+    words = [f"--ensemble={tiny_ensemble_dir}", f"--data.preferences={tiny_preferences_file}", "--data.max_length=64"]
+    message = r"--data.tokenizer: expected the data's tokenizer and the model to have one vocabulary, got '.*' and '.*'"
+    for command, more in (("calibrate", [f"--reference.path={other}"]), ("disagreement", ["--split=train"])):
+        output = f"--output={tmp_path / command}"
+        with pytest.raises(ValueError, match=message):
+            main(["reward", command, *words, *more, f"--data.tokenizer={other}", output])
+        assert not (tmp_path / command).exists()
+    data = PreferenceDataModule(tiny_model_dir, preferences=tiny_preferences_file, max_length=64, batch_size=4)
+    module = RewardModule(Pretrained(tiny_model_dir), HeadEnsemble(2), reference=Pretrained(other), num_reference=4)
+    with pytest.raises(ValueError, match=r"model.reference: expected the data's tokenizer and the model to have one"):
+        ppo_helpers.trainer(tmp_path).fit(module, data)
+
+
+def test_an_error_leaves_no_half_made_folder(
+    tiny_ensemble_dir, tiny_model_dir, tiny_prompts_file, tmp_path, monkeypatch
+):
+    def fails(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("lit_vapo.modules.ensemble.save_file", fails)
+    words = [f"--ensemble={tiny_ensemble_dir}", f"--reference.path={tiny_model_dir}", "--num_reference=4"]
+    data = [f"--data.tokenizer={tiny_model_dir}", f"--data.prompts={tiny_prompts_file}", "--sampling.max_new_tokens=3"]
+    with pytest.raises(OSError, match="no space left"):
+        main(["reward", "calibrate", *words, *data, f"--output={tmp_path / 'new'}"])
+    assert list(tmp_path.iterdir()) == []
+
+
 # Scores that are no numbers, posteriors, 8 bit.
+
+
+def test_half_precision_throughout_is_refused(tiny_model_dir, tiny_preferences_file, tmp_path):
+    data = PreferenceDataModule(tiny_model_dir, preferences=tiny_preferences_file, max_length=64, batch_size=4)
+    message = r"trainer.precision: expected 32-true or bf16-mixed or 16-mixed, got bf16-true"
+    with pytest.raises(ValueError, match=message):
+        ppo_helpers.trainer(tmp_path, precision="bf16-true").fit(RewardModule(Pretrained(tiny_model_dir)), data)
+
+
+def test_a_posterior_does_not_stream(tiny_model_dir, tiny_preferences_file, tmp_path):
+    data = PreferenceDataModule(
+        tiny_model_dir, preferences=tiny_preferences_file, max_length=64, batch_size=4, streaming=True,
+        validation_fraction=0.0, stream_buffer=8,
+    )  # fmt: skip
+    module = RewardModule(Pretrained(tiny_model_dir), BayesianLinear())
+    with pytest.raises(ValueError, match=r"data.streaming: expected false for BayesianLinear, which holds all"):
+        ppo_helpers.trainer(tmp_path, max_steps=2).fit(module, data)
+
+
+def test_a_test_of_nothing_is_refused(tiny_model_dir, tiny_preferences_file, tmp_path):
+    options = {"validation_fraction": 0.0, "max_length": 64, "preferences_ood": tiny_preferences_file}
+    data = PreferenceDataModule(tiny_model_dir, preferences=tiny_preferences_file, **options)
+    with pytest.raises(ValueError, match=r"data.preferences_test: expected pairs to test on .*, got none"):
+        ppo_helpers.trainer(tmp_path).test(RewardModule(Pretrained(tiny_model_dir)), data)
+
+
+def test_adapters_need_their_backbone(tiny_model_dir, trained, tmp_path):
+    main(["export", f"--checkpoint={last(trained('lora_ensemble'))}", f"--output={tmp_path / 'out'}"])
+    with pytest.raises(ValueError, match=r"with_backbone: expected true for LoraEnsemble, whose members change the"):
+        RewardModel.from_pretrained(tmp_path / "out", with_backbone=False)
+    with pytest.raises(ValueError, match=r"expected states of 3 members, got those of the backbone alone"):
+        RewardModel.from_pretrained(tmp_path / "out").head.join([torch.zeros(4, 32)])
 
 
 def test_a_score_that_is_no_number_names_the_example(tiny_model_dir, tiny_preferences_file, tmp_path):

@@ -62,7 +62,7 @@ def test_an_ensemble_learns_evaluates_and_loads_back(tiny_model_dir, tiny_prefer
     # fit, then test with the same module and data, as a program does.
     (result,) = ppo_helpers.trainer(tmp_path).test(module, data, verbose=False)
     assert result["test/accuracy"] > 0.9
-    found = json.loads((tmp_path / "evaluation.json").read_text())
+    found = json.loads((tmp_path / "test" / "evaluation.json").read_text())
     assert len(found["members"]) == 3
     assert found["mean"]["accuracy"] == pytest.approx(result["test/accuracy"])
     assert found["num_pairs"] == len(data.preference_rows("test"))
