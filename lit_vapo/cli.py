@@ -76,7 +76,7 @@ def _tool(name: str, words: list[str]) -> None:
 
     quiet()
     function = getattr(ensemble, name)
-    summary = inspect.getdoc(function).partition("\n\n")[0]
+    summary = (inspect.getdoc(function) or "").partition("\n\n")[0]
     parser = ArgumentParser(prog=f"lit-vapo reward {name}", description=summary)
     parser.add_argument("--config", action="config", help="Options from a file.")
     takes_data = "data" in inspect.signature(function).parameters

@@ -10,47 +10,67 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
-from lit_vapo.functional import (
-    kl_k1,
-    kl_k3,
-    masked_mean,
-    preference_accuracy,
-    preference_calibration_error,
-    preference_nll,
-    weighted_k3,
-)
+from lit_vapo.evaluation.report import PreferenceReport
+from lit_vapo.functional import kl_k1, kl_k3, masked_mean, weighted_k3
+from lit_vapo.functional.masked import check_same_shape
 from lit_vapo.rollout import Rollout
+from lit_vapo.types import PairLabels, RewardEstimate
 
 
 class PreferenceMetrics(Metric):
-    """Accuracy, NLL and calibration error of reward margins, for each member and for the members' mean.
+    """Collects the margins of a split over batches and processes; `compute` gives a `PreferenceReport`.
 
-    `update` takes raw margins (B, K), r_k(chosen) − r_k(rejected), in log-odds. `compute` returns a dict with
-    `accuracy`, `nll` and `ece`, each (K + 1,): the members, then the mean of their margins.
+    Pairs that are ties (probability 0.5) have no right answer: they are counted and otherwise left out. Pairs with a
+    probability between 0.5 and 1 count as preferences for the chosen response; weights are not used. Samplers repeat
+    rows to give every process as many; so each example id counts once, by its first occurrence, and rows are ordered by
+    id, whatever the order and number of processes.
     """
 
     full_state_update = False
-    margins: list[Tensor]
+    example_ids: list[Tensor]
+    columns: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("margins", default=[], dist_reduce_fx="cat")
+        self.add_state("example_ids", default=[], dist_reduce_fx="cat")
+        # One table for all numbers of a pair, so that processes exchange two tensors and not six.
+        self.add_state("columns", default=[], dist_reduce_fx="cat")
 
-    def update(self, margins: Tensor) -> None:
-        """Add the margins (B, K) of B pairs."""
-        self.margins.append(margins.detach().float())
+    def update(self, margin: RewardEstimate, variance: Tensor, labels: PairLabels) -> None:
+        """Add B pairs.
 
-    def compute(self) -> dict[str, Tensor]:
-        """Metrics over all pairs seen, and their number `num_pairs`."""
-        members = torch.cat(self.margins) if isinstance(self.margins, list) else self.margins
-        margins = torch.cat([members, members.mean(1, keepdim=True)], dim=1)
-        return {
-            "accuracy": preference_accuracy(margins),
-            "nll": preference_nll(margins),
-            "ece": preference_calibration_error(margins),
-            "num_pairs": torch.tensor(len(members)),
-        }
+        Args:
+            margin: Estimate of the raw margins (B,), in log-odds, with the members (B, K) or None.
+            variance: Variance of the normalised reward of the chosen and the rejected response (B, 2).
+            labels: What is known of the pairs.
+
+        Raises:
+            ValueError: A shape does not fit.
+        """
+        size = len(margin.mean)
+        if variance.shape != (size, 2):
+            raise ValueError(f"expected variance of shape ({size}, 2), got {tuple(variance.shape)}")
+        check_same_shape(mean=margin.mean, example_ids=labels.example_ids)
+        parts = [margin.mean[:, None], margin.variance[:, None], variance, labels.probability[:, None]]
+        if margin.members is not None:
+            parts.append(margin.members)
+        self.columns.append(torch.cat([part.detach().float() for part in parts], dim=1))
+        self.example_ids.append(labels.example_ids)
+
+    def compute(self) -> PreferenceReport:
+        """Report on all pairs seen, on the CPU."""
+        ids, columns = dim_zero_cat(self.example_ids).cpu(), dim_zero_cat(self.columns).cpu()
+        ids, order = ids.sort(stable=True)
+        first = torch.ones_like(ids, dtype=torch.bool)
+        first[1:] = ids[1:] != ids[:-1]
+        ids, columns = ids[first], columns[order[first]]
+        tie = columns[:, 4] == 0.5
+        ids, columns = ids[~tie], columns[~tie]
+        members = columns[:, 5:] if columns.shape[1] > 5 else None
+        margin = RewardEstimate(columns[:, 0], columns[:, 1], members)
+        return PreferenceReport(ids, margin, columns[:, 2:4], int(tie.sum()))
 
 
 def rollout_statistics(rollout: Rollout) -> dict[str, Tensor]:

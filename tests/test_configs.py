@@ -30,7 +30,7 @@ CLASSES = {
     "reward": (RewardModule, PreferenceDataModule),
     "ppo": (PPOModule, PromptDataModule),
 }
-KINDS = {*STAGES, "trainer", "logger", "data", "objective"}
+KINDS = {*STAGES, "trainer", "logger", "data", "objective", "estimator"}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
@@ -128,6 +128,14 @@ def test_logger_configs_combine_with_a_stage(stage, file, build, tmp_path):
     cli = build(stage, f"--config={CONFIGS / stage / 'tiny.yaml'}", f"--config={file}", where, *offline)
     kinds = [type(logger) for logger in cli.trainer.loggers]
     assert kinds == ([CSVLogger, WandbLogger] if file.stem == "wandb" else [CSVLogger])
+
+
+@pytest.mark.parametrize("file", named("estimator"))
+def test_estimator_configs_come_after_a_config_of_reward(file, build):
+    cli = build("reward", f"--config={CONFIGS / 'reward' / 'pairs.yaml'}", f"--config={file}")
+    assert type(cli.model.head).__name__.lower() == file.stem.replace("_", "")
+    assert cli.model.spec.pooling == "mean"  # of the config before
+    assert cli.trainer.max_epochs == yaml.safe_load(file.read_text()).get("trainer", {}).get("max_epochs", 20)
 
 
 @pytest.mark.parametrize("file", named("objective"))

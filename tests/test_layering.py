@@ -24,6 +24,8 @@ FLOORS = {
     "data": 1,
     "rollout": 1.5,
     "metrics": 1.5,
+    "evaluation": 1.5,
+    "figures": 1.5,
     "modules": 2,
     "callbacks": 2,
     "study": 2,

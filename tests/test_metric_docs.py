@@ -62,7 +62,7 @@ def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
         "sft": logged(lambda: SFTModule(base), SFTDataModule(tiny_model_dir, **options), folder / "sft"),
         "reward": logged(
             lambda: RewardModule(base, HeadEnsemble(3)),
-            PreferenceDataModule(tiny_model_dir, **options),
+            PreferenceDataModule(tiny_model_dir, **options, test_fraction=0.2, preferences_ood=tiny_preferences_file),
             folder / "reward",
         ),
         "ppo": logged(lambda: ppo_helpers.ppo_module(tiny_model_dir, reward, gold=Judge()), prompts, folder / "ppo"),

@@ -83,7 +83,7 @@ def test_reward_test_writes_members_and_mean(reward, run):
     run("reward", "test", f"--ckpt_path={reward}/checkpoints/last.ckpt")
     found = json.loads((reward / "evaluation.json").read_text())
     assert len(found["members"]) == 3
-    assert set(found["mean"]) == {"accuracy", "nll", "ece"}
+    assert set(found["mean"]) == {"accuracy", "nll", "ece", "brier"}
     assert found["num_pairs"] > 0
 
 

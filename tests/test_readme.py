@@ -1,4 +1,4 @@
-"""What the README shows must work: its Python runs, and its commands name things that exist."""
+"""What README and docs show must work: their Python runs, and their commands name things that exist."""
 
 import importlib
 import os
@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {"fit", "validate", "test", "predict"}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIG_OPTIONS = {"--config", "--trainer", "--data", "--model"}
 
 
@@ -71,10 +72,13 @@ def problems(words: list[str], root: Path, targets: set[str], stages: set[str]) 
 def stage_problems(arguments: list[str], root: Path, stages: set[str]) -> list[str]:
     """What is wrong with the arguments of `lit-vapo`."""
     found = []
+    tools = set(importlib.import_module("lit_vapo.cli").TOOLS)
     stage, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if stage not in stages | {"export", "--help"}:
         found.append(f"lit-vapo has no stage {stage!r}")
-    elif stage in stages and (not rest or rest[0] not in COMMANDS | {"--help"}):
+    elif stage in stages and (
+        not rest or rest[0] not in COMMANDS | {"--help"} | (tools if stage == "reward" else set())
+    ):
         found.append(f"lit-vapo {stage} has no command {rest[:1]}")
     joined = (tuple(word.split("=", 1)) for word in arguments if "=" in word)
     for option, value in [*joined, *pairwise(arguments)]:
@@ -88,14 +92,13 @@ def readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_python_blocks_run(readme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.stem) for page in PAGES])
+def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
     """Each block in a process of its own: it must stand alone, and contract tests must not find its classes.
 
     What `print(…)  # output` promises is compared with what comes.
     """
-    found = blocks(readme, "python")
-    assert found
-    for code in found:
+    for code in blocks(page.read_text(encoding="utf-8"), "python"):
         run = subprocess.run(
             [sys.executable, "-W", "error", "-c", code],
             cwd=tmp_path,
@@ -106,6 +109,18 @@ def test_python_blocks_run(readme: str, tmp_path: Path) -> None:
         )
         assert run.returncode == 0, f"{code}\n{run.stderr}"
         assert run.stdout.splitlines() == re.findall(r"^print\(.*\)  # (.*)$", code, re.M)
+
+
+def test_every_command_of_the_docs_names_what_exists() -> None:
+    stages = set(importlib.import_module("lit_vapo.cli").STAGES)
+    targets = make_targets((ROOT / "Makefile").read_text(encoding="utf-8"))
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    found = [words for block in blocks(pages, "bash", "console", "sh") for words in commands(block)]
+    assert [f"{' '.join(words)}: {p}" for words in found for p in problems(words, ROOT, targets, stages)] == []
+
+
+def test_the_readme_has_python_to_run(readme: str) -> None:
+    assert blocks(readme, "python")
 
 
 def test_commands_name_what_exists(readme: str) -> None:

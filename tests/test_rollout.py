@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_vapo.data.collate import PromptBatch
-from lit_vapo.metrics import PreferenceMetrics, rollout_statistics, sample_rows
+from lit_vapo.metrics import rollout_statistics, sample_rows
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Generated, Sampling
 from lit_vapo.models.pretrained import Pretrained, load_backbone, load_causal_lm, load_tokenizer
@@ -229,27 +229,15 @@ def test_reference_features_are_those_of_reference_responses(nets, tiny_model_di
     sequences = sample_references(lm, tokenizer, [batch, batch], scorer.sampling)
     assert all(isinstance(s, TokenSequence) for s in sequences)
     backbone = load_backbone(Pretrained(tiny_model_dir))
-    expected = compute_features(backbone, FeatureSpec(Pretrained(tiny_model_dir)), sequences, torch.device("cpu"))
+    expected = compute_features(
+        RewardModel(FeatureSpec(Pretrained(tiny_model_dir)), HeadEnsemble(3), backbone), sequences, torch.device("cpu")
+    )
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_reference_s_own_log_ratio_is_zero(nets, tiny_model_dir):
     made = ppo_helpers.make_rollout(nets, tiny_model_dir, role="reference")
     assert torch.equal(made.log_ratio, torch.zeros(6))
-
-
-def test_preference_metrics_of_members_and_mean():
-    # Margins of two members on three pairs; the mean's margins are 1, 0.5 and 0: two right and a tie.
-    metrics = PreferenceMetrics()
-    metrics.update(torch.tensor([[2.0, 0.0], [-1.0, 2.0]]))
-    metrics.update(torch.tensor([[-1.0, 1.0]]))
-    values = metrics.compute()
-    assert values["accuracy"].tolist() == pytest.approx([1 / 3, 2.5 / 3, 2.5 / 3])
-    nll = [sum(math.log1p(math.exp(-m)) for m in ms) / 3 for ms in ((2, -1, -1), (0, 2, 1), (1, 0.5, 0))]
-    assert values["nll"].tolist() == pytest.approx(nll)
-    assert int(values["num_pairs"]) == 3
-    metrics.reset()
-    assert metrics.margins == []
 
 
 def test_an_estimate_without_members_has_no_member_statistics(rollout):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import ppo_helpers
 import pytest
-from helpers import read_jsonl
+from helpers import CONFIGS, last, read_jsonl
 from lightning.pytorch import LightningModule
 
 from lit_vapo.callbacks.samples import SampleTable
@@ -102,6 +102,29 @@ def test_an_offline_run_holds_metrics_configuration_and_samples(run):
     written = read_jsonl(run / "run" / "samples_val.jsonl")
     column = table["columns"].index("response")
     assert [row[column] for row in table["data"]] == [record["response"] for record in written][: len(table["data"])]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_a_test_of_an_ensemble_leaves_tables_and_pictures(stage_args, reward_run, tiny_model_dir, tmp_path):
+    options = [
+        f"--config={CONFIGS / 'logger' / 'wandb.yaml'}",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+        "--trainer.logger.init_args.offline=true",
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+    ]
+    main(stage_args("reward", "test", tmp_path / "run", *options, ckpt_path=last(reward_run)))
+    import wandb
+
+    wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    keys = {i.key or "/".join(i.nested_key) for r in finished(file) for i in r.history.item}
+    assert {"test/accuracy", "test/error_auroc", "test/members/_type", "test/risk_coverage/_type"} <= keys
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/test/members_*.table.json")
+    rows = json.loads(table.read_text())["data"]
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert [row[0] for row in rows] == ["0", "1", "2", "mean"]
+    assert rows[-1][1:] == list(found["mean"].values())
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/test/*.png"))) == 3
 
 
 def trainer_at(folder, step, fn="fit", **kwargs):

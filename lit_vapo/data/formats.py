@@ -1,16 +1,17 @@
 """From a row in one of the usual shapes to plain texts.
 
-The shapes are those of TRL: an explicit prompt, an implicit one (the two responses are whole dialogues that share
-their beginning), and conversations of role/content messages, which go through the tokenizer's chat template.
+The shapes are those of TRL: an explicit prompt (RewardBench's, too), an implicit one (the two responses are whole
+dialogues that share their beginning), and conversations of role/content messages, which go through the tokenizer's
+chat template. And that of LLMBar: two outputs and the number of the better one.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_vapo.data.labels import read_labels
 from lit_vapo.data.sources import Row
 
 TURN = "\n\nAssistant:"
@@ -52,15 +53,12 @@ def read_preference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Preference:
     """The preference that a row states.
 
     Raises:
-        ValueError: A column is missing or of another type, a response is empty, both are the same, or messages
-            meet a tokenizer without a chat template.
+        ValueError: A column is missing, of another type or out of its range, a response is empty, both are the
+            same, or messages meet a tokenizer without a chat template.
     """
+    row = _numbered(row)
     chosen, rejected = column(row, "chosen"), column(row, "rejected")
-    margin = row.values.get("margin")
-    if margin is not None:
-        number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
-        if not (number and math.isfinite(margin)):
-            raise ValueError(f"{row.place}: expected a number in column 'margin', got {margin!r}")
+    labels = read_labels(row)
     if isinstance(chosen, list) or isinstance(rejected, list):
         prompt, chosen, rejected = _conversation(row, chosen, rejected, tokenizer)
         templated = True
@@ -76,7 +74,9 @@ def read_preference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Preference:
             raise ValueError(f"{row.place}: expected a response in column {name!r}, got an empty one")
     if chosen == rejected:
         raise ValueError(f"{row.place}: expected two different responses, got the same in 'chosen' and 'rejected'")
-    return Preference(prompt, chosen, rejected, float(margin or 0.0), templated)
+    return Preference(
+        prompt, chosen, rejected, labels.margin, templated, labels.probability, labels.weight, labels.subset
+    )
 
 
 def read_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -85,6 +85,7 @@ def read_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     Raises:
         ValueError: There is none, or it is empty.
     """
+    row = _numbered(row)
     value = row.values.get("prompt")
     if value is None and "chosen" in row.values:
         preference = read_preference(row, tokenizer)
@@ -99,6 +100,19 @@ def read_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     if not found.prompt:
         raise ValueError(f"{row.place}: expected a prompt in column 'prompt', got an empty one")
     return found
+
+
+def _numbered(row: Row) -> Row:
+    """LLMBar's shape in the usual columns (`label` is the number of the better output); any other row as it is."""
+    values = row.values
+    if "chosen" in values or not {"input", "output_1", "output_2"} <= values.keys():
+        return row
+    label = values.get("label")
+    if label not in (1, 2) or isinstance(label, bool):
+        raise ValueError(f"{row.place}: expected 1 or 2 in column 'label', got {label!r}")
+    better, other = ("output_1", "output_2") if label == 1 else ("output_2", "output_1")
+    columns = {"prompt": values["input"], "chosen": values[better], "rejected": values[other]}
+    return Row({**values, **columns}, row.place)
 
 
 def column(row: Row, name: str) -> Any:

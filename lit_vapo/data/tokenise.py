@@ -124,6 +124,6 @@ def stable_id(*texts: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def in_fraction(identity: int, fraction: float) -> bool:
-    """Whether an identity falls into a part of the whole; independent of all other rows and of any seed."""
-    return (identity % 1_000_003) / 1_000_003 < fraction
+def position(identity: int) -> float:
+    """Where an identity falls in [0, 1); independent of all other rows and of any seed."""
+    return (identity % 1_000_003) / 1_000_003

@@ -2,11 +2,13 @@
 
 from lit_vapo.functional.advantages import Advantages, gae
 from lit_vapo.functional.calibration import (
+    ReliabilityCurve,
     brier,
     expected_calibration_error,
     preference_accuracy,
     preference_calibration_error,
     preference_nll,
+    reliability_curve,
 )
 from lit_vapo.functional.ensemble import (
     ensemble_estimate,
@@ -37,23 +39,36 @@ from lit_vapo.functional.tabular import (
     risk_vanilla,
     risk_variance_aware,
 )
+from lit_vapo.functional.uncertainty import (
+    RiskCoverage,
+    auroc,
+    disagreement,
+    fit_temperature,
+    risk_coverage,
+    spearman,
+)
 
 __all__ = [
     "Advantages",
     "Moments",
     "PolicyTerms",
     "Posterior",
+    "ReliabilityCurve",
+    "RiskCoverage",
     "TokenLogprobs",
     "ValueTerms",
     "approx_kl",
+    "auroc",
     "bradley_terry_loss",
     "bregman_kl",
     "brier",
     "clip_rewards",
+    "disagreement",
     "ensemble_estimate",
     "expected_calibration_error",
     "explained_variance",
     "fit_normaliser",
+    "fit_temperature",
     "gae",
     "kl_k1",
     "kl_k2",
@@ -74,9 +89,12 @@ __all__ = [
     "preference_accuracy",
     "preference_calibration_error",
     "preference_nll",
+    "reliability_curve",
+    "risk_coverage",
     "risk_vanilla",
     "risk_variance_aware",
     "sequence_log_ratio",
+    "spearman",
     "token_logprobs",
     "token_rewards",
     "value_loss_terms",

@@ -7,11 +7,27 @@ one for each member.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from lit_vapo.functional.masked import check_same_shape
+
+
+class ReliabilityCurve(NamedTuple):
+    """Confidence against accuracy in bins of equal width.
+
+    Attributes:
+        confidence: `(bins,)`, mean confidence of the pairs in a bin; NaN where it is empty.
+        accuracy: `(bins,)`, share of them that are right; NaN where it is empty.
+        share: `(bins,)`, share of all pairs that lie in the bin; sums to 1.
+    """
+
+    confidence: Tensor
+    accuracy: Tensor
+    share: Tensor
 
 
 def _check(x: Tensor, name: str = "margins") -> None:
@@ -105,7 +121,7 @@ def expected_calibration_error(probabilities: Tensor, correct: Tensor, bins: int
         raise ValueError(
             f"expected probabilities in [0, 1], got {probabilities.min():.4g} to {probabilities.max():.4g}"
         )
-    index = (probabilities * bins).long().clamp(max=bins - 1)
+    index = _bin_index(probabilities, bins)
     gap = correct.to(probabilities.dtype) - probabilities
     totals = probabilities.new_zeros(bins, *probabilities.shape[1:]).scatter_add(0, index, gap)
     return totals.abs().sum(dim=0) / probabilities.shape[0]
@@ -130,6 +146,44 @@ def preference_calibration_error(margins: Tensor, bins: int = 10) -> Tensor:
     """
     _check(margins)
     return expected_calibration_error(torch.sigmoid(margins.abs()), _correct(margins), bins)
+
+
+def reliability_curve(margins: Tensor, bins: int = 10) -> ReliabilityCurve:
+    """Confidence against accuracy of the preferred side: what `preference_calibration_error` sums, bin by bin.
+
+        ECE = Σ_b share_b · | accuracy_b − confidence_b |   over the bins that are not empty
+
+    Args:
+        margins: `(N,)`, in units of reward.
+        bins: number of bins >= 1 over [0, 1]; confidences fill the upper half.
+
+    Returns:
+        ReliabilityCurve.
+
+    Raises:
+        ValueError: if the shape is another, there are no margins or a NaN among them, or bins < 1.
+
+    Example:
+        >>> curve = reliability_curve(torch.tensor(3.0).log() * torch.tensor([1.0, 1.0, -1.0, 0.0]), bins=2)
+        >>> curve.confidence[1], curve.accuracy[1], curve.share
+        (tensor(0.6875), tensor(0.6250), tensor([0., 1.]))
+    """
+    if margins.ndim != 1 or margins.shape[0] == 0:
+        raise ValueError(f"expected margins of shape (N,) with N >= 1, got {tuple(margins.shape)}")
+    if bins < 1:
+        raise ValueError(f"expected bins >= 1, got {bins}")
+    if bool(torch.isnan(margins).any()):
+        raise ValueError(f"expected margins without NaN, got {int(torch.isnan(margins).sum())} in {len(margins)}")
+    confidence = torch.sigmoid(margins.abs())
+    index = _bin_index(confidence, bins)
+    columns = torch.stack([confidence, _correct(margins), torch.ones_like(confidence)])
+    confidences, rights, counts = columns.new_zeros(3, bins).index_add(1, index, columns)
+    return ReliabilityCurve(confidences / counts, rights / counts, counts / len(margins))
+
+
+def _bin_index(probabilities: Tensor, bins: int) -> Tensor:
+    """Which of `bins` bins of equal width over [0, 1] each probability lies in."""
+    return (probabilities * bins).long().clamp(max=bins - 1)
 
 
 def _correct(margins: Tensor) -> Tensor:

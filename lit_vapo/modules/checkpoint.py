@@ -66,7 +66,9 @@ class TrainedWeightsModule(LightningModule):
                     f"got {tuple(value.shape)}"
                 )
         for key, value in own.items():
-            saved.setdefault(key, value)
+            # A 4-bit weight writes how it is quantised under keys of its own, and reads none.
+            if ".weight." not in key:
+                saved.setdefault(key, value)
 
     def _tell_differences(self, checkpoint: dict[str, Any]) -> None:
         """Name every setting that differs from the checkpoint's: its state goes on, whatever the setting says."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_vapo.data.datamodule import PreferenceDataModule
-from lit_vapo.evaluation import write_scores
+from lit_vapo.evaluation.files import write_scores
 from lit_vapo.figures import member_scores, sigma_histogram
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
@@ -59,8 +59,8 @@ def join(members: list[str], output: str) -> None:
         joined[name] = torch.stack([row[k] for k, row in enumerate(rows)]) if each else value
     # The members' typical variance takes all of them: it is fixed where they are calibrated together.
     joined["calibrated"] = torch.zeros_like(joined["calibrated"])
-    for k, folder in found.items():
-        shutil.copytree(folder / f"member_{k}", target / f"member_{k}")
+    for k, source in found.items():
+        shutil.copytree(source / f"member_{k}", target / f"member_{k}")
     save_file(joined, target / WEIGHTS_NAME)
     (target / CONFIG_NAME).write_text(json.dumps({**first, "members": list(range(count))}, indent=2) + "\n")
     print(f"joined {count} members to {target}; `lit-vapo reward calibrate` or the start of PPO makes them comparable")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lit_vapo.data.collate import PreferenceBatch
 from lit_vapo.data.datamodule import PreferenceDataModule
-from lit_vapo.metrics import PreferenceMetrics
 from lit_vapo.models.classifier import save_classifier
 from lit_vapo.models.features import compute_features, feature_key, feature_path, load_features, save_features
 from lit_vapo.models.generation import Sampling
@@ -28,7 +25,6 @@ from lit_vapo.models.pretrained import (
 from lit_vapo.models.reward import FeatureSpec, RewardModel
 from lit_vapo.models.trunk import Pooling, join_rows
 from lit_vapo.modules.checkpoint import (
-    TrainedWeightsModule,
     check_context,
     check_positive,
     linear_decay,
@@ -36,19 +32,20 @@ from lit_vapo.modules.checkpoint import (
     total_steps,
     unpickled,
 )
+from lit_vapo.modules.reward_evaluation import Batch, EvaluatedRewards
 from lit_vapo.rollout import sample_references
 from lit_vapo.types import FeaturePairs, TokenSequence
 from lit_vapo.uncertainty.base import RewardHead
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
-Batch = PreferenceBatch | FeaturePairs
-SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test", "val", "ood")}
 
 
-class RewardModule(TrainedWeightsModule):
-    """Trains a `RewardHead` on preferences, on a frozen or on a trained backbone.
+class RewardModule(EvaluatedRewards):
+    """Trains an uncertainty estimator (`RewardHead`) on preferences.
 
-    With a frozen backbone the features of all pairs are computed once and cached, and the heads train from them.
+    Where all members read one frozen backbone, the features of all pairs are computed once and cached, and the heads
+    train from them.
     Whenever a checkpoint is written, every member is centred and scaled on responses of the reference policy, which
     are sampled once at the start.
 
@@ -59,9 +56,9 @@ class RewardModule(TrainedWeightsModule):
             layers often say more about a text's quality than the last one, which prepares the next token.
         pooling: `last` reads the last real token, `mean` averages over the response.
         freeze_backbone: Keep the backbone's weights and train from cached features.
-        learning_rate: Peak learning rate of the head (AdamW).
-        backbone_learning_rate: Peak learning rate of the backbone, if it is trained.
-        weight_decay: Decoupled weight decay of the head.
+        learning_rate: Peak learning rate of heads and adapters (AdamW).
+        backbone_learning_rate: Peak learning rate of backbones that are trained.
+        weight_decay: Decoupled weight decay of all that is trained.
         reference: The reference policy, whose responses fix each member's origin and unit; `null` leaves that to
             the start of PPO.
         reference_sampling: How the reference responds; use what PPO will use.
@@ -117,10 +114,8 @@ class RewardModule(TrainedWeightsModule):
         self.num_reference = num_reference
         self.feature_cache = feature_cache
         self.seed = seed
-        self.metrics = PreferenceMetrics()
         self.backbone: Any = None
         self.reference_inputs: list[TokenSequence] | Tensor | None = None
-        self.evaluation: dict[str, Any] | None = None
 
     # 1. Building: load the backbone, and turn what is frozen into features once.
 
@@ -139,7 +134,7 @@ class RewardModule(TrainedWeightsModule):
             # To export, the head is all that is needed.
             return
         self.backbone = self._load_backbone()
-        datamodule = self._datamodule
+        datamodule = self.pairs
         if datamodule is None:
             # An export, or somebody's own loaders: batches of tokens, encoded as they come.
             return
@@ -148,10 +143,6 @@ class RewardModule(TrainedWeightsModule):
             self.reference_inputs = self._sample_reference(datamodule)
         if self.frozen_features and not datamodule.streams:
             self._keep_features(datamodule)
-
-    @property
-    def _datamodule(self) -> PreferenceDataModule | None:
-        return getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
 
     def _load_backbone(self) -> Any:
         backbone = freeze(load_backbone(self.spec.base, self.spec.layer))
@@ -201,12 +192,6 @@ class RewardModule(TrainedWeightsModule):
 
     # 2. Training.
 
-    def margins(self, batch: Batch) -> Tensor:
-        """Raw margins (B, K) of a batch."""
-        members = self.head.margin(*self.encode(batch)).members
-        assert members is not None
-        return members
-
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features of the chosen and of the rejected responses."""
         if isinstance(batch, FeaturePairs):
@@ -237,7 +222,7 @@ class RewardModule(TrainedWeightsModule):
         """Let the head see all training pairs, where it needs to."""
         if not self.head.settles or self.trainer.state.fn != "fit":
             return
-        loader = self.trainer.train_dataloader if self._datamodule is None else self._datamodule.all_pairs()
+        loader = self.trainer.train_dataloader if self.pairs is None else self.pairs.all_pairs()
         with torch.no_grad():
             self.head.settle(self._encoded(batch) for batch in cast("Any", loader))
 
@@ -254,40 +239,6 @@ class RewardModule(TrainedWeightsModule):
             features = compute_features(self.reward_model(), features, self.device)
         self.head.calibrate(features.to(self.device))
 
-    # 3. Evaluation: one step for validation and test.
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect margins."""
-        self.metrics.update(self.margins(batch))
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect margins."""
-        self.metrics.update(self.margins(batch))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of members and mean."""
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics of members and mean, and write `evaluation.json`."""
-        self._log_metrics("test")
-        if self.trainer.is_global_zero:
-            path = Path(self.trainer.default_root_dir) / "evaluation.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.evaluation, indent=2) + "\n")
-
-    def _log_metrics(self, prefix: str) -> None:
-        values = self.metrics.compute()
-        self.metrics.reset()
-        names = ("accuracy", "nll", "ece")
-        table = [{n: float(values[n][k]) for n in names} for k in range(self.head.num_members + 1)]
-        self.evaluation = {"mean": table[-1], "members": table[:-1], "num_pairs": int(values["num_pairs"])}
-        for name in names:
-            members = sum(row[name] for row in table[:-1]) / self.head.num_members
-            # The metric has already met all processes; the mean over them of equal numbers changes nothing.
-            self.log(f"{prefix}/{name}", table[-1][name], prog_bar=True, sync_dist=True)
-            self.log(f"{prefix}/member_{name}", members, sync_dist=True)
-
     def configure_optimizers(self) -> Any:
         """AdamW with linear decay; head and backbone have their own learning rates."""
         groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "lr": self.learning_rate}]
@@ -298,7 +249,7 @@ class RewardModule(TrainedWeightsModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    # 4. Checkpoints and export.
+    # 3. Checkpoints and export.
 
     def reward_model(self) -> RewardModel:
         """The reward model as it stands; without backbone where features are cached."""

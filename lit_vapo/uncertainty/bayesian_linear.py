@@ -26,7 +26,8 @@ class BayesianLinear(RewardHead):
 
     Args:
         num_members: Number of draws K that stand for members.
-        prior_precision: λ, the prior's precision, in 1/units of weight²; larger keeps weights and variance smaller.
+        prior_precision: λ, the precision of the prior on each weight; larger keeps weights and variance smaller. The
+            default suits hidden states after a final normalisation, whose entries are about 1.
         label_smoothing: Share of preferences taken to be stated the wrong way round, in [0, 0.5).
         centering: Weight of the penalty (r_chosen + r_rejected)², which keeps rewards near zero (gradient steps only).
         seed: Seed of initialisation and draws.
@@ -43,7 +44,7 @@ class BayesianLinear(RewardHead):
     def __init__(
         self,
         num_members: int = 10,
-        prior_precision: float = 1.0,
+        prior_precision: float = 30.0,
         label_smoothing: float = 0.0,
         centering: float = 0.0,
         seed: int = 0,

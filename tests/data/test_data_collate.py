@@ -14,6 +14,8 @@ def pair(chosen, rejected, prompt_length, margin=0.0, example_id=0):
         "rejected_ids": rejected,
         "prompt_length": prompt_length,
         "margin": margin,
+        "probability": 1.0 - margin / 2,
+        "weight": 1.0 + margin,
         "example_id": example_id,
     }
 
@@ -31,12 +33,14 @@ def test_pairs_are_padded_on_the_right_each_side_to_its_own_width():
     assert batch.prompt_lengths.tolist() == [2, 1]
 
 
-def test_margins_and_identities_survive():
-    batch = Collator(END).preferences(ROWS)
-    assert batch.margin.dtype == torch.float32
-    assert batch.margin.tolist() == [0.5, 0.0]
-    assert batch.example_ids.dtype == torch.int64
-    assert batch.example_ids.tolist() == [LARGE, 3]
+def test_labels_and_identities_survive():
+    labels = Collator(END).preferences(ROWS).labels
+    assert {t.dtype for t in labels[:3]} == {torch.float32}
+    assert labels.margin.tolist() == [0.5, 0.0]
+    assert labels.probability.tolist() == [0.75, 1.0]
+    assert labels.weight.tolist() == [1.5, 1.0]
+    assert labels.example_ids.dtype == torch.int64
+    assert labels.example_ids.tolist() == [LARGE, 3]
 
 
 def test_lengths_give_back_every_row():

@@ -9,8 +9,9 @@ import torch
 import yaml
 from helpers import CONFIGS, tiny_tokenizer, write_jsonl
 
-from lit_vapo.data.collate import FeatureBatch, PreferenceBatch, PromptBatch, SFTBatch
+from lit_vapo.data.collate import PreferenceBatch, PromptBatch, SFTBatch
 from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule, SFTDataModule
+from lit_vapo.types import FeaturePairs
 
 KINDS = [PreferenceDataModule, PromptDataModule, SFTDataModule]
 
@@ -47,7 +48,7 @@ def make(kind, files, **replaced):
 
 
 def served(loader):
-    return [i for batch in loader for i in batch.example_ids.tolist()]
+    return [i for batch in loader for i in batch.labels.example_ids.tolist()]
 
 
 def test_one_yaml_serves_every_stage(files, tmp_path):
@@ -73,7 +74,7 @@ def test_held_out_pairs_keep_their_order(files):
     data = make(PreferenceDataModule, files)
     expected = [r["example_id"] for r in data.preference_rows("val")]
     assert served(data.val_dataloader()) == served(data.val_dataloader()) == expected
-    assert served(data.test_dataloader()) == expected
+    assert served(data.test_dataloader()["test"]) == expected
 
 
 def test_lengths_are_right_where_padding_is_the_end_of_sequence(files):
@@ -82,7 +83,7 @@ def test_lengths_are_right_where_padding_is_the_end_of_sequence(files):
     assert data.collator.pad_id == end
     by_id = {r["example_id"]: r for r in data.preference_rows("train")}
     for batch in data.train_dataloader():
-        for ids, size, identity in zip(batch.chosen_ids, batch.chosen_lengths, batch.example_ids, strict=True):
+        for ids, size, identity in zip(batch.chosen_ids, batch.chosen_lengths, batch.labels.example_ids, strict=True):
             assert ids[:size].tolist() == by_id[int(identity)]["chosen_ids"]
             assert ids[size - 1] == end  # the response's own
             assert (ids[size:] == end).all()
@@ -122,11 +123,11 @@ def test_features_keep_identities_and_margins(files):
     rows = {r["example_id"]: r for r in data.preference_rows("train")}
     seen = []
     for batch in data.train_dataloader():
-        assert isinstance(batch, FeatureBatch)
-        for k, identity in enumerate(batch.example_ids.tolist()):
+        assert isinstance(batch, FeaturePairs)
+        for k, identity in enumerate(batch.labels.example_ids.tolist()):
             assert batch.chosen[k].item() == sum(rows[identity]["chosen_ids"])
             assert batch.rejected[k].item() == sum(rows[identity]["rejected_ids"])
-            assert batch.margin[k].item() == rows[identity]["margin"]
+            assert batch.labels.margin[k].item() == rows[identity]["margin"]
             seen.append(identity)
     assert sorted(seen) == sorted(rows)
     # The other splits stay tokens until they have features too.
@@ -144,7 +145,9 @@ def test_features_of_another_number_of_pairs_are_refused(files, chosen, rejected
 
 def test_the_margin_column_reaches_the_batch(files):
     data = make(PreferenceDataModule, files, validation_fraction=0.0)
-    margins = {i: m for b in data.train_dataloader() for i, m in zip(b.example_ids.tolist(), b.margin.tolist())}  # noqa: B905
+    margins = {}
+    for batch in data.train_dataloader():
+        margins.update(zip(batch.labels.example_ids.tolist(), batch.labels.margin.tolist(), strict=True))
     assert [margins[r["example_id"]] for r in data.preference_rows("train")] == list(range(40))
 
 

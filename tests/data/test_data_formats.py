@@ -28,7 +28,32 @@ def tokenizer(tmp_path):
 
 def test_explicit_prompt(tokenizer):
     found = read_preference(row(prompt="p", chosen=" a", rejected=" b", margin=2), tokenizer)
-    assert found == ("p", " a", " b", 2.0, False)
+    assert found == ("p", " a", " b", 2.0, False, 1.0, 1.0, None)
+
+
+def test_what_a_row_says_of_its_preference(tokenizer):
+    stated = row(prompt="p", chosen="a", rejected="b", agreement=0.75, weight=2, subset="chat")
+    assert read_preference(stated, tokenizer) == ("p", "a", "b", 0.0, False, 0.75, 2.0, "chat")
+
+
+def test_reward_bench(tokenizer):
+    values = {"id": 30, "subset": "alpacaeval-easy", "chosen_model": "A", "rejected_model": "B"}
+    found = read_preference(row(prompt="p", chosen="a", rejected="b", **values), tokenizer)
+    assert found == ("p", "a", "b", 0.0, False, 1.0, 1.0, "alpacaeval-easy")
+
+
+@pytest.mark.parametrize(("label", "chosen", "rejected"), [(1, "first", "second"), (2, "second", "first")])
+def test_llmbar(tokenizer, label, chosen, rejected):
+    values = {"input": "q", "output_1": "first", "output_2": "second", "label": label}
+    assert read_preference(row(**values), tokenizer) == ("q", chosen, rejected, 0.0, False, 1.0, 1.0, None)
+    assert read_prompt(row(**values), tokenizer) == ("q", False)
+
+
+@pytest.mark.parametrize("label", [None, 0, 3, "1", True])
+def test_llmbar_labels_are_one_or_two(tokenizer, label):
+    values = {"input": "q", "output_1": "a", "output_2": "b", "label": label}
+    with pytest.raises(ValueError, match=f"line 3: expected 1 or 2 in column 'label', got {label!r}"):
+        read_preference(row(**values), tokenizer)
 
 
 def test_implicit_prompt_without_turns_does_not_tear_words():
@@ -75,7 +100,7 @@ def test_an_empty_prompt_is_a_prompt_for_preferences_only(tokenizer):
     ],
 )
 def test_conversations_in_every_shape_give_the_same_texts(tokenizer, values):
-    assert read_preference(row(**values), tokenizer) == (ASKED, "7<eos>", "9<eos>", 0.0, True)
+    assert read_preference(row(**values), tokenizer)[:5] == (ASKED, "7<eos>", "9<eos>", 0.0, True)
     assert read_prompt(row(**values), tokenizer) == (ASKED, True)
 
 

@@ -1,10 +1,13 @@
 """Where rows come from: line numbers, the hub's splits, files that cannot be read."""
 
+import itertools
+import json
+
 import datasets
 import pytest
 from helpers import write_jsonl
 
-from lit_vapo.data.sources import load_rows
+from lit_vapo.data.sources import iterate_rows, load_rows
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
@@ -12,11 +15,14 @@ TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "he
 @pytest.fixture
 def hub(monkeypatch):
     """A hub of two-row data sets; what it was asked for."""
-    asked = []
+    asked, read = [], datasets.load_dataset
 
-    def load_dataset(name, config, split):
+    def load_dataset(name, config=None, *, split, streaming, **files):
+        if files:
+            return read(name, split=split, streaming=streaming, **files)
         asked.append((name, config, split))
-        return datasets.Dataset.from_list([{"prompt": f"{name} {split} {i}"} for i in range(2)])
+        table = datasets.Dataset.from_list([{"prompt": f"{name} {split} {i}"} for i in range(2)])
+        return table.to_iterable_dataset() if streaming else table
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
@@ -91,6 +97,47 @@ def test_reading_writes_nothing_beside_the_data(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_is_read_with_the_lines_of_its_rows(tmp_path, indent):
+    rows = [{"prompt": "a\n[b", "n": i} for i in range(3)]
+    path = tmp_path / "dataset.json"
+    path.write_bytes(b"\xef\xbb\xbf\n " + json.dumps(rows, indent=indent).encode())
+    found = load_rows(str(path), "k")
+    assert [r.values for r in found] == rows
+    # With an indentation a row takes four lines: {, prompt, n, }.
+    lines = [2, 2, 2] if indent is None else [3, 7, 11]
+    assert [r.place for r in found] == [f"{path}, line {line}" for line in lines]
+
+
+def test_lazily_read_rows_are_the_same(hub, tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": TURNS, "rejected": TURNS[:1]} for i in range(5)]
+    file = write_jsonl(tmp_path / "one.jsonl", rows)
+    parquet = str(tmp_path / "two.parquet")
+    datasets.Dataset.from_list(rows).to_parquet(parquet)
+    for source in (file, parquet, "org/set", [file, parquet, "org/set"]):
+        assert [(dict(r.values), r.place) for r in iterate_rows(source, "k")] == [
+            (dict(r.values), r.place) for r in load_rows(source, "k")
+        ]
+
+
+def test_lazily_read_files_are_not_read_to_the_end(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "x"}\n' * 3 + "broken\n")
+    assert [r.values["prompt"] for r in itertools.islice(iterate_rows(str(path), "k"), 3)] == ["x"] * 3
+    with pytest.raises(ValueError, match="a.jsonl, line 4: expected a JSON object"):
+        list(iterate_rows(str(path), "k"))
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_sources_without_rows_are_named(tmp_path, lazily):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(ValueError, match="k: expected at least one row, got none in .*a.jsonl"):
+        list(iterate_rows(str(tmp_path / "a.jsonl"), "k", lazily))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="a.parquet: expected a Parquet file, got one that cannot be read"):
+        list(iterate_rows(str(tmp_path / "a.parquet"), "k", lazily))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -102,6 +149,11 @@ def test_reading_writes_nothing_beside_the_data(tmp_path):
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', r"a.jsonl, line 2: expected a JSON object, got malformed JSON"),
         ("a.jsonl", b'{"prompt": "x"}\n"text"\n', r"a.jsonl, line 2: expected a JSON object, got str"),
         ("a.jsonl", b"[1]\n", "a.jsonl, line 1: expected a JSON object, got list"),
+        ("a.json", b'[{"prompt": "x"},\n 3]', "a.json, line 2: expected a JSON object, got int"),
+        ("a.json", b'[{"prompt": "x"},\n {"prompt', "a.json, line 2: expected a JSON object, got malformed JSON"),
+        ("a.json", b'[{"prompt": "x"}\n', "a.json, line 2: expected a JSON object, got malformed JSON"),
+        ("a.json", b"[]", "data.preferences: expected at least one row, got none"),
+        ("a.json", b'["\xff"]', "a.json: expected a JSON array, got malformed text"),
         ("a.jsonl", b"\n", "data.preferences: expected at least one row, got none"),
         ("a.csv", b"x", r"data.preferences: expected a .jsonl, .json or .parquet file, got '.*a.csv'"),
         ("a.parquet", b"PAR1 and no more", r"a.parquet: expected a Parquet file, got one that cannot be read"),

@@ -9,8 +9,8 @@ from tokenizers.processors import TemplateProcessing
 from lit_vapo.data.formats import Preference, Prompt, read_preference, read_prompt
 from lit_vapo.data.sources import Row
 from lit_vapo.data.tokenise import (
-    in_fraction,
     load_text_tokenizer,
+    position,
     response_ids,
     stable_id,
     tokenise_preference,
@@ -162,9 +162,10 @@ def test_identities_are_the_same_on_every_machine():
     assert stable_id("\ud800") >= 0  # a lone surrogate, which JSON can spell
 
 
-def test_parts_of_identities_are_nested_and_of_the_right_size():
-    ids = [stable_id(str(i)) for i in range(4000)]
-    small, large = ({i for i in ids if in_fraction(i, f)} for f in (0.1, 0.3))
-    assert small < large
-    assert abs(len(large) - 1200) < 4 * (4000 * 0.3 * 0.7) ** 0.5  # four standard deviations
-    assert not any(in_fraction(i, 0.0) for i in ids)
+def test_positions_of_identities_are_spread_evenly():
+    where = [position(stable_id(str(i))) for i in range(4000)]
+    assert all(0 <= p < 1 for p in where)
+    for low, high in ((0.0, 0.3), (0.4, 0.5), (0.9, 1.0)):
+        size = high - low
+        inside = sum(low <= p < high for p in where)
+        assert abs(inside - 4000 * size) < 4 * (4000 * size * (1 - size)) ** 0.5  # four standard deviations

@@ -13,6 +13,7 @@ from lit_vapo.functional import (
     preference_accuracy,
     preference_calibration_error,
     preference_nll,
+    reliability_curve,
 )
 
 
@@ -97,6 +98,26 @@ def test_calibrated_predictions_have_little_error():
     assert preference_calibration_error(3 * margins) > 0.05
 
 
+def test_reliability_curve_hand_worked():
+    # log 3 four times, right three times, and 2 log 3 (0.9) once, wrong: bins 0.7 to 0.8 and 0.9 to 1.
+    m = torch.tensor([1.0, 1.0, 1.0, -1.0, -2.0]) * math.log(3.0)
+    curve = reliability_curve(m)
+    empty = float("nan")
+    expected = torch.full((3, 10), empty)
+    expected[:, 7], expected[:, 9] = torch.tensor([0.75, 0.75, 0.8]), torch.tensor([0.9, 0.0, 0.2])
+    expected[2] = expected[2].nan_to_num(0)
+    torch.testing.assert_close(torch.stack(curve), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("bins", [1, 4, 10])
+def test_reliability_curve_sums_to_the_calibration_error(margins, bins):
+    for k in range(3):
+        curve = reliability_curve(margins[:, k], bins)
+        error = (curve.share * (curve.accuracy - curve.confidence).abs()).nansum()
+        torch.testing.assert_close(error, preference_calibration_error(margins[:, k], bins))
+        torch.testing.assert_close(curve.share.sum().item(), 1.0)
+
+
 def test_members_are_columns(margins):
     for function in (preference_accuracy, preference_nll, brier, preference_calibration_error):
         together = function(margins)
@@ -123,3 +144,9 @@ def test_bad_arguments_are_refused(margins):
         expected_calibration_error(torch.zeros(2), torch.zeros(1))
     with pytest.raises(ValueError, match="expected bins >= 1, got 0"):
         expected_calibration_error(torch.zeros(2), torch.zeros(2), bins=0)
+    with pytest.raises(ValueError, match="expected bins >= 1, got 0"):
+        reliability_curve(torch.zeros(2), bins=0)
+    with pytest.raises(ValueError, match=r"expected margins of shape \(N,\) with N >= 1, got \(200, 3\)"):
+        reliability_curve(margins)
+    with pytest.raises(ValueError, match=r"expected margins without NaN, got 1 in 2"):
+        reliability_curve(torch.tensor([float("nan"), 0.0]))

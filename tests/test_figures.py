@@ -1,0 +1,88 @@
+"""Every picture is drawn, of ordinary and of extreme reports, and leaves nothing global behind."""
+
+import matplotlib as mpl
+import matplotlib.image
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from lit_vapo import figures
+from lit_vapo.evaluation.report import PreferenceReport
+from lit_vapo.functional import ensemble_estimate
+from lit_vapo.types import RewardEstimate
+
+
+def report_of(members):
+    return PreferenceReport(torch.arange(len(members)), ensemble_estimate(members), torch.rand(len(members), 2))
+
+
+REPORTS = {
+    "ordinary": lambda: report_of(torch.randn(60, 3) + 1),
+    "one member": lambda: report_of(torch.randn(60, 1)),
+    "one pair": lambda: report_of(torch.ones(1, 3)),
+    "no errors": lambda: report_of(torch.rand(20, 3) + 9),
+    "no members": lambda: PreferenceReport(
+        torch.arange(9), RewardEstimate(torch.randn(9), torch.rand(9), None), torch.rand(9, 2)
+    ),
+}
+
+
+def is_drawn(path):
+    """Whether the file is a PNG of some size on which more than the paper is seen."""
+    pixels = matplotlib.image.imread(path)
+    return pixels.shape[0] > 200 and pixels.shape[1] > 200 and pixels[..., :3].std() > 0.01
+
+
+@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("draw", [figures.reliability, figures.risk_coverage])
+def test_reports_are_drawn(tmp_path, name, draw):
+    path = tmp_path / "new" / "picture.png"
+    before = dict(mpl.rcParams)
+    draw(REPORTS[name](), path)
+    assert is_drawn(path)
+    assert dict(mpl.rcParams) == before
+    assert plt.get_fignums() == []
+
+
+def test_empty_reports_are_refused(tmp_path):
+    empty = REPORTS["ordinary"]().select(torch.zeros(60, dtype=torch.bool))
+    for draw in (figures.reliability, figures.risk_coverage):
+        with pytest.raises(ValueError, match="expected a report of at least one pair, got an empty one"):
+            draw(empty, tmp_path / "picture.png")
+    assert not (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.parametrize("sigma", [torch.rand(50), torch.zeros(50), torch.ones(1)])
+@pytest.mark.parametrize("other", [None, torch.rand(9) * 2])
+def test_sigma_is_drawn(tmp_path, sigma, other):
+    figures.sigma_histogram(sigma, tmp_path / "sigma.png", other=other)
+    assert is_drawn(tmp_path / "sigma.png")
+
+
+def test_a_second_data_set_has_a_colour_of_its_own(tmp_path):
+    def orange(path):
+        red, green, blue = matplotlib.image.imread(path)[..., :3].transpose(2, 0, 1)
+        return ((red - blue > 0.2) & (red > green)).mean()
+
+    figures.sigma_histogram(torch.rand(50), tmp_path / "one.png")
+    figures.sigma_histogram(torch.rand(50), tmp_path / "two.png", other=torch.rand(50) + 0.5)
+    assert orange(tmp_path / "one.png") == 0
+    assert orange(tmp_path / "two.png") > 0.05
+
+
+@pytest.mark.parametrize("members", [1, 5])
+def test_member_scores_are_drawn_whatever_the_text(tmp_path, members):
+    texts = [r"costs $\x$", "a_b^c {x}", "", "line\nbreak", "very " * 99]
+    figures.member_scores(torch.randn(5, members), texts, tmp_path / "scores.png")
+    assert is_drawn(tmp_path / "scores.png")
+
+
+def test_bad_arguments_are_refused(tmp_path):
+    path = tmp_path / "picture.png"
+    with pytest.raises(ValueError, match=r"expected σ of shape \(N,\) with N >= 1 for elsewhere, got \(0,\)"):
+        figures.sigma_histogram(torch.rand(3), path, other=torch.zeros(0), names=("here", "elsewhere"))
+    with pytest.raises(ValueError, match=r"expected scores of shape \(N, K\) with N, K >= 1, got \(3,\)"):
+        figures.member_scores(torch.zeros(3), [""] * 3, path)
+    with pytest.raises(ValueError, match="expected labels of 3 responses, got 1"):
+        figures.member_scores(torch.zeros(3, 2), [""], path)
+    assert not path.exists()
