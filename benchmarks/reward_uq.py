@@ -49,7 +49,8 @@ sys.path.insert(0, str(WORKERS))
 
 from job import Answer, Job  # noqa: E402
 
-from lit_vapo.models.features import TOKENS_PER_BATCH  # noqa: E402
+from lit_vapo.models.features import TOKENS_ON_CPU  # noqa: E402
+from lit_vapo.models.pretrained import quiet  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TEXT = """
@@ -123,8 +124,8 @@ def for_transformers_4(folder: Path, copy: Path) -> None:
 def run(python: str, worker: str, job: Job) -> Answer:
     """One training in a process of its own."""
     threads = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment = {**os.environ, **threads, **quiet}
+    offline = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {**os.environ, **threads, **offline}
     if python != sys.executable:
         environment.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as work:
@@ -176,10 +177,11 @@ class Comparison:
 
 def growth(job: Job, repetitions: int) -> None:
     """Ours alone: 2K members on the top quarter against one."""
-    one, many = [], []
-    for _ in range(repetitions):
-        one.append(run(sys.executable, "ours.py", replace(job, members=1)).whole)
-        many.append(run(sys.executable, "ours.py", replace(job, members=2 * job.members)).whole)
+    one: list[float] = []
+    many: list[float] = []
+    for i in range(repetitions):
+        for members, seconds in ((1, one), (2 * job.members, many))[:: -1 if i % 2 else 1]:
+            seconds.append(run(sys.executable, "ours.py", replace(job, members=members)).whole)
     ratios = [b / a for a, b in zip(one, many, strict=True)]
     print(
         f"growth: {2 * job.members} members on the top {job.top_layers} of {job.layers} blocks against one: "
@@ -225,6 +227,7 @@ def main(
         parts: What to measure.
     """
     repetitions = repetitions or (5 if peer_python else 3)
+    quiet()
     with tempfile.TemporaryDirectory() as root:
         folder = Path(model) if model else Path(root) / "model"
         if model is None:
@@ -234,7 +237,7 @@ def main(
         write_pairs(Path(root) / "adapter_pairs.jsonl", adapter_pairs)
         layers: int = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
         settings: dict[str, Any] = {"rank": rank, "alpha": 2.0 * rank, "targets": TARGETS, "layers": layers}
-        settings |= {"dtype": dtype, "checkpointing": checkpointing, "feature_tokens": TOKENS_PER_BATCH}
+        settings |= {"dtype": dtype, "checkpointing": checkpointing, "feature_tokens": TOKENS_ON_CPU}
         settings |= {
             "processor_time": processor_time,
             "threads": threads,
