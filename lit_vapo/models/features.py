@@ -18,6 +18,8 @@ from lit_vapo.models.trunk import pooled
 from lit_vapo.types import TokenSequence
 
 TOKENS_PER_BATCH = 4096
+# What a layer makes of more tokens than these no longer stays in a processor's cache.
+TOKENS_ON_CPU = 1024
 
 
 def length_batches(lengths: Sequence[int], tokens: int = TOKENS_PER_BATCH) -> Iterable[list[int]]:
@@ -52,7 +54,8 @@ def compute_features(model: RewardModel, sequences: Sequence[TokenSequence], dev
     if not sequences:
         raise ValueError("expected at least one sequence, got none")
     batches, order = [], []
-    for rows in length_batches([len(s.ids) for s in sequences]):
+    tokens = TOKENS_ON_CPU if device.type == "cpu" else TOKENS_PER_BATCH
+    for rows in length_batches([len(s.ids) for s in sequences], tokens):
         order += rows
         prompts = torch.tensor([sequences[i].prompt_length for i in rows], device=device)
         batches.append((*right_pad([sequences[i].ids for i in rows], device), prompts))

@@ -46,8 +46,7 @@ def test_batches_hold_each_row_once_within_the_budget():
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("tokens", [1, 20, 4096])
 def test_features_do_not_depend_on_batching(tiny_model_dir, monkeypatch, pooling, tokens):
-    monkeypatch.setattr("lit_vapo.models.features.TOKENS_PER_BATCH", tokens)
-    monkeypatch.setattr("lit_vapo.models.features.length_batches", lambda x: length_batches(x, tokens))
+    monkeypatch.setattr("lit_vapo.models.features.TOKENS_ON_CPU", tokens)
     spec = FeatureSpec(Pretrained(tiny_model_dir), 1, pooling)
     backbone = load_backbone(spec.base, spec.layer)
     features = compute_features(bare(spec, backbone), SEQUENCES, CPU)
