@@ -6,8 +6,8 @@ The (B, T, V) logits are never made: the head is applied to the response positio
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,33 @@ def _tap(backbone: PreTrainedModel, layer: int, store: list[Tensor]) -> Iterator
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def last_rows_only(backbone: PreTrainedModel, lengths: Tensor) -> Iterator[None]:
+    """Let the last block's output projection and MLP see the last real token of each row alone.
+
+    A block adds what these return to states of all positions, to which one position is broadcast: the sum is right at
+    the last real token and nowhere else, so this is for callers that read no other. Blocks without layers of these
+    names are left as they are.
+    """
+
+    def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        states = args[0]
+        if states.ndim != 3 or states.shape[1] == 1:
+            return None
+        # Members may have repeated the rows.
+        last = lengths.repeat(states.shape[0] // len(lengths)) - 1
+        return states[torch.arange(len(last), device=last.device), last][:, None], *args[1:]
+
+    block = decoder_layers(backbone)[-1]
+    found = [m for name, m in block.named_modules() if name in ("self_attn.o_proj", "mlp")]
+    handles = [module.register_forward_pre_hook(take) for module in found]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def run_trunk(backbone: PreTrainedModel, input_ids: Tensor, lengths: Tensor, layer: int | None = None) -> TrunkOutput:
@@ -105,7 +132,8 @@ def pooled(
     backbone: PreTrainedModel, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor, pooling: Pooling
 ) -> Tensor:
     """Features (B, H) of right-padded sequences (B, L), or (B, K, H) from a backbone that answers once per member."""
-    hidden = run_trunk(backbone, input_ids, lengths).last
+    with last_rows_only(backbone, lengths) if pooling == "last" else nullcontext():
+        hidden = run_trunk(backbone, input_ids, lengths).last
     copies = hidden.shape[0] // len(lengths)
     features = pool(hidden, lengths.repeat(copies), prompt_lengths.repeat(copies), pooling)
     return features if copies == 1 else features.view(copies, len(lengths), -1).transpose(0, 1)

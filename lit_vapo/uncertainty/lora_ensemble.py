@@ -165,8 +165,11 @@ class LoraEnsemble(RewardHead):
             x = args[0]
             a, b = self.lora_a[key].to(x.dtype), self.lora_b[key].to(x.dtype)
             rows = x.reshape(self.num_members, -1, x.shape[-1])
-            update = torch.bmm(torch.bmm(rows, a.transpose(1, 2)), b.transpose(1, 2))
-            return output + (self.alpha / self.rank) * update.reshape(output.shape).to(output.dtype)
+            low = torch.bmm(rows, a.transpose(1, 2))
+            # One kernel scales, multiplies and adds: nothing of the output's size is made twice.
+            own = output.to(x.dtype).reshape(self.num_members, -1, output.shape[-1])
+            update = torch.baddbmm(own, low, b.transpose(1, 2), alpha=self.alpha / self.rank)
+            return update.reshape(output.shape).to(output.dtype)
 
         return hook
 

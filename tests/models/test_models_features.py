@@ -18,7 +18,7 @@ from lit_vapo.models.features import (
 )
 from lit_vapo.models.pretrained import Pretrained, hidden_size, load_backbone
 from lit_vapo.models.reward import FeatureSpec, RewardModel
-from lit_vapo.models.trunk import pool, run_trunk
+from lit_vapo.models.trunk import last_rows_only, pool, run_trunk
 from lit_vapo.types import TokenSequence
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
@@ -147,3 +147,18 @@ def test_without_its_backbone_a_reward_model_wants_features(tiny_model_dir, tmp_
         model(ids, lengths, torch.tensor([1]))
     with pytest.raises(ValueError, match=r"save_backbone: expected a reward model with a backbone"):
         model.save_pretrained(tmp_path / "f", save_backbone=True)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_last_rows_are_enough_for_last_pooling(tiny_model_dir, copies):
+    backbone = load_backbone(Pretrained(tiny_model_dir))
+    ids, lengths = right_pad([s.ids for s in SEQUENCES])
+    many = (ids.repeat(copies, 1), lengths.repeat(copies))
+    with torch.no_grad():
+        expected = run_trunk(backbone, *many).last
+        with last_rows_only(backbone, lengths):
+            found = run_trunk(backbone, *many).last
+    rows = torch.arange(len(many[1]))
+    torch.testing.assert_close(found[rows, many[1] - 1], expected[rows, many[1] - 1], atol=1e-5, rtol=1e-5)
+    # The work of the other positions was left out.
+    assert not torch.allclose(found[rows, 0], expected[rows, 0])
