@@ -7,9 +7,12 @@ from helpers import concrete_subclasses
 import lit_vapo.objectives
 from lit_vapo.functional import ensemble_estimate
 from lit_vapo.objectives.base import Objective
+from lit_vapo.objectives.lower_confidence import LowerConfidence
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.single_reward import SingleReward
+from lit_vapo.objectives.uncertainty_weighted import UncertaintyWeighted
 from lit_vapo.objectives.variance_aware import VarianceAware
+from lit_vapo.objectives.worst_case import WorstCase
 from lit_vapo.types import RewardEstimate
 
 OBJECTIVES = concrete_subclasses(lit_vapo.objectives, Objective)
@@ -26,8 +29,9 @@ def prepared(kind, count=5, variance=0.5):
     return objective
 
 
-def test_all_three_are_discovered():
-    assert {MeanReward, SingleReward, VarianceAware} <= set(OBJECTIVES)
+def test_all_are_discovered():
+    found = {MeanReward, SingleReward, VarianceAware, WorstCase, UncertaintyWeighted, LowerConfidence}
+    assert found <= set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
@@ -107,6 +111,31 @@ def test_constant_variance_gives_plain_rlhf():
     torch.testing.assert_close(objective(estimate).kl_weight, torch.ones(8))
 
 
+def test_conservative_rewards_by_hand():
+    # Members 1, 2, 6: mean 3, unbiased variance (4 + 1 + 9) / 2 = 7. Members 2, 2, 2: mean 2, variance 0.
+    estimate = ensemble_estimate(torch.tensor([[1.0, 2.0, 6.0], [2.0, 2.0, 2.0]]))
+    for objective, first in (
+        (WorstCase(), 1.0),
+        (UncertaintyWeighted(0.5), 3 - 0.5 * 7),
+        (LowerConfidence(2.0), 3 - 2 * 7**0.5),
+    ):
+        score = objective(estimate)
+        torch.testing.assert_close(score.reward, torch.tensor([first, 2.0]))
+        torch.testing.assert_close(score.kl_weight, torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", [UncertaintyWeighted, LowerConfidence])
+def test_no_penalty_is_the_mean_reward(kind):
+    estimate = ensemble_estimate(members())
+    torch.testing.assert_close(kind(penalty=0.0)(estimate), MeanReward()(estimate))
+
+
+@pytest.mark.parametrize("kind", [UncertaintyWeighted, LowerConfidence, WorstCase])
+def test_doubt_never_raises_a_reward(kind):
+    estimate = ensemble_estimate(members())
+    assert (kind()(estimate).reward <= estimate.mean).all()
+
+
 def test_a_members_reward_with_the_ensembles_variance():
     scores = members()
     objective = VarianceAware(member=2)
@@ -122,6 +151,12 @@ def test_a_members_reward_with_the_ensembles_variance():
             "expected 0 <= min_weight <= max_weight, got 2.0 and 1.0",
         ),
         (lambda: VarianceAware(min_weight=-1.0), "expected 0 <= min_weight"),
+        (lambda: UncertaintyWeighted(-1), "penalty: expected a number of 0 or more, got -1"),
+        (lambda: LowerConfidence(float("nan")), "penalty: expected a number of 0 or more, got nan"),
+        (
+            lambda: WorstCase()(RewardEstimate(torch.zeros(1), torch.zeros(1), None)),
+            "WorstCase: expected an ensemble with separate members",
+        ),
         (lambda: SingleReward(-1), "expected an index of 0 or more, got -1"),
         (lambda: SingleReward(5).check_members(5), "expected an index below the 5 members, got 5"),
         (lambda: VarianceAware(member=3).check_members(3), "expected an index below the 3 members, got 3"),

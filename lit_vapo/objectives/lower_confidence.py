@@ -1,0 +1,28 @@
+"""A lower confidence bound: the mean less a multiple of the standard deviation (2401.00243)."""
+
+from __future__ import annotations
+
+from lit_vapo.objectives.base import Objective, Score, check_penalty, ones_like_mean
+from lit_vapo.types import RewardEstimate
+
+
+class LowerConfidence(Objective):
+    """Reward mean_k r_k − λ·σ − β·KL (the penalised reward of UP-RLHF, Zhai et al. 2401.00243).
+
+    Args:
+        penalty: λ, in standard deviations; 0 gives `MeanReward`.
+
+    Raises:
+        ValueError: `penalty` is negative.
+    """
+
+    needs_variance = True
+
+    def __init__(self, penalty: float = 1.0) -> None:
+        super().__init__()
+        self.penalty = check_penalty(penalty)
+
+    def forward(self, estimate: RewardEstimate) -> Score:
+        """Score B responses by the mean less the penalised standard deviation."""
+        sigma = estimate.variance.clamp_min(0).sqrt()
+        return Score(estimate.mean - self.penalty * sigma, ones_like_mean(estimate))
