@@ -148,6 +148,15 @@ class TestEveryHead:
             states.append(head.margin(chosen, rejected))
         torch.testing.assert_close(*states, atol=1e-4, rtol=1e-4)
 
+    def test_a_stated_margin_asks_for_more(self, kind):
+        head = built(kind)
+        chosen, rejected = planted(head)
+        losses = []
+        for margin in (0.0, 2.0):
+            torch.manual_seed(0)
+            losses.append(head.loss(chosen, rejected, labels(64, margin=torch.full((64,), margin))).item())
+        assert losses[1] > losses[0] + 0.1
+
     def test_a_tie_pulls_towards_no_margin(self, kind):
         head = built(kind, bootstrap=False) if "bootstrap" in inspect.signature(kind).parameters else built(kind)
         chosen, rejected = planted(head)

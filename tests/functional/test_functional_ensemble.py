@@ -10,6 +10,7 @@ from lit_vapo.functional import (
     fit_normaliser,
     margin_estimate,
     normalise_members,
+    nuclear_diversity,
     poisson_bootstrap,
 )
 from lit_vapo.functional.ensemble import _signed, _splitmix64
@@ -151,3 +152,24 @@ def test_bad_bootstrap_arguments_are_refused():
         poisson_bootstrap(torch.zeros(2, dtype=torch.int32), 2, 0)
     with pytest.raises(ValueError, match="expected num_members >= 1, got 0"):
         poisson_bootstrap(torch.zeros(2, dtype=torch.int64), 0, 0)
+
+
+def test_nuclear_diversity_by_hand():
+    # Rows (3, 0) and (0, 4): singular values 4 and 3, norm 5, rank 2: 7 / (√2·5).
+    matrices = torch.tensor([[[3.0, 0.0]], [[0.0, 4.0]]])
+    assert nuclear_diversity(matrices).item() == pytest.approx(7 / (2**0.5 * 5))
+    torch.testing.assert_close(nuclear_diversity(100 * matrices), nuclear_diversity(matrices))
+
+
+def test_nuclear_diversity_tells_members_apart():
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(1, 2, 8, generator=generator)
+    same, other = one.expand(3, -1, -1), torch.randn(3, 2, 8, generator=generator)
+    assert nuclear_diversity(same) < nuclear_diversity(other) <= 1
+    # Following the gradient makes near copies differ.
+    near = (same + 0.01 * other).requires_grad_(True)
+    before = nuclear_diversity(near)
+    (gradient,) = torch.autograd.grad(before, near)
+    assert nuclear_diversity(near + 0.1 * gradient) > before
+    with pytest.raises(ValueError, match=r"expected matrices of shape \(K, r, n\), got \(2, 8\)"):
+        nuclear_diversity(one[0])

@@ -132,6 +132,9 @@ def test_members_trained_alone_and_joined_are_those_trained_together(full, tmp_p
     main(["reward", "join", f"--members=[{members[1]},{members[0]}]", f"--output={tmp_path / 'joined'}"])
     assert "joined 2 members" in capsys.readouterr().out
     torch.testing.assert_close(scores(tmp_path / "joined"), scores(joint), atol=1e-5, rtol=1e-4)
+    # Their typical variance is not known before they are calibrated together: PPO then does it.
+    assert bool(RewardModel.from_pretrained(joint).head.calibrated)
+    assert not bool(RewardModel.from_pretrained(tmp_path / "joined").head.calibrated)
     # Training moved the backbones, each its own way.
     loaded = RewardModel.from_pretrained(joint).backbone
     first, second = (dict(m.named_parameters())["layers.0.mlp.up_proj.weight"] for m in loaded)
