@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_vapo.evaluation.report import PreferenceReport
-from lit_vapo.functional import auroc, brier, fit_temperature, preference_calibration_error, preference_nll
+from lit_vapo.functional import auroc, fit_temperature
+from lit_vapo.types import RewardEstimate
 
 
 def subset_table(report: PreferenceReport, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -71,11 +72,11 @@ def temperature_report(validation: PreferenceReport, test: PreferenceReport) -> 
         if not report.num_pairs:
             raise ValueError(f"expected at least one pair that is not a tie in {name}, got none")
     temperature = fit_temperature(validation.margin.mean)
+    scaled = RewardEstimate(test.margin.mean / temperature, test.margin.variance / temperature.square(), None)
+    calibrated = PreferenceReport(test.example_ids, scaled, test.response_sigma.square())
     out = {"temperature": float(temperature)}
-    for suffix, margins in (("", test.margin.mean), ("_calibrated", test.margin.mean / temperature)):
-        out[f"nll{suffix}"] = float(preference_nll(margins))
-        out[f"ece{suffix}"] = float(preference_calibration_error(margins))
-        out[f"brier{suffix}"] = float(brier(margins))
+    for suffix, report in (("", test), ("_calibrated", calibrated)):
+        out |= {f"{name}{suffix}": float(getattr(report, name)[-1]) for name in ("nll", "ece", "brier")}
     return out
 
 

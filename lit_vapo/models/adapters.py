@@ -9,6 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lit_vapo.types import Adapter
 
@@ -35,7 +36,7 @@ def save_adapter(folder: Path, adapter: Adapter, backbone: PreTrainedModel, base
         lora_dropout=0.0,
         # Whole names: the blocks below the adapted ones have layers of the same kind.
         target_modules=sorted(adapter.weights),
-        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in backbone.modules()),
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in backbone.modules()),
         modules_to_save=["score"],
         task_type="SEQ_CLS",
         base_model_name_or_path=base,

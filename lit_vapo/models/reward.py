@@ -87,7 +87,7 @@ class RewardModel(nn.Module):
         if self.backbone is None and (save_backbone or not self.head.shares_features):
             raise ValueError("save_backbone: expected a reward model with a backbone, got one without")
         folder.mkdir(parents=True, exist_ok=True)
-        members = range(self.head.num_members)[self.head.present]
+        members = self.head.present_members
         if self.head.owns_backbones:
             for k, member in zip(members, self.head.passes(self.backbone), strict=True):
                 member.save_pretrained(folder / f"member_{k}")

@@ -146,7 +146,6 @@ class RewardModule(EvaluatedRewards):
         if datamodule is None:
             # An export, or somebody's own loaders: batches of tokens, encoded as they come.
             return
-        check_context(cast("Any", next(self.head.passes(self.backbone))).config, datamodule.longest_pair())
         if self.trainer.state.fn == "fit" and self.reference is not None:
             self.reference_inputs = self._sample_reference(datamodule)
         if self.frozen_features and not datamodule.streams:
@@ -154,6 +153,8 @@ class RewardModule(EvaluatedRewards):
 
     def _load_backbone(self) -> Any:
         backbone = freeze(load_backbone(self.spec.base, self.spec.layer))
+        if self.pairs is not None:
+            check_context(cast("Any", backbone).config, self.pairs.longest_pair())
         if self.frozen_features:
             return place(cast("Any", backbone), self.device_of_run)
         if self.head.shares_features:
@@ -216,8 +217,7 @@ class RewardModule(EvaluatedRewards):
         loss = self.head.loss(chosen, rejected, batch.labels)
         if not torch.isfinite(loss):
             raise ValueError(f"loss: expected a finite number, got {loss.item()} in batch {batch_idx}")
-        members = len(range(self.head.num_members)[self.head.present])
-        self.log("train/loss", loss.detach() / members, prog_bar=True, batch_size=len(chosen))
+        self.log("train/loss", loss.detach() / len(self.head.present_members), prog_bar=True, batch_size=len(chosen))
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -83,6 +83,11 @@ class RewardHead(nn.Module, ABC):
         self.hidden_size = hidden_size
         self.make_parameters(hidden_size)
 
+    @property
+    def present_members(self) -> range:
+        """Numbers of the members that are there."""
+        return range(self.num_members)[self.present]
+
     @abstractmethod
     def make_parameters(self, hidden_size: int) -> None:
         """Register the parameters; the features have width `hidden_size`."""

@@ -52,8 +52,7 @@ class FullEnsemble(RewardHead):
 
     def attach(self, backbone: nn.Module, blocks: nn.ModuleList) -> nn.Module:
         """A copy of the backbone for each member, to be trained in float32."""
-        others = len(range(self.num_members)[self.present]) - 1
-        members = [backbone, *(copy.deepcopy(backbone) for _ in range(others))]
+        members = [backbone, *(copy.deepcopy(backbone) for _ in self.present_members[1:])]
         # Small updates of weights in bfloat16 would be rounded away.
         return nn.ModuleList(member.float().requires_grad_(True) for member in members)
 
