@@ -1,9 +1,9 @@
 """Which objective? The demo's task with few and noisy preferences: every objective at the same KL, over several seeds.
 
-Each seed draws its own pairs from the demo's, swaps the sides of some, and trains its own ensemble. All objectives then
-start from the same policy and see the same prompts. At equal β objectives travel at different speeds, so gold is read off
-each run at given KLs to the reference: every iteration answers prompts it has not met before, and its mean gold and KL are
-a point of the run's curve.
+Each seed draws its own pairs from the demo's, swaps the sides of some, and trains its own ensemble. All objectives
+then start from the same policy and see the same prompts. At equal β objectives travel at different speeds, so gold is
+read off each run at given KLs to the reference: every iteration answers prompts it has not met before, and its mean
+gold and KL are a point of the run's curve.
 
     python -m examples.sentiment.prepare --output runs/demo
     python -m examples.sentiment.objectives --demo runs/demo --output runs/objectives
@@ -102,7 +102,9 @@ def train_ensemble(demo: Path, folder: Path, pairs: int, flipped: float, seed: i
     return ensemble
 
 
-def align(demo: Path, folder: Path, ensemble: Path, objective: str, seed: int, options: list[str], threads: int) -> None:
+def align(
+    demo: Path, folder: Path, ensemble: Path, objective: str, seed: int, options: list[str], threads: int
+) -> None:
     """One run of PPO, unless it is there."""
     if (folder / "finished.json").is_file():
         return
@@ -197,7 +199,10 @@ def main(
         folder = root / f"seed-{seed}" / objective
         align(source, folder, root / f"seed-{seed}" / "ensemble", objective, seed, options, threads)
         series = metrics(folder)
-        print(f"{objective} {seed}: KL {series['kl_k1'][-3:].mean():.2f}, gold {series['gold'][-3:].mean():.3f}", flush=True)
+        print(
+            f"{objective} {seed}: KL {series['kl_k1'][-3:].mean():.2f}, gold {series['gold'][-3:].mean():.3f}",
+            flush=True,
+        )
 
     with ThreadPoolExecutor(workers) as pool:
         for seed in range(seeds):

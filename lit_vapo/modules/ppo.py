@@ -11,15 +11,13 @@ from torch import Tensor
 
 from lit_vapo.data.collate import PromptBatch
 from lit_vapo.data.datamodule import PromptDataModule
-from lit_vapo.metrics import rollout_statistics, sample_rows
+from lit_vapo.metrics import rollout_statistics
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.policy import Role
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.reward import read_config
 from lit_vapo.modules.checkpoint import (
-    TrainedWeightsModule,
     check_positive,
     check_precision,
     linear_decay,
@@ -27,6 +25,7 @@ from lit_vapo.modules.checkpoint import (
     total_steps,
     unpickled,
 )
+from lit_vapo.modules.ppo_evaluation import EvaluatedPolicy
 from lit_vapo.modules.ppo_update import PPOUpdate, UpdateSettings, compute_advantages
 from lit_vapo.objectives.base import Objective
 from lit_vapo.objectives.variance_aware import VarianceAware
@@ -34,7 +33,7 @@ from lit_vapo.rollout import Rollout, RolloutMaker
 from lit_vapo.types import TextReward
 
 
-class PPOModule(TrainedWeightsModule):
+class PPOModule(EvaluatedPolicy):
     """Aligns a language model with PPO against a reward ensemble.
 
     One batch of prompts is one iteration: the policy answers, the ensemble scores, the objective turns scores
@@ -110,8 +109,6 @@ class PPOModule(TrainedWeightsModule):
         self.seed = seed
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))
         self.networks: ActorCritic | None = None
-        self.maker: RolloutMaker | None = None
-        self.samples: list[dict[str, Any]] = []
         # An ensemble that the objective cannot use is refused before anything heavy is loaded.
         self.objective.check_members(int(read_config(reward)["num_members"]))
 
@@ -125,7 +122,7 @@ class PPOModule(TrainedWeightsModule):
         head = self.networks.reward_model.head
         self.objective.prepare(head.num_members, head.reference_variance)
 
-    def _start(self) -> None:
+    def start(self) -> None:
         """What needs the device and the data: the rollout maker, and a calibrated ensemble."""
         assert self.networks is not None
         # The loss scaler of 16-mixed belongs to one step a batch, and an iteration takes many.
@@ -163,20 +160,9 @@ class PPOModule(TrainedWeightsModule):
 
     def on_fit_start(self) -> None:
         """Get ready to roll out, each process with random numbers of its own."""
-        self._start()
+        self.start()
         if self.trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + self.global_rank)
-
-    def on_validation_start(self) -> None:
-        """Get ready to roll out, if `validate` is all that runs."""
-        if self.maker is None:
-            self._start()
-        self.samples = []
-
-    def on_test_start(self) -> None:
-        """Get ready to roll out."""
-        self._start()
-        self.samples = []
 
     # 2. Training: one step is one iteration.
 
@@ -251,37 +237,7 @@ class PPOModule(TrainedWeightsModule):
         decay = linear_decay(iterations)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, decay)]
 
-    # 3. Evaluation on held-out prompts.
-
-    def _evaluate(self, batch: PromptBatch, batch_idx: int, prefix: str, role: Role) -> None:
-        assert self.maker is not None
-        with seeded(self.seed * 100_003 + batch_idx):
-            rollout = self.maker.make(batch, self.objective, role, values=False)
-        owner = "policy" if role == "actor" else "reference"
-        self.samples += sample_rows(rollout, owner)
-        for name, value in rollout_statistics(rollout).items():
-            self.log(f"{prefix}/{name}", value, on_epoch=True, sync_dist=True, batch_size=len(batch.prompts))
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """The policy answers held-out prompts."""
-        self._evaluate(batch, batch_idx, "val", "actor")
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Reference and policy answer the same held-out prompts, with the same random numbers."""
-        self._evaluate(batch, batch_idx, "test_reference", "reference")
-        self._evaluate(batch, batch_idx, "test", "actor")
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Responses of the policy, scored."""
-        if self.maker is None:
-            self._start()
-        assert self.maker is not None
-        with seeded(self.seed * 100_003 + batch_idx):
-            records = sample_rows(self.maker.make(batch, self.objective, "actor", values=False), "policy")
-        self.samples += records
-        return records
-
-    # 4. Checkpoints and export.
+    # 3. Checkpoints and export.
 
     def _is_own_state(self, name: str) -> bool:
         return name == "kl_coef" or name.startswith(("objective.", "networks.reward_model.head."))
