@@ -74,8 +74,8 @@ class Rollout:
 
 class _Scored(NamedTuple):
     logprobs: Tensor
-    entropy: Tensor
     ref_logprobs: Tensor
+    entropy: Tensor
     values: Tensor | None
     value_states: Tensor | None
     features: Tensor | None
@@ -135,7 +135,14 @@ class RolloutMaker:
         self._reward_encoder: Callable[[str, str, bool], TokenSequence] | None = None
 
     @torch.no_grad()
-    def make(self, batch: PromptBatch, objective: Objective, role: Role = "actor", values: bool = True) -> Rollout:
+    def make(
+        self,
+        batch: PromptBatch,
+        objective: Objective,
+        role: Role = "actor",
+        values: bool = True,
+        all_sum: Callable[[Tensor], Tensor] | None = None,
+    ) -> Rollout:
         """Sample a response to each prompt as actor or reference, and score it.
 
         Args:
@@ -143,6 +150,7 @@ class RolloutMaker:
             objective: Turns the ensemble's estimate into reward and KL weight.
             role: Who answers.
             values: Whether the critic is asked.
+            all_sum: Sums over all processes; given in training, where the objective may learn from the responses.
 
         Raises:
             ValueError: A response is empty, or a reward is not finite.
@@ -154,28 +162,28 @@ class RolloutMaker:
         responses = self._decode(rows)
         generated_at = time.perf_counter()
         scored = self._score(rows, role, values)
-        estimate = self._estimate(batch.prompts, responses, generated.stopped, scored.features)
+        features = scored.features
+        if features is None:
+            features = self._own_features(batch.prompts, responses, generated.stopped)
+        estimate = self.networks.reward_model.head(features)
         _check_finite(estimate, batch.prompts)
-        score = objective(estimate)
+        if all_sum is None:
+            score = objective(estimate)
+        else:
+            log_ratio = sequence_log_ratio(scored.logprobs, scored.ref_logprobs, rows.response_mask)
+            score = objective.observe(estimate, log_ratio, getattr(self.sampling, "num_responses", 1), all_sum)
         reward = clip_rewards(score.reward, self.reward_clip)
         reward = torch.where(generated.stopped, reward, reward - self.missing_eos_penalty)
-        gold = None
-        if self.gold is not None:
-            gold = self.gold(batch.prompts, responses).to(reward)
         return Rollout(
             rows,
             batch.prompts,
             responses,
             generated.stopped,
-            scored.logprobs,
-            scored.ref_logprobs,
-            scored.entropy,
-            scored.values,
-            scored.value_states,
+            *scored[:-1],
             estimate,
             reward,
             score.kl_weight,
-            gold,
+            None if self.gold is None else self.gold(batch.prompts, responses).to(reward),
             {"generate": generated_at - started, "score": time.perf_counter() - generated_at},
         )
 
@@ -211,8 +219,8 @@ class RolloutMaker:
             outputs.append(
                 _Scored(
                     _widen(sampler.logprobs, size),
-                    _widen(sampler.entropy, size),
                     _widen(reference.logprobs, size),
+                    _widen(sampler.entropy, size),
                     _widen(self.networks.values(part, reference.value_states), size) if values else None,
                     None if reference.value_states is None or not values else _widen(reference.value_states, size),
                     reference.features,
@@ -222,13 +230,6 @@ class RolloutMaker:
         order = torch.cat(parts).argsort()
         columns = [torch.cat(c)[order] if c[0] is not None else None for c in zip(*outputs, strict=True)]
         return _Scored(*columns)  # type: ignore[arg-type]
-
-    def _estimate(
-        self, prompts: list[str], responses: list[str], stopped: Tensor, features: Tensor | None
-    ) -> RewardEstimate:
-        if features is None:
-            features = self._own_features(prompts, responses, stopped)
-        return self.networks.reward_model.head(features)
 
     def _own_features(self, prompts: list[str], responses: list[str], stopped: Tensor) -> Tensor:
         """Features by the ensemble's own backbone, re-tokenised with its own tokenizer."""

@@ -12,6 +12,7 @@ from lit_vapo.data.datamodule import PreferenceDataModule, SFTDataModule
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.modules.reward import RewardModule
 from lit_vapo.modules.sft import SFTModule
+from lit_vapo.objectives.covariance_aware import CovarianceAware
 from lit_vapo.types import TextReward
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
@@ -65,7 +66,11 @@ def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
             PreferenceDataModule(tiny_model_dir, **options, test_fraction=0.2, preferences_ood=tiny_preferences_file),
             folder / "reward",
         ),
-        "ppo": logged(lambda: ppo_helpers.ppo_module(tiny_model_dir, reward, gold=Judge()), prompts, folder / "ppo"),
+        "ppo": logged(
+            lambda: ppo_helpers.ppo_module(tiny_model_dir, reward, gold=Judge(), objective=CovarianceAware()),
+            prompts,
+            folder / "ppo",
+        ),
     }
 
 

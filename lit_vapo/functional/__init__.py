@@ -10,6 +10,7 @@ from lit_vapo.functional.calibration import (
     preference_nll,
     reliability_curve,
 )
+from lit_vapo.functional.covariance import PromptGains, covariance_optimal_policy, member_weights, prompt_gains
 from lit_vapo.functional.ensemble import (
     ensemble_estimate,
     fit_normaliser,
@@ -34,6 +35,7 @@ from lit_vapo.functional.preference import bradley_terry_loss
 from lit_vapo.functional.rewards import clip_rewards, token_rewards
 from lit_vapo.functional.tabular import (
     bregman_kl,
+    match_kl,
     objective,
     optimal_policy,
     risk_vanilla,
@@ -53,6 +55,7 @@ __all__ = [
     "Moments",
     "PolicyTerms",
     "Posterior",
+    "PromptGains",
     "ReliabilityCurve",
     "RiskCoverage",
     "TokenLogprobs",
@@ -63,6 +66,7 @@ __all__ = [
     "bregman_kl",
     "brier",
     "clip_rewards",
+    "covariance_optimal_policy",
     "disagreement",
     "ensemble_estimate",
     "expected_calibration_error",
@@ -79,6 +83,8 @@ __all__ = [
     "masked_sum",
     "masked_var",
     "masked_whiten",
+    "match_kl",
+    "member_weights",
     "moments",
     "normalise_members",
     "nuclear_diversity",
@@ -89,6 +95,7 @@ __all__ = [
     "preference_accuracy",
     "preference_calibration_error",
     "preference_nll",
+    "prompt_gains",
     "reliability_curve",
     "risk_coverage",
     "risk_vanilla",

@@ -171,7 +171,7 @@ class PPOModule(EvaluatedPolicy):
         started = time.perf_counter()
         assert self.maker is not None
         assert self.networks is not None
-        rollout = self.maker.make(batch, self.objective)
+        rollout = self.maker.make(batch, self.objective, all_sum=self._sum)
         experience = compute_advantages(rollout, float(self.kl_coef), self.update, self._sum)
         update_started = time.perf_counter()
         optimizer = cast("torch.optim.Optimizer", self.optimizers())
@@ -183,7 +183,7 @@ class PPOModule(EvaluatedPolicy):
         )
         cast("Any", self.lr_schedulers()).step()
         seconds = {**rollout.seconds, "update": time.perf_counter() - update_started}
-        statistics = rollout_statistics(rollout)
+        statistics = {**rollout_statistics(rollout), **self.objective.statistics()}
         self._log_iteration(rollout, {**statistics, **learned}, seconds, time.perf_counter() - started)
         self._adapt_kl(statistics["kl_k3"], len(rollout.prompts))
 

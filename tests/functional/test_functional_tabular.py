@@ -203,7 +203,7 @@ def test_a_small_optimal_step_from_a_uniform_reference_is_along_m():
         ({"weight": torch.tensor([1.0, 0.0])}, r"every weight > 0, got 0.5 and \[1.0, 0.0\]"),
         ({"ref_probs": torch.tensor([0.5, 0.6])}, "expected ref_probs >= 0 that sum to 1"),
         ({"reward": torch.tensor([0.0, math.nan])}, r"expected reward with finite entries, got \[0.0, nan\]"),
-        ({"reward": torch.zeros(1, 2)}, r"expected reward of shape \(n,\) with n >= 1, got \(1, 2\)"),
+        ({"reward": torch.zeros(())}, r"expected reward of shape \(…, n\) with n >= 1, got \(\)"),
         ({"weight": torch.ones(3)}, r"expected weight of shape \(2,\), as reward, got \(3,\)"),
     ],
 )
