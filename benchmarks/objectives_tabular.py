@@ -6,10 +6,11 @@ Each repetition is one prompt with 128 responses: a reference policy, true rewar
 see them with errors. Every objective's own class makes reward and weight from the members, its exact optimum is found,
 and β is chosen so that the policy ends a given KL away from its reference. Printed is the true return gained over the
 reference, in standard deviations of the true reward: mean ± spread over repetitions, and the risk, which is the share
-of repetitions that end worse than the reference. About a minute and a half on one core.
+of repetitions that end worse than the reference. A minute and a half on one core.
 
 Landscapes: an error's standard deviation varies tenfold between responses (log-uniform); or is the same for all; or
-varies tenfold, and half of the error's variance is shared by all members, so that they cannot disagree about it.
+varies tenfold, and half of the error's variance is shared by all members, so that they cannot disagree about it; or
+members err about a few properties of the responses, each in its own way.
 """
 
 from __future__ import annotations
@@ -51,8 +52,19 @@ class Landscape(NamedTuple):
     true_variance: Tensor  # (R, n), of the members' errors, in the unit of the members
 
 
-def landscape(count: int = 5, noise: float = 2.0, tenfold: bool = True, shared: float = 0.0) -> Landscape:
-    """Draw one: K members with errors of root mean square `noise`, of whose variance a part is shared."""
+def landscape(
+    count: int = 5, noise: float = 2.0, tenfold: bool = True, shared: float = 0.0, tastes: int = 0
+) -> Landscape:
+    """Draw one.
+
+    Args:
+        count: Members K.
+        noise: Root mean square of their errors.
+        tenfold: Whether the errors' standard deviation varies tenfold between responses.
+        shared: Part of the errors' variance that all members share.
+        tastes: So many properties of responses are all that members err about, each in its own way; 0 for errors that
+            are independent between responses.
+    """
     draw = torch.Generator().manual_seed(0)
     shape = (REPETITIONS, RESPONSES)
     ref = torch.randn(shape, generator=draw, dtype=torch.float64).mul(0.5).softmax(1)
@@ -62,7 +74,9 @@ def landscape(count: int = 5, noise: float = 2.0, tenfold: bool = True, shared: 
     sigma = 10 ** -torch.rand(shape, generator=draw, dtype=torch.float64) if tenfold else torch.ones(shape).double()
     sigma = noise * sigma / sigma.square().mean().sqrt()
     common = torch.randn((*shape, 1), generator=draw, dtype=torch.float64)
-    own = torch.randn((*shape, count), generator=draw, dtype=torch.float64)
+    own = torch.randn((*shape, tastes or count), generator=draw, dtype=torch.float64)
+    if tastes:
+        own = own @ torch.randn((REPETITIONS, tastes, count), generator=draw, dtype=torch.float64) / math.sqrt(tastes)
     members = truth[..., None] + sigma[..., None] * (math.sqrt(shared) * common + math.sqrt(1 - shared) * own)
     loc = (ref[..., None] * members).sum(1, keepdim=True)
     scale = (ref[..., None] * (members - loc).square()).sum(1, keepdim=True).sqrt()
@@ -133,7 +147,9 @@ def table(at: Landscape) -> Iterator[str]:
             missed = float(gain.isnan().float().mean())
             gain = gain[~gain.isnan()]
             text = f"{gain.mean():.2f} ± {gain.std():.2f}, {(gain < 0).float().mean():.3f}"
-            cells.append(text + (f" ({missed:.1%} cannot)" if missed else ""))
+            # Some penalties keep the policy near its reference however small β is.
+            unreached = f"{missed:.0%} stay nearer" if missed > 0.1 else f"{text} ({missed:.1%} stay nearer)"
+            cells.append(unreached if missed else text)
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -146,6 +162,7 @@ def main() -> None:
         "σ varies tenfold, half the noise, K = 5": {"noise": 1.0},
         "σ is the same everywhere, K = 5": {"tenfold": False},
         "σ varies tenfold, half of σ² shared by all members, K = 5": {"shared": 0.5},
+        "members differ in 8 tastes, σ is nearly the same everywhere, K = 5": {"tenfold": False, "tastes": 8},
     }.items():
         print(f"\n**{title}**\n")
         for line in table(landscape(**options)):

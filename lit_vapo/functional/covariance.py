@@ -152,7 +152,7 @@ def covariance_optimal_policy(
         >>> members, uniform = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([0.5, 0.5])
         >>> pi = covariance_optimal_policy(members, uniform, kl_coef=0.1, penalty=2.0)
         >>> round(pi[0].item(), 4)  # the mean alone would give sigmoid(5) = 0.9933
-        0.7066
+        0.7062
     """
     if ref_probs.shape != members.shape[:-1]:
         raise ValueError(f"expected ref_probs of shape {tuple(members.shape[:-1])}, got {tuple(ref_probs.shape)}")

@@ -43,7 +43,7 @@ class CovarianceAware(Objective):
 
     def __init__(
         self,
-        penalty: float = 3.0,
+        penalty: float = 1.0,
         form: Literal["bound", "variance"] = "bound",
         per_prompt: bool = False,
         window: int = 512,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import optimize
 
-from lit_vapo.functional import covariance_optimal_policy, member_weights, optimal_policy, prompt_gains
+from lit_vapo.functional import covariance, covariance_optimal_policy, member_weights, optimal_policy, prompt_gains
 
 
 def random_case(seed, n=6, count=4):
@@ -218,6 +218,15 @@ def test_a_dear_bound_leaves_no_disagreement_about_the_gain():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_bound_is_solved_in_few_steps(monkeypatch):
+    # A shift of all members has no curvature: taken as a direction it fills the ball and the search wanders.
+    calls = []
+    target = covariance._newton_target
+    monkeypatch.setattr(covariance, "_newton_target", lambda *args: calls.append(1) or target(*args))
+    covariance_optimal_policy(*random_case(6, n=40, count=5)[:2], 0.5, 1.0, bound=True)
+    assert len(calls) < 20
 
 
 def test_no_policy_gains_by_disagreement_alone():
