@@ -51,7 +51,7 @@ class FixedRollout(PPOModule):
     def training_step(self, batch, batch_idx):
         trainer = self.trainer
         rollout = load_rollout(self.folder / "rollout.pt", trainer.global_rank, trainer.world_size)
-        experience = compute_advantages(rollout, 0.05, self.update, self._sum)
+        experience = compute_advantages(rollout, 0.05, self.advantage, 1, self._sum)
         learned = PPOUpdate(self, self.networks, self.update, 1.0).run(experience, self.optimizers())
         if trainer.is_global_zero:
             names = ("policy_loss", "value_loss", "approx_kl", "ratio_max", "actor_grad_norm", "clip_fraction")
