@@ -56,11 +56,12 @@ class PPOModule(EvaluatedPolicy):
         critic_learning_rate: Peak learning rate of the critic.
         kl_coef: β, the price of a nat of the objective's *weighted* KL to the reference, in units of reward; >= 0.
         kl_target: Adapt β so that the *plain* KL to the reference (`train/kl_k3`: k3 of whole responses, over all
-            processes) approaches this many nats per response; `null` keeps β fixed.
+            processes) rises to this many nats per response over the first half of the run and stays there; `null`
+            keeps β fixed.
         kl_budget: End the run once that same plain KL is above this many nats per response. The update of the iteration
             that finds out is not taken; the policy that is saved has overstepped by no more than the update before it.
-            (With `min_epochs` or `min_steps` the trainer goes on until these are met, without updates while the policy is
-            above the budget.) `null` for no limit.
+            (With `min_epochs` or `min_steps` the trainer goes on until these are met, without updates while the policy
+            is above the budget.) `null` for no limit.
         reward_clip: Largest absolute terminal reward, or `null`.
         missing_eos_penalty: Taken off the reward of a response cut off at `max_new_tokens`.
         gold: A judge that only watches: its mean is logged, training never sees it.
@@ -205,7 +206,8 @@ class PPOModule(EvaluatedPolicy):
                 learned = self._learn(rollout)
                 rollout.seconds["update"] = time.perf_counter() - update_started
         self._log_iteration(rollout, {**rollout_statistics(rollout), **learned}, time.perf_counter() - started)
-        self.kl_coef.copy_(next_kl_coef(self.kl_coef, kl, self.kl_target, self._planned_iterations()))
+        planned = self._planned_iterations()
+        self.kl_coef.copy_(next_kl_coef(self.kl_coef, kl, self.kl_target, self.iteration, planned))
 
     def _learn(self, rollout: Rollout) -> dict[str, Tensor]:
         """Advantages, the update, and the learning rate's next step; statistics of the update."""

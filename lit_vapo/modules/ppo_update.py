@@ -111,8 +111,9 @@ class Experience(NamedTuple):
         """The rows of an index, cut to the longest response among them."""
         rows = self.rows.select(index)
         size = rows.response_mask.shape[1]
-        # Tuple slicing, since a NamedTuple within a NamedTuple has no common way to index.
-        return Experience(rows, *(None if x is None else x[index, :size] for x in self[1:]))
+        # Those that may be None stand last, which the checker of types cannot see.
+        cut = (None if x is None else x[index, :size] for x in self[1:])
+        return Experience(rows, *cut)  # type: ignore[arg-type]
 
 
 def compute_advantages(
