@@ -138,7 +138,9 @@ def compute_advantages(
             made[name] = x[mask]
     _check_finite(made, all_sum)
     log_ratio = rollout.logprobs - rollout.ref_logprobs
-    rewards = token_rewards(rollout.reward, log_ratio, rollout.kl_weight, kl_coef, mask)
+    weight = rollout.kl_weight
+    shared = all_sum(weight.sum()) / all_sum(torch.ones_like(weight).sum())
+    rewards = token_rewards(rollout.reward, log_ratio, weight, kl_coef, mask, shared)
     advantages, returns = advantage(rewards, rollout.values, mask, num_responses, all_sum)
     _check_finite({"advantages": advantages}, all_sum)
     return Experience(rollout.rows, rollout.logprobs, advantages, rollout.values, rollout.value_states, returns)
