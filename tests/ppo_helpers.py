@@ -48,9 +48,9 @@ def prompt_batch(model, prompts=None):
     return PromptBatch(ids, lengths, list(prompts), torch.arange(len(prompts)))
 
 
-def maker(nets, model, tokens=6, temperature=1.0, **kwargs):
+def maker(nets, model, tokens=6, temperature=1.0, num_responses=1, **kwargs):
     """A rollout maker for `nets`, with so many stop tokens that responses differ in length."""
-    sampling = Sampling(tokens, temperature, list(range(60)))
+    sampling = Sampling(tokens, temperature, list(range(60)), num_responses)
     return RolloutMaker(nets, load_tokenizer(Pretrained(model)), sampling, **kwargs)
 
 
@@ -62,11 +62,11 @@ def make_rollout(nets, model, seed=0, tokens=6, prompts=None, objective=None, ro
     )
 
 
-def make_experience(nets, model, kl_coef=0.05, advantage=None, num_responses=1, **kwargs):
+def make_experience(nets, model, kl_coef=0.05, advantage=None, **kwargs):
     """What an update learns from."""
     advantage = advantage or Gae()
     rollout = make_rollout(nets, model, values=advantage.needs_critic, **kwargs)
-    return compute_advantages(rollout, kl_coef, advantage, num_responses, lambda x: x)
+    return compute_advantages(rollout, kl_coef, advantage, lambda x: x)
 
 
 class LoneModule:

@@ -16,7 +16,7 @@ from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.metrics import rollout_statistics
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.critic import CriticSpec
-from lit_vapo.models.generation import Sampling
+from lit_vapo.models.generation import Generator, Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.reward import read_config
 from lit_vapo.modules.checkpoint import (
@@ -67,6 +67,7 @@ class PPOModule(EvaluatedPolicy):
         gold: A judge that only watches: its mean is logged, training never sees it.
         num_reference: How many reference responses calibrate an ensemble that is not calibrated yet.
         seed: Seed of evaluation samples, so that evaluations differ by the policy alone.
+        generator: Who draws the responses; `null` for transformers.
     """
 
     stage = "ppo"
@@ -92,6 +93,7 @@ class PPOModule(EvaluatedPolicy):
         gold: TextReward | None = None,
         num_reference: int = 256,
         seed: int = 0,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__()
         check_positive(
@@ -122,16 +124,12 @@ class PPOModule(EvaluatedPolicy):
         self.gold = gold
         self.num_reference = num_reference
         self.seed = seed
+        self.generator = generator
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))
         self.networks: ActorCritic | None = None
         # What the objective or the advantage cannot use is refused before anything heavy is loaded.
-        self.advantage.check_responses(self.num_responses)
+        self.advantage.check_responses(self.sampling.num_responses)
         self.objective.check_members(int(read_config(reward)["num_members"]))
-
-    @property
-    def num_responses(self) -> int:
-        """Responses to each prompt."""
-        return int(getattr(self.sampling, "num_responses", 1))
 
     # 1. Building.
 
@@ -159,6 +157,7 @@ class PPOModule(EvaluatedPolicy):
             self.gold,
             self.reward_clip,
             self.missing_eos_penalty,
+            generator=self.generator,
         )
         head = self.networks.reward_model.head
         if not bool(head.calibrated):
@@ -211,11 +210,11 @@ class PPOModule(EvaluatedPolicy):
 
     def _learn(self, rollout: Rollout) -> dict[str, Tensor]:
         """Advantages, the update, and the learning rate's next step; statistics of the update."""
+        assert self.maker is not None
         assert self.networks is not None
-        beta = float(self.kl_coef)
-        experience = compute_advantages(rollout, beta, self.advantage, self.num_responses, self._sum)
+        experience = compute_advantages(rollout, float(self.kl_coef), self.advantage, self._sum)
         optimizer = cast("torch.optim.Optimizer", self.optimizers())
-        learned = PPOUpdate(self, self.networks, self.update, self.sampling.temperature).run(
+        learned = PPOUpdate(self, self.networks, self.update, self.maker.shaping).run(
             experience, optimizer, train_actor=self.iteration > self.update.critic_warmup
         )
         cast("Any", self.lr_schedulers()).step()

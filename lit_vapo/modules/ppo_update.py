@@ -21,6 +21,7 @@ from lit_vapo.functional import (
 from lit_vapo.models.actor_critic import ActorCritic, Rows
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.features import length_batches
+from lit_vapo.models.generation import Shaping
 from lit_vapo.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -116,16 +117,13 @@ class Experience(NamedTuple):
         return Experience(rows, *cut)  # type: ignore[arg-type]
 
 
-def compute_advantages(
-    rollout: Rollout, kl_coef: float, advantage: AdvantageEstimator, num_responses: int, all_sum: Reduce
-) -> Experience:
+def compute_advantages(rollout: Rollout, kl_coef: float, advantage: AdvantageEstimator, all_sum: Reduce) -> Experience:
     """Rewards per token, and what an estimator makes of them.
 
     Args:
         rollout: Responses and their scores.
         kl_coef: β, in units of reward per nat.
         advantage: Turns rewards into advantages.
-        num_responses: Responses to each prompt, whose rows stand together.
         all_sum: Sum of a tensor over all processes.
 
     Raises:
@@ -141,7 +139,7 @@ def compute_advantages(
     weight = rollout.kl_weight
     shared = all_sum(weight.sum()) / all_sum(torch.ones_like(weight).sum())
     rewards = token_rewards(rollout.reward, log_ratio, weight, kl_coef, mask, shared)
-    advantages, returns = advantage(rewards, rollout.values, mask, num_responses, all_sum)
+    advantages, returns = advantage(rewards, rollout.values, mask, rollout.num_responses, all_sum)
     _check_finite({"advantages": advantages}, all_sum)
     return Experience(rollout.rows, rollout.logprobs, advantages, rollout.values, rollout.value_states, returns)
 
@@ -161,16 +159,16 @@ class PPOUpdate:
         module: The LightningModule, for backward passes and reductions over processes.
         networks: Actor and critic.
         settings: How to learn.
-        temperature: Sampling temperature of the rollout.
+        shaping: How the rollout was sampled.
     """
 
     def __init__(
-        self, module: LightningModule, networks: ActorCritic, settings: UpdateSettings, temperature: float
+        self, module: LightningModule, networks: ActorCritic, settings: UpdateSettings, shaping: Shaping
     ) -> None:
         self.module = module
         self.networks = networks
         self.settings = settings
-        self.temperature = temperature
+        self.shaping = shaping
 
     def run(
         self, experience: Experience, optimizer: torch.optim.Optimizer, train_actor: bool = True
@@ -251,7 +249,7 @@ class PPOUpdate:
     def _loss(self, part: Experience, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss summed over tokens, and sums of statistics."""
         settings, mask = self.settings, part.rows.response_mask
-        actor = self.networks.actor(part.rows, self.temperature)
+        actor = self.networks.actor(part.rows, self.shaping)
         policy = policy_loss_terms(actor.logprobs, part.logprobs, part.advantages, mask, settings.clip_range)
         actor_loss = policy.loss.sum()
         if settings.entropy_coef:

@@ -13,12 +13,13 @@ from lit_vapo.advantages.rloo import Rloo
 from lit_vapo.callbacks.checkpoint import RunCheckpoint
 from lit_vapo.functional import token_rewards
 from lit_vapo.models.critic import CriticSpec
-from lit_vapo.models.generation import Sampling
+from lit_vapo.models.generation import Sampling, Shaping
 from lit_vapo.modules.export import export
 from lit_vapo.modules.ppo_update import PPOUpdate, UpdateSettings, compute_advantages
 from lit_vapo.objectives.variance_aware import VarianceAware
 
 CRITIC_FREE = [kind for kind in concrete_subclasses(lit_vapo.advantages, AdvantageEstimator) if not kind.needs_critic]
+PAIRS = Sampling(6, num_responses=2)
 CRITIC_KEYS = (
     "value_loss",
     "value_clip_fraction",
@@ -34,16 +35,9 @@ def reward(tiny_model_dir, tmp_path_factory):
     return ppo_helpers.ensemble(tmp_path_factory.mktemp("free") / "ensemble", tiny_model_dir)
 
 
-def pairs():
-    """Two responses to each prompt."""
-    sampling = Sampling(6)
-    sampling.num_responses = 2
-    return sampling
-
-
 @pytest.mark.parametrize("kind", CRITIC_FREE)
 def test_a_run_without_a_critic_has_no_trace_of_one(tiny_model_dir, reward, tmp_path, monkeypatch, kind):
-    module = ppo_module(tiny_model_dir, reward, advantage=kind(), sampling=pairs())
+    module = ppo_module(tiny_model_dir, reward, advantage=kind(), sampling=PAIRS)
     asked = []
     monkeypatch.setattr("lit_vapo.models.actor_critic.ActorCritic.values", lambda *args: asked.append(args))
     data = prompt_data(tiny_model_dir, tmp_path)
@@ -70,9 +64,9 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(reward, kind):
     with pytest.raises(ValueError, match=r"model.sampling.num_responses: expected at least 2, .* got 1"):
         ppo_module(nowhere, reward, advantage=kind())
     with pytest.raises(ValueError, match=rf"model.critic: expected null, since {kind.__name__} needs no critic, got"):
-        ppo_module(nowhere, reward, advantage=kind(), sampling=pairs(), critic=CriticSpec())
+        ppo_module(nowhere, reward, advantage=kind(), sampling=PAIRS, critic=CriticSpec())
     with pytest.raises(ValueError, match=r"model.update.critic_warmup: expected 0, since .* needs no critic, got 2"):
-        ppo_module(nowhere, reward, advantage=kind(), sampling=pairs(), update=UpdateSettings(critic_warmup=2))
+        ppo_module(nowhere, reward, advantage=kind(), sampling=PAIRS, update=UpdateSettings(critic_warmup=2))
 
 
 def test_values_of_no_critic_are_refused(tiny_model_dir, reward):
@@ -87,18 +81,19 @@ def test_the_first_gradient_is_that_of_reinforce_with_a_leave_one_out_baseline(t
     for name, parameter in nets.policy.lm.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    rollout = ppo_helpers.make_rollout(nets, tiny_model_dir, values=False, objective=VarianceAware())
-    experience = compute_advantages(rollout, 0.3, Rloo(), 3, lambda x: x)
+    options = {"prompts": ppo_helpers.PROMPTS[:2], "num_responses": 3, "objective": VarianceAware()}
+    rollout = ppo_helpers.make_rollout(nets, tiny_model_dir, values=False, **options)
+    experience = compute_advantages(rollout, 0.3, Rloo(), lambda x: x)
     total = [
         float(rollout.reward[i]) - 0.3 * float(rollout.kl_weight[i]) * float(rollout.log_ratio[i]) for i in range(6)
     ]
     surrogate = 0.0
-    logprobs = nets.actor(rollout.rows, 1.0).logprobs
+    logprobs = nets.actor(rollout.rows, Shaping()).logprobs
     for i in range(6):
         others = [total[j] for j in range(i // 3 * 3, i // 3 * 3 + 3) if j != i]
         surrogate = surrogate - (total[i] - sum(others) / 2) * logprobs[i][rollout.response_mask[i]].sum()
     expected = torch.autograd.grad(surrogate / rollout.response_mask.sum(), nets.actor_parameters())
-    updater = PPOUpdate(LoneModule(), nets, UpdateSettings(1, 1, max_grad_norm=1e9), 1.0)
+    updater = PPOUpdate(LoneModule(), nets, UpdateSettings(1, 1, max_grad_norm=1e9), Shaping())
     updater.run(experience, torch.optim.SGD(nets.actor_parameters(), lr=0.0))
     for parameter, gradient in zip(nets.actor_parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
@@ -107,16 +102,16 @@ def test_the_first_gradient_is_that_of_reinforce_with_a_leave_one_out_baseline(t
 def test_actor_learns_the_same_from_the_same_advantages(tiny_model_dir, reward):
     # The critic's presence does not touch the actor: same advantages, same adapters.
     nets, free = (ppo_helpers.networks(tiny_model_dir, reward, critic=c) for c in ("reference", None))
-    rollout = ppo_helpers.make_rollout(nets, tiny_model_dir)
+    rollout = ppo_helpers.make_rollout(nets, tiny_model_dir, num_responses=2)
     rewards = token_rewards(
         rollout.reward, rollout.logprobs - rollout.ref_logprobs, rollout.kl_weight, 0.1, rollout.response_mask
     )
     advantages = Rloo()(rewards, None, rollout.response_mask, 2, lambda x: x).advantages
-    with_critic = compute_advantages(rollout, 0.1, Gae(), 1, lambda x: x)._replace(advantages=advantages)
-    without = compute_advantages(rollout, 0.1, Rloo(), 2, lambda x: x)
+    with_critic = compute_advantages(rollout, 0.1, Gae(), lambda x: x)._replace(advantages=advantages)
+    without = compute_advantages(rollout, 0.1, Rloo(), lambda x: x)
     for networks, experience in ((nets, with_critic), (free, without)):
         torch.manual_seed(3)
-        updater = PPOUpdate(LoneModule(), networks, UpdateSettings(2, 2), 1.0)
+        updater = PPOUpdate(LoneModule(), networks, UpdateSettings(2, 2), Shaping())
         updater.run(experience, ppo_helpers.optimizer(networks, 1e-3))
     for name, value in state(free).items():
         assert torch.equal(state(nets)[name], value), name
