@@ -1,6 +1,6 @@
 """Pure torch maths: no state, no input or output, no logging, no configuration."""
 
-from lit_vapo.functional.advantages import Advantages, gae
+from lit_vapo.functional.advantages import Advantages, gae, group_normalise, leave_one_out, on_every_token
 from lit_vapo.functional.calibration import (
     ReliabilityCurve,
     brier,
@@ -18,7 +18,7 @@ from lit_vapo.functional.ensemble import (
     nuclear_diversity,
     poisson_bootstrap,
 )
-from lit_vapo.functional.kl import kl_k1, kl_k2, kl_k3, sequence_log_ratio, weighted_k3
+from lit_vapo.functional.kl import adapt_kl_coef, kl_k1, kl_k2, kl_k3, sequence_log_ratio, weighted_k3
 from lit_vapo.functional.laplace import Posterior, laplace_preference
 from lit_vapo.functional.logprobs import TokenLogprobs, token_logprobs
 from lit_vapo.functional.masked import Moments, masked_mean, masked_sum, masked_var, masked_whiten, moments
@@ -57,6 +57,7 @@ __all__ = [
     "RiskCoverage",
     "TokenLogprobs",
     "ValueTerms",
+    "adapt_kl_coef",
     "approx_kl",
     "auroc",
     "bradley_terry_loss",
@@ -70,10 +71,12 @@ __all__ = [
     "fit_normaliser",
     "fit_temperature",
     "gae",
+    "group_normalise",
     "kl_k1",
     "kl_k2",
     "kl_k3",
     "laplace_preference",
+    "leave_one_out",
     "margin_estimate",
     "masked_mean",
     "masked_sum",
@@ -83,6 +86,7 @@ __all__ = [
     "normalise_members",
     "nuclear_diversity",
     "objective",
+    "on_every_token",
     "optimal_policy",
     "poisson_bootstrap",
     "policy_loss_terms",
