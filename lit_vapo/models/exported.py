@@ -87,7 +87,9 @@ def _adapter_settings(path: Path, base: Pretrained) -> Lora:
                 f"{str(path)!r}"
             )
     targets = config["target_modules"]
-    return Lora(int(config["r"]), float(config["lora_alpha"]), targets if isinstance(targets, str) else sorted(targets), top)
+    return Lora(
+        int(config["r"]), float(config["lora_alpha"]), targets if isinstance(targets, str) else sorted(targets), top
+    )
 
 
 def _refuse_contradiction(folder: str, asked: Lora, found: Lora, count: int) -> None:
@@ -129,6 +131,8 @@ def generation_config(sampling: Sampling, stops: list[int], pad: int) -> Generat
         top_k=0,
         top_p=1.0,
         max_new_tokens=sampling.max_new_tokens,
+        min_new_tokens=sampling.min_new_tokens or None,
+        stop_strings=sampling.stop_strings,
         eos_token_id=stops or None,
         pad_token_id=pad,
     )

@@ -129,6 +129,12 @@ class Policy(nn.Module):
             self._train_adapters()
             yield self.causal_lm
 
+    @contextmanager
+    def reference_backbone(self) -> Iterator[PreTrainedModel]:
+        """The reference without its language-model head, for the length of a block."""
+        with self.acting_as("reference") as lm:
+            yield cast("PreTrainedModel", lm.base_model)
+
     def _train_adapters(self) -> None:
         # peft stops the gradients of adapters that are switched off; ours take turns within one optimiser.
         for name, parameter in self.lm.named_parameters():
@@ -178,8 +184,8 @@ class Policy(nn.Module):
         """
         if merge and isinstance(self.lm, PeftModel) and self.start.quantization is not None:
             raise ValueError(
-                f"merge: expected adapters of an unquantised base, got one of {self.start.quantization}, whose rounding "
-                "the merged weights would not have or would repeat. Export the adapter."
+                f"merge: expected adapters of an unquantised base, got those of a {self.start.quantization} base: "
+                "merged weights would be rounded anew, or be those of another policy. Export the adapter."
             )
         if isinstance(self.lm, PeftModel) and merge:
             self.lm.set_adapter("actor")

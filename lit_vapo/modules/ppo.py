@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_vapo.advantages.base import AdvantageEstimator
@@ -16,6 +17,7 @@ from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.metrics import rollout_statistics
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.critic import CriticSpec
+from lit_vapo.models.exported import check_policy
 from lit_vapo.models.generation import Generator, Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.reward import read_config
@@ -46,7 +48,10 @@ class PPOModule(EvaluatedPolicy):
         base: The language model to align; its frozen self is the reference.
         reward: Folder of the reward ensemble (written by `lit-vapo export`).
         objective: What to maximise.
-        lora: Adapters to train; `null` trains all weights and keeps a frozen copy as the reference.
+        lora: Adapters to train; `null` trains all weights and keeps the base beside them as the reference, quantised if
+            `base.quantization` says so.
+        policy: Folder of an exported policy to start from; its critic is taken along if it has one that fits. An
+            adapter of `base` brings the settings of `lora` with it (`lora` may be `null`). The reference stays `base`.
         critic: What the critic reads, where the advantage needs one; leave it out where it does not.
         sampling: How responses are drawn.
         advantage: What a token is better than: `Gae` asks a critic, `Rloo` and `Grpo` compare the responses to a prompt
@@ -79,6 +84,7 @@ class PPOModule(EvaluatedPolicy):
         reward: str,
         objective: Objective | None = None,
         lora: Lora | None = None,
+        policy: str | None = None,
         critic: CriticSpec | None = None,
         sampling: Sampling | None = None,
         advantage: AdvantageEstimator | None = None,
@@ -110,7 +116,9 @@ class PPOModule(EvaluatedPolicy):
         self.base = base
         self.reward = reward
         self.objective = objective or VarianceAware()
-        self.lora = lora
+        # A policy that is not there or of another base is refused before anything heavy is loaded.
+        self.lora = lora if policy is None else check_policy(policy, base, lora)
+        self.policy = policy
         self.sampling = sampling or Sampling()
         self.advantage = advantage or Gae()
         self.update = update or UpdateSettings()
@@ -137,7 +145,9 @@ class PPOModule(EvaluatedPolicy):
         """Load actor, reference, critic and reward ensemble."""
         if self.networks is not None:
             return
-        self.networks = ActorCritic(self.base, self.lora, self.critic, self.reward)
+        self.networks = ActorCritic(self.base, self.lora, self.critic, self.reward, self.policy)
+        if self.policy is not None:
+            rank_zero_info(f"policy: starts from {self.policy}; its critic from {self.networks.critic_start}")
         head = self.networks.reward_model.head
         self.objective.prepare(head.num_members, head.reference_variance)
 
@@ -270,7 +280,16 @@ class PPOModule(EvaluatedPolicy):
     def _is_own_state(self, name: str) -> bool:
         return name == "kl_coef" or name.startswith(("objective.", "networks.reward_model.head."))
 
-    def export(self, folder: str | Path) -> None:
-        """Write the policy as an ordinary transformers or peft folder, and the critic, if any, beside it."""
+    def export(self, folder: str | Path, merge: bool = False) -> None:
+        """Write the policy as an ordinary transformers or peft folder, and the critic, if any, beside it.
+
+        Args:
+            folder: A new or empty folder.
+            merge: Add adapters to the weights and write a whole model.
+
+        Raises:
+            FileExistsError: The folder has files in it.
+            ValueError: Adapters of a quantised base are to be merged.
+        """
         assert self.networks is not None
-        self.networks.save_pretrained(folder)
+        self.networks.save_pretrained(folder, self.sampling, merge)
