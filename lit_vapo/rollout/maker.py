@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lit_vapo.data.collate import PromptBatch
-from lit_vapo.data.tokenise import pair_encoder
+from lit_vapo.data.formats import Messages
+from lit_vapo.data.tokenise import PairEncoder, pair_encoder
 from lit_vapo.functional import clip_rewards
 from lit_vapo.models.actor_critic import ActorCritic, Rows
 from lit_vapo.models.features import compute_features, length_batches
@@ -22,7 +22,7 @@ from lit_vapo.models.transformers_generator import TransformersGenerator
 from lit_vapo.models.trunk import widen
 from lit_vapo.objectives.base import Objective
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
-from lit_vapo.types import RewardEstimate, TextReward, TokenSequence
+from lit_vapo.types import RewardEstimate, TextReward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +73,7 @@ class RolloutMaker:
         self.shaping = sampling.shaping(self.stops)
         self.generator = generator or TransformersGenerator()
         self._warned = False
-        self._reward_encoder: Callable[[str, str, bool], TokenSequence] | None = None
+        self._reward_encoder: PairEncoder | None = None
 
     @torch.no_grad()
     def make(self, batch: PromptBatch, objective: Objective, role: Role = "actor", values: bool = True) -> Rollout:
@@ -93,10 +93,14 @@ class RolloutMaker:
         self._warn_if_all_are_cut_off(generated.stopped)
         rows = assemble_rows(batch, generated)
         prompts = [prompt for prompt in batch.prompts for _ in range(self.sampling.num_responses)]
+        messages = [turns for turns in _messages(batch) for _ in range(self.sampling.num_responses)]
         responses = self._decode(rows)
         generated_at = time.perf_counter()
         scored = self._score(rows, role, values)
-        estimate = self._estimate(prompts, responses, generated.stopped, scored.features)
+        features = scored.features
+        if features is None:
+            features = self._own_features(prompts, messages, responses, generated.stopped)
+        estimate: RewardEstimate = self.networks.reward_model.head(features)
         _check_finite(estimate, prompts)
         score = objective(estimate)
         reward = clip_rewards(score.reward, self.reward_clip)
@@ -133,7 +137,7 @@ class RolloutMaker:
                 assert scored.features is not None
                 features.append(scored.features)
             else:
-                features.append(self._own_features(batch.prompts, self._decode(rows), out.stopped))
+                features.append(self._own_features(batch.prompts, _messages(batch), self._decode(rows), out.stopped))
         return torch.cat(features)
 
     @torch.no_grad()
@@ -181,21 +185,22 @@ class RolloutMaker:
         columns = [torch.cat(c)[order] if c[0] is not None else None for c in zip(*outputs, strict=True)]
         return _Scored(*columns)  # type: ignore[arg-type]
 
-    def _estimate(
-        self, prompts: list[str], responses: list[str], stopped: Tensor, features: Tensor | None
-    ) -> RewardEstimate:
-        if features is None:
-            features = self._own_features(prompts, responses, stopped)
-        return self.networks.reward_model.head(features)
-
-    def _own_features(self, prompts: list[str], responses: list[str], stopped: Tensor) -> Tensor:
-        """Features by the ensemble's own backbone, re-tokenised with its own tokenizer."""
+    def _own_features(
+        self, prompts: list[str], messages: list[Messages | None], responses: list[str], stopped: Tensor
+    ) -> Tensor:
+        """Features by the ensemble's own backbone, re-tokenised with its own tokenizer and chat template."""
         model = self.networks.reward_model
         if self._reward_encoder is None:
             self._reward_encoder = pair_encoder(model.load_tokenizer())
         encode = self._reward_encoder
-        sequences = [encode(p, r, bool(s)) for p, r, s in zip(prompts, responses, stopped.tolist(), strict=True)]
+        rows = zip(prompts, messages, responses, stopped.tolist(), strict=True)
+        sequences = [encode(prompt, response, ended, turns) for prompt, turns, response, ended in rows]
         return compute_features(model, sequences, stopped.device).to(stopped.device)
+
+
+def _messages(batch: PromptBatch) -> list[Messages | None]:
+    """The messages of each prompt, where there are any."""
+    return batch.messages or [None] * len(batch.prompts)
 
 
 def _check_finite(estimate: RewardEstimate, prompts: list[str]) -> None:
