@@ -8,6 +8,7 @@ import torch
 from jsonargparse import ArgumentParser
 from ppo_helpers import LoneModule
 
+from lit_vapo.advantages.gae import Gae
 from lit_vapo.data.collate import PromptBatch
 from lit_vapo.models.generation import Generated, Generator, Sampling, stop_ids
 from lit_vapo.models.pretrained import Pretrained, load_causal_lm, load_tokenizer
@@ -111,7 +112,7 @@ def test_an_empty_response_among_several_is_refused_by_its_prompt():
 
 def test_the_first_ratio_is_one_under_a_minimum_length(nets, make):
     rollout, maker = make(Sampling(6, 0.7, HALF, num_responses=2, min_new_tokens=2))
-    experience = compute_advantages(rollout, 0.05, UpdateSettings(), lambda x: x)
+    experience = compute_advantages(rollout, 0.05, Gae(), lambda x: x)
     still = torch.optim.SGD(nets.parameters(), lr=0.0)
     report = PPOUpdate(LoneModule(), nets, UpdateSettings(1, 2), maker.shaping).run(experience, still)
     for name in ("ratio", "ratio_max"):
@@ -150,7 +151,7 @@ def test_a_stop_string_ends_a_response_like_a_stop_token(make, tokenizer):
 def test_rewards_sit_on_the_token_that_completes_a_stop_string(make):
     rollout, _ = make(Sampling(16, num_responses=8, stop_strings=["e", "o"]))
     rollout.values.zero_()
-    plain = UpdateSettings(gae_lambda=0.0, whiten_advantages=False)
+    plain = Gae(gae_lambda=0.0, whiten=False)
     rewards = compute_advantages(rollout, 0.0, plain, lambda x: x).advantages
     last = rollout.response_mask.sum(1) - 1
     expected = torch.zeros_like(rewards).scatter(1, last[:, None], rollout.reward[:, None])
