@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning import LightningModule
 
 from lit_vapo.models.exported import is_adapter
 from lit_vapo.modules.checkpoint import plain
+from lit_vapo.modules.ppo import PPOModule
+from lit_vapo.modules.reward import RewardModule
 
 METRICS = "docs/metrics.md of lit-vapo"
 POLICY = """\
@@ -69,7 +70,7 @@ tokenizer = AutoTokenizer.from_pretrained({folder})
 print(model(**tokenizer("The film was good", return_tensors="pt")).logits)  # one for each member"""
 
 
-def policy_card(module: LightningModule, target: Path, folder: str) -> str:
+def policy_card(module: PPOModule, target: Path, folder: str) -> str:
     """The card of a policy.
 
     Args:
@@ -112,7 +113,7 @@ def policy_card(module: LightningModule, target: Path, folder: str) -> str:
     return _card(header, text, table, settings, module.figures)
 
 
-def ensemble_card(module: LightningModule, folder: str, classifier: bool) -> str:
+def ensemble_card(module: RewardModule, folder: str, classifier: bool) -> str:
     """The card of a reward ensemble.
 
     Args:
