@@ -1,7 +1,8 @@
 """What sampling gains when rows that have ended leave the batch, and when a prompt is read once for all its responses.
 
-A random Llama answers random prompts; a share of the vocabulary stops, so lengths vary as in a real rollout. Each pair is
-timed alternately and in one run, and the ratio is taken pair by pair, so a machine whose speed drifts favours neither.
+A random Llama answers random prompts; a share of the vocabulary stops, so lengths vary as in a real rollout. Each pair
+is timed alternately and in one run, and the ratio is taken pair by pair, so a machine whose speed drifts favours
+neither.
 
     python benchmarks/generation.py
     python benchmarks/generation.py --hidden_size 1024 --layers 12 --prompts 64 --max_new_tokens 256 --device cuda
