@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_vapo.folders import check_new
 from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.critic import Critic, CriticSpec, own_trunk
+from lit_vapo.models.generation import Shaping
 from lit_vapo.models.policy import Policy, Role
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.models.reward import RewardModel, head_class, read_config
@@ -102,10 +103,10 @@ class ActorCritic(nn.Module):
             self.critic.warm_start(self.reward_model.head.linear_mean())
 
     @torch.no_grad()
-    def reference(self, rows: Rows, temperature: float) -> ReferencePass:
+    def reference(self, rows: Rows, shaping: Shaping) -> ReferencePass:
         """One pass through the frozen base."""
         out = self.policy.hidden("reference", rows.input_ids, rows.lengths, self.tap_layer)
-        logprobs = self._logprobs("reference", out.last, rows, temperature)
+        logprobs = self._logprobs("reference", out.last, rows, shaping)
         features = states = None
         if self.shares_base:
             features = pool(out.tapped, rows.lengths, rows.prompt_lengths, self.reward_model.spec.pooling)
@@ -113,10 +114,10 @@ class ActorCritic(nn.Module):
             states = response_states(out.tapped, rows.prompt_lengths, rows.response_mask.shape[1])
         return ReferencePass(logprobs.logprobs, logprobs.entropy, features, states)
 
-    def actor(self, rows: Rows, temperature: float) -> TokenLogprobs:
+    def actor(self, rows: Rows, shaping: Shaping) -> TokenLogprobs:
         """Log-probabilities and entropies of the responses under the policy (B, T)."""
         hidden = self.policy.hidden("actor", rows.input_ids, rows.lengths).last
-        return self._logprobs("actor", hidden, rows, temperature)
+        return self._logprobs("actor", hidden, rows, shaping)
 
     def values(self, rows: Rows, value_states: Tensor | None) -> Tensor:
         """Values before each response token (B, T).
@@ -141,8 +142,8 @@ class ActorCritic(nn.Module):
         """What the value loss trains."""
         return [*self.critic.parameters(), *self.policy.critic_parameters()]
 
-    def _logprobs(self, role: Role, hidden: Tensor, rows: Rows, temperature: float) -> TokenLogprobs:
-        return self.policy.logprobs(role, hidden, rows.input_ids, rows.prompt_lengths, rows.response_mask, temperature)
+    def _logprobs(self, role: Role, hidden: Tensor, rows: Rows, shaping: Shaping) -> TokenLogprobs:
+        return self.policy.logprobs(role, hidden, rows.input_ids, rows.prompt_lengths, rows.response_mask, shaping)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the policy, its tokenizer, and the critic's value head (with its trunk or adapters) below `critic`.

@@ -14,7 +14,7 @@ from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.metrics import rollout_statistics
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.critic import CriticSpec
-from lit_vapo.models.generation import Sampling
+from lit_vapo.models.generation import Generator, Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.reward import read_config
 from lit_vapo.modules.checkpoint import (
@@ -56,6 +56,7 @@ class PPOModule(EvaluatedPolicy):
         gold: A judge that only watches: its mean is logged, training never sees it.
         num_reference: How many reference responses calibrate an ensemble that is not calibrated yet.
         seed: Seed of evaluation samples, so that evaluations differ by the policy alone.
+        generator: Who draws the responses; `null` for transformers.
     """
 
     stage = "ppo"
@@ -79,6 +80,7 @@ class PPOModule(EvaluatedPolicy):
         gold: TextReward | None = None,
         num_reference: int = 256,
         seed: int = 0,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__()
         check_positive(
@@ -107,6 +109,7 @@ class PPOModule(EvaluatedPolicy):
         self.gold = gold
         self.num_reference = num_reference
         self.seed = seed
+        self.generator = generator
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))
         self.networks: ActorCritic | None = None
         # An ensemble that the objective cannot use is refused before anything heavy is loaded.
@@ -138,6 +141,7 @@ class PPOModule(EvaluatedPolicy):
             self.gold,
             self.reward_clip,
             self.missing_eos_penalty,
+            generator=self.generator,
         )
         head = self.networks.reward_model.head
         if not bool(head.calibrated):
@@ -175,7 +179,7 @@ class PPOModule(EvaluatedPolicy):
         experience = compute_advantages(rollout, float(self.kl_coef), self.update, self._sum)
         update_started = time.perf_counter()
         optimizer = cast("torch.optim.Optimizer", self.optimizers())
-        updater = PPOUpdate(self, self.networks, self.update, self.sampling.temperature)
+        updater = PPOUpdate(self, self.networks, self.update, self.maker.shaping)
         learned = updater.run(
             experience,
             optimizer,

@@ -24,6 +24,7 @@ from lit_vapo.functional import (
 )
 from lit_vapo.models.actor_critic import ActorCritic, Rows
 from lit_vapo.models.features import length_batches
+from lit_vapo.models.generation import Shaping
 from lit_vapo.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -138,16 +139,16 @@ class PPOUpdate:
         module: The LightningModule, for backward passes and reductions over processes.
         networks: Actor and critic.
         settings: How to learn.
-        temperature: Sampling temperature of the rollout.
+        shaping: How the rollout was sampled.
     """
 
     def __init__(
-        self, module: LightningModule, networks: ActorCritic, settings: UpdateSettings, temperature: float
+        self, module: LightningModule, networks: ActorCritic, settings: UpdateSettings, shaping: Shaping
     ) -> None:
         self.module = module
         self.networks = networks
         self.settings = settings
-        self.temperature = temperature
+        self.shaping = shaping
 
     def run(
         self, experience: Experience, optimizer: torch.optim.Optimizer, train_actor: bool = True
@@ -231,7 +232,7 @@ class PPOUpdate:
     def _loss(self, part: Experience, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss summed over tokens, and sums of statistics."""
         settings, mask = self.settings, part.rows.response_mask
-        actor = self.networks.actor(part.rows, self.temperature)
+        actor = self.networks.actor(part.rows, self.shaping)
         policy = policy_loss_terms(actor.logprobs, part.logprobs, part.advantages, mask, settings.clip_range)
         values = self.networks.values(part.rows, part.value_states)
         value = value_loss_terms(values, part.values, part.returns, mask, settings.value_clip_range)
