@@ -103,11 +103,11 @@ def test_rows_of_a_prompt_stand_together(make, tokenizer):
 
 def test_an_empty_response_among_several_is_refused_by_its_prompt():
     batch = PromptBatch(torch.tensor([[1], [2]]), torch.tensor([1, 1]), ["first", "second"], torch.arange(2))
-    lengths = torch.tensor([1, 1, 1, 0])
+    lengths = torch.tensor([1, 1, 0, 1])
     with pytest.raises(ValueError, match=r"got none for prompt 'second'"):
         assemble_rows(batch, Generated(torch.full((4, 1), 3), lengths, lengths > 1))
     with pytest.raises(ValueError, match=r"expected equally many responses to each of 2 prompts, got 3"):
-        assemble_rows(batch, Generated(torch.full((3, 1), 3), lengths[:3], lengths[:3] > 1))
+        assemble_rows(batch, Generated(torch.full((3, 1), 3), lengths[:3] + 1, lengths[:3] > 1))
 
 
 def test_the_first_ratio_is_one_under_a_minimum_length(nets, make):

@@ -57,8 +57,7 @@ def token_logprobs(
         chunk_size: rows in a chunk; by default what keeps its float32 logits below 256 MB.
 
     Returns:
-        TokenLogprobs, two `(N,)` tensors; N = 0 works. Logits are expected to be finite. A withheld target gets
-        the lowest finite number: the entropy's 0·log 0 must be 0, and -inf would make it NaN.
+        TokenLogprobs, two `(N,)` tensors; N = 0 works. Logits are expected to be finite before tokens are withheld.
 
     Raises:
         ValueError: if shapes do not fit, or if temperature, softcap or chunk_size is not positive.
@@ -127,10 +126,12 @@ def _chunk_logprobs(
         logits = softcap * torch.tanh(logits / softcap)
     if temperature != 1.0:
         logits = logits / temperature
+    allowed = logits
     if len(ids):
         tokens = torch.zeros(weight.shape[0], dtype=torch.bool, device=logits.device).index_fill(0, ids, True)
-        logits = logits.masked_fill(where[:, None] & tokens, torch.finfo(logits.dtype).min)
-    normaliser = logits.logsumexp(dim=-1)
-    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
-    entropy = normaliser - (logits.softmax(dim=-1) * logits).sum(dim=-1)
+        allowed = logits.masked_fill(where[:, None] & tokens, -torch.inf)
+    normaliser = allowed.logsumexp(dim=-1)
+    logprobs = allowed.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+    # A probability of 0 times a finite logit: 0·log 0 is 0, in the gradient too.
+    entropy = normaliser - (allowed.softmax(dim=-1) * logits).sum(dim=-1)
     return logprobs, entropy

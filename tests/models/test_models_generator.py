@@ -22,7 +22,7 @@ KINDS = {
 }  # fmt: skip
 # Prompts of 1, 3, 5 and 6 tokens; what pads them is the end of sequence, and a stop token.
 PROMPTS = [[300], [5, 6, 7], [9, 8, 7, 0, 5], [1, 2, 3, 4, 5, 6]]
-STOPS = list(range(0, 320, 9))
+STOPS = list(range(0, 320, 5))
 
 
 @pytest.fixture(scope="module")
