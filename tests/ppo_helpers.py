@@ -97,6 +97,25 @@ def ppo_module(model, reward, **kwargs):
     return PPOModule(Pretrained(model), reward, **options)
 
 
+def several_responses(module, count):
+    """Let a PPO module answer each prompt so many times, the responses to one prompt together."""
+    start = module.start
+
+    def start_and_repeat():
+        start()
+        make = module.maker.make
+
+        def repeated(batch, *args, **kwargs):
+            ids, lengths = (x.repeat_interleave(count, 0) for x in (batch.input_ids, batch.lengths))
+            prompts = [prompt for prompt in batch.prompts for _ in range(count)]
+            return make(batch._replace(input_ids=ids, lengths=lengths, prompts=prompts), *args, **kwargs)
+
+        module.maker.make = repeated
+
+    module.start = start_and_repeat
+    return module
+
+
 def prompt_data(model, folder, count=16, batch_size=4, validation_fraction=0.0, **kwargs):
     """Prompts in a file of `folder`, as a datamodule."""
     prompts = helpers.tiny_prompts(folder / "ppo_prompts.jsonl", count)

@@ -84,13 +84,13 @@ def test_figures_are_over_all_rows_and_not_over_batches():
         "reward_mean": 2, "reward_std": math.sqrt(2), "objective_reward": 2, "ensemble_sigma": 0.5, "kl_k1": 0,
         "kl_k3": sum(k3) / 3, "kl_weighted_k3": (2 * k3[0] + k3[1]) / 3, "kl_weight_mean": 4 / 3, "kl_weight_max": 2,
         "entropy": 8 / 6, "response_length": 2, "response_length_std": math.sqrt(2), "eos_rate": 2 / 3, "gold": 1 / 3,
-        "gold_std": math.sqrt(2) / 3, "reward_member_0": 1, "reward_member_1": 3, "distinct_2": 4 / 6,
+        "gold_std": math.sqrt(2) / 3, "reward_member_0": 1, "reward_member_1": 3, "distinct_pairs": 4 / 6,
         "repeated_words": 1 / 6, "distinct_responses": 1,
     }  # fmt: skip
     rows[1]["response"], rows[2]["response"] = "says so so", "says so 2 0"
     found = PolicyReport(rows).summary()
     # "says 0", "0 0", "says so", "so so", "says so", "so 2", "2 0".
-    expected |= {"distinct_2": 6 / 7, "repeated_words": 2 / 7}
+    expected |= {"distinct_pairs": 6 / 7, "repeated_words": 2 / 7}
     assert found == pytest.approx(expected)
 
 

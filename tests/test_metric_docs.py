@@ -58,6 +58,10 @@ def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
     reward = ppo_helpers.ensemble(folder / "ensemble", tiny_model_dir)
     base = Pretrained(tiny_model_dir)
     prompts = ppo_helpers.prompt_data(tiny_model_dir, folder, validation_fraction=0.5)
+
+    def ppo():
+        return ppo_helpers.several_responses(ppo_helpers.ppo_module(tiny_model_dir, reward, gold=Judge()), 2)
+
     return {
         "sft": logged(lambda: SFTModule(base), SFTDataModule(tiny_model_dir, **options), folder / "sft"),
         "reward": logged(
@@ -65,7 +69,7 @@ def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
             PreferenceDataModule(tiny_model_dir, **options, test_fraction=0.2, preferences_ood=tiny_preferences_file),
             folder / "reward",
         ),
-        "ppo": logged(lambda: ppo_helpers.ppo_module(tiny_model_dir, reward, gold=Judge()), prompts, folder / "ppo"),
+        "ppo": logged(ppo, prompts, folder / "ppo"),
     }
 
 

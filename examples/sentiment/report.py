@@ -150,7 +150,7 @@ def print_table(summary: dict[str, Any]) -> None:
     table.add_row("ensemble reward", f"{s['reward_reference']:+.3f}", f"{s['reward_policy']:+.3f}")
     table.add_row("ensemble σ", f"{s['sigma_reference']:.3f}", f"{s['sigma_policy']:.3f}")
     table.add_row("KL, nats per response (k1)", "0", f"{s['sequence_kl_k1']:.2f}")
-    before, after = s["repetition_reference"]["distinct_2"], s["repetition_policy"]["distinct_2"]
+    before, after = s["repetition_reference"]["distinct_pairs"], s["repetition_policy"]["distinct_pairs"]
     table.add_row("distinct word pairs", f"{before:.2f}", f"{after:.2f}")
     Console().print(table)
 

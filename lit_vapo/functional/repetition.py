@@ -12,13 +12,13 @@ class Repetition(NamedTuple):
     """How much a set of responses repeats itself; a share is NaN where there is nothing to take it of.
 
     Attributes:
-        distinct_2: Distinct word pairs among all word pairs of all responses. It falls with the number of responses:
+        distinct_pairs: Distinct word pairs among all word pairs of all responses. It falls with the number of responses:
             compare sets of one size.
         repeated_words: Word pairs that are one word twice, among all word pairs.
         distinct_responses: Distinct responses among all.
     """
 
-    distinct_2: float
+    distinct_pairs: float
     repeated_words: float
     distinct_responses: float
 
@@ -26,7 +26,8 @@ class Repetition(NamedTuple):
 def repetition(responses: Sequence[str]) -> Repetition:
     """How much a set of responses repeats itself, within and between them.
 
-    Words are what white space separates, in lower case. `distinct_2` is from Li et al., arXiv 1510.03055, section 5.
+    Words are what white space separates, in lower case. `distinct_pairs` is the distinct-2 of Li et al., arXiv
+    1510.03055, divided by the number of pairs where they divide by that of words, so that 1 says that none comes twice.
 
     Args:
         responses: B texts.
@@ -38,7 +39,7 @@ def repetition(responses: Sequence[str]) -> Repetition:
         Three word pairs, "so so" and twice "so good":
 
         >>> repetition(["So so good", "so good"])
-        Repetition(distinct_2=0.6666666666666666, repeated_words=0.3333333333333333, distinct_responses=1.0)
+        Repetition(distinct_pairs=0.6666666666666666, repeated_words=0.3333333333333333, distinct_responses=1.0)
     """
     pairs = [pair for response in responses for pair in pairwise(response.lower().split())]
     return Repetition(

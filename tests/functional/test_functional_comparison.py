@@ -54,5 +54,5 @@ def test_repetition_by_hand():
 def test_repetition_of_nothing_is_not_defined():
     assert all(math.isnan(value) for value in repetition([]))
     found = repetition(["", "word"])
-    assert math.isnan(found.distinct_2)
+    assert math.isnan(found.distinct_pairs)
     assert found.distinct_responses == 1

@@ -11,10 +11,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ppo_helpers import ppo_module, prompt_data
+from ppo_helpers import ppo_module, prompt_data, several_responses
 
 from lit_vapo.evaluation.policy_files import read_evaluations
-from lit_vapo.modules.ppo import PPOModule
 from lit_vapo.modules.ppo_update import UpdateSettings
 from lit_vapo.types import TextReward
 
@@ -53,16 +52,16 @@ def fitted(tiny_model_dir, reward, tmp_path_factory):
             values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
             logged.append((values, pl_module.samples))
 
-    whole = module.start
+    start = module.start
 
-    def start():
-        whole()
+    def watched():
+        start()
         make = module.maker.make
         module.maker.make = lambda batch, objective, role="actor", values=True: (
             asked.append((role, values)) or make(batch, objective, role, values)
         )
 
-    module.start = start
+    module.start = watched
     data = prompt_data(tiny_model_dir, folder, validation_fraction=0.5, batch_size=3)
     trainer = ppo_helpers.trainer(folder, max_epochs=2, limit_train_batches=1, callbacks=[Watch()])
     torch.manual_seed(0)
@@ -178,25 +177,8 @@ def test_an_untrained_policy_answers_as_the_reference_does(tiny_model_dir, rewar
     assert [(record["prompt"], record["policy"]) for record in module.samples] == expected
 
 
-class Several(PPOModule):
-    """Answers each prompt three times."""
-
-    def start(self):
-        super().start()
-        make = self.maker.make
-
-        def several(batch, *args, **kwargs):
-            ids, lengths = (x.repeat_interleave(3, 0) for x in (batch.input_ids, batch.lengths))
-            prompts = [p for p in batch.prompts for _ in range(3)]
-            return make(batch._replace(input_ids=ids, lengths=lengths, prompts=prompts), *args, **kwargs)
-
-        self.maker.make = several
-
-
 def test_a_test_with_several_responses_writes_best_of_n(tiny_model_dir, reward, data, tmp_path):
-    plain = ppo_module(tiny_model_dir, reward)
-    options = {"gold": Judge(), "lora": plain.lora, "sampling": plain.sampling}
-    module = Several(plain.base, reward, **options)
+    module = several_responses(ppo_module(tiny_model_dir, reward, gold=Judge()), 3)
     (result,) = ppo_helpers.trainer(tmp_path).test(module, data, verbose=False)
     record = json.loads((tmp_path / "test" / "evaluation.json").read_text())
     assert (record["num_prompts"], record["num_responses"]) == (10, 3)
