@@ -28,7 +28,7 @@ COLUMNS = (
     "members",
 )
 SCORES = ("reward", "gold")
-Records = Sequence[Mapping[str, Any]]
+Records = list[dict[str, Any]]
 
 
 def response_statistics(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.patheffects import withStroke
+
 from lit_vapo.figures.drawing import BLUE, GREY, ORANGE, drawing
 
 Rows = Sequence[Mapping[str, Any]]
@@ -129,10 +131,11 @@ def _number(axis: Any, course: Rows) -> None:
     curve = _curve("reward", course)
     assert curve is not None
     last = len(course) - 1
-    options: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": GREY}
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    options: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "zorder": 7, "path_effects": halo}
     for i in range(last, 0, -max(1, math.ceil(last / SHOWN))):
         where, number = (curve.x[i], curve.y[i]), course[i]["iteration"]
         if i == last:
-            axis.annotate(f"iteration {number}", where, (3, 8), ha="right", **options)
+            axis.annotate(f"iteration {number}", where, (-6, 6), ha="right", **options)
         else:
-            axis.annotate(str(number), where, (0, 7), ha="center", **options)
+            axis.annotate(str(number), where, (-4, 5), ha="right", **options)

@@ -12,8 +12,8 @@ class Repetition(NamedTuple):
     """How much a set of responses repeats itself; a share is NaN where there is nothing to take it of.
 
     Attributes:
-        distinct_pairs: Distinct word pairs among all word pairs of all responses. It falls with the number of responses:
-            compare sets of one size.
+        distinct_pairs: Distinct word pairs among all word pairs of all responses. It falls with the number of
+            responses: compare sets of one size.
         repeated_words: Word pairs that are one word twice, among all word pairs.
         distinct_responses: Distinct responses among all.
     """

@@ -103,7 +103,7 @@ class EvaluatedPolicy(TrainedWeightsModule):
         """Log how the policy does beside its reference, and write the course of the run so far."""
         policy = self._report(POLICY, "val")
         reference = self._report(REFERENCE, "val").select(policy.prompt_ids)
-        self.samples = list(policy.records)
+        self.samples = policy.records
         found = policy.summary() | compare(policy, reference)
         self._log_figures("val", found)
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking and self.trainer.is_global_zero:
@@ -126,7 +126,7 @@ class EvaluatedPolicy(TrainedWeightsModule):
 
     def on_predict_epoch_end(self) -> None:
         """Put the responses of all processes together."""
-        self.samples = list(self._report(POLICY, "test").records)
+        self.samples = self._report(POLICY, "test").records
 
     # What all of them need.
 

@@ -109,32 +109,33 @@ def test_the_course_of_a_run_is_written(fitted):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_a_resumed_run_goes_on_with_its_evaluations(tiny_model_dir, reward, tmp_path):
-    data = prompt_data(tiny_model_dir, tmp_path, validation_fraction=0.5)
-    options = {"limit_train_batches": 1, "limit_val_batches": 1, "enable_checkpointing": True}
+def test_a_resumed_run_goes_on_with_its_evaluations(tiny_model_dir, reward, data, tmp_path):
+    options = {"limit_train_batches": 1, "limit_val_batches": 1, "num_sanity_val_steps": 1}
+    path = tmp_path / "run" / "evaluations.csv"
+    at_start = []
 
-    def fit(folder, epochs, ckpt_path=None):
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            at_start.append(path.exists())
+
+    def fit(epochs, ckpt_path=None):
         keep = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", every_n_epochs=1, save_top_k=-1)
-        trainer = ppo_helpers.trainer(tmp_path / folder, max_epochs=epochs, callbacks=[keep], **options)
+        kwargs = {"max_epochs": epochs, "callbacks": [keep, Look()], "enable_checkpointing": True, **options}
+        trainer = ppo_helpers.trainer(tmp_path / "run", **kwargs)
         torch.manual_seed(0)
         trainer.fit(ppo_module(tiny_model_dir, reward), data, ckpt_path=ckpt_path, weights_only=True)
-        return read_evaluations(tmp_path / folder / "evaluations.csv")
+        return read_evaluations(path)
 
-    first = fit("run", 3)
+    first = fit(3)
+    # A sanity check is no evaluation.
+    assert at_start == [False]
     assert [r["iteration"] for r in first] == [0, 1, 2, 3]
-    # From the second of three: what came after it is another branch's.
-    resumed = fit("run", 3, tmp_path / "ckpt" / "epoch=1.ckpt")
-    assert [r["iteration"] for r in resumed] == [0, 1, 2, 3]
-    assert [str(r) for r in resumed[:3]] == [str(r) for r in first[:3]]
+    # From the first of three, to the second: what came after it is another branch's.
+    resumed = fit(2, tmp_path / "ckpt" / "epoch=0.ckpt")
+    assert [r["iteration"] for r in resumed] == [0, 1, 2]
+    assert [str(r) for r in resumed[:2]] == [str(r) for r in first[:2]]
     # A run from the start knows nothing of what another left in its folder.
-    assert [r["iteration"] for r in fit("run", 1)] == [0, 1]
-
-
-def test_sanity_checks_leave_no_evaluation(tiny_model_dir, reward, data, tmp_path):
-    module = ppo_module(tiny_model_dir, reward)
-    kwargs = {"num_sanity_val_steps": 1, "limit_train_batches": 1}
-    ppo_helpers.trainer(tmp_path, **kwargs).fit(module, data)
-    assert list(columns(tmp_path / "evaluations.csv")) == [("reference", 0), ("policy", 1)]
+    assert [r["iteration"] for r in fit(1)] == [0, 1]
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
