@@ -134,9 +134,9 @@ def sample_rows(rollout: Rollout, policy: str, prompt_ids: Tensor) -> list[dict[
     Args:
         rollout: The responses, those to one prompt together.
         policy: Who gave them: `policy` or `reference`.
-        prompt_ids: Identity of each prompt (P,); B is a multiple of P.
+        prompt_ids: Identity of each prompt (P,), of which each has `rollout.num_responses`.
     """
-    each = len(rollout.responses) // len(prompt_ids)
+    each = rollout.num_responses
     columns = {name: column.detach().double().cpu() for name, column in response_columns(rollout).items()}
     records = []
     for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_vapo.data.datamodule import PreferenceDataModule, SFTDataModule
+from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.modules.reward import RewardModule
 from lit_vapo.modules.sft import SFTModule
@@ -60,7 +61,8 @@ def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
     prompts = ppo_helpers.prompt_data(tiny_model_dir, folder, validation_fraction=0.5)
 
     def ppo():
-        return ppo_helpers.several_responses(ppo_helpers.ppo_module(tiny_model_dir, reward, gold=Judge()), 2)
+        sampling = Sampling(6, num_responses=2)
+        return ppo_helpers.ppo_module(tiny_model_dir, reward, gold=Judge(), sampling=sampling)
 
     return {
         "sft": logged(lambda: SFTModule(base), SFTDataModule(tiny_model_dir, **options), folder / "sft"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_vapo.data.formats import Preference, Prompt
+from lit_vapo.types import TokenSequence
 
 
 class Truncation(NamedTuple):
@@ -62,6 +64,18 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, response: str, append_eos: 
     if append_eos and tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids = [*ids, tokenizer.eos_token_id]
     return ids
+
+
+def pair_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str, bool], TokenSequence]:
+    """A function from prompt text, response text and 'it ended by itself' to token ids."""
+
+    def encode(prompt: str, response: str, ended: bool) -> TokenSequence:
+        # A chat template has written the special tokens already.
+        templated = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
+        start = prompt_ids(tokenizer, prompt, templated)
+        return TokenSequence(start + response_ids(tokenizer, response, append_eos=ended), len(start))
+
+    return encode
 
 
 def tokenise_preference(

@@ -1,6 +1,6 @@
 """Pure torch maths: no state, no input or output, no logging, no configuration."""
 
-from lit_vapo.functional.advantages import Advantages, gae
+from lit_vapo.functional.advantages import Advantages, gae, group_normalise, leave_one_out, on_every_token
 from lit_vapo.functional.best_of_n import best_of_n, best_of_n_kl
 from lit_vapo.functional.calibration import (
     ReliabilityCurve,
@@ -20,7 +20,7 @@ from lit_vapo.functional.ensemble import (
     nuclear_diversity,
     poisson_bootstrap,
 )
-from lit_vapo.functional.kl import kl_k1, kl_k2, kl_k3, sequence_log_ratio, weighted_k3
+from lit_vapo.functional.kl import adapt_kl_coef, kl_k1, kl_k2, kl_k3, sequence_log_ratio, weighted_k3
 from lit_vapo.functional.laplace import Posterior, laplace_preference
 from lit_vapo.functional.logprobs import TokenLogprobs, token_logprobs
 from lit_vapo.functional.masked import Moments, masked_mean, masked_sum, masked_var, masked_whiten, moments
@@ -62,6 +62,7 @@ __all__ = [
     "RiskCoverage",
     "TokenLogprobs",
     "ValueTerms",
+    "adapt_kl_coef",
     "approx_kl",
     "auroc",
     "best_of_n",
@@ -77,10 +78,12 @@ __all__ = [
     "fit_normaliser",
     "fit_temperature",
     "gae",
+    "group_normalise",
     "kl_k1",
     "kl_k2",
     "kl_k3",
     "laplace_preference",
+    "leave_one_out",
     "margin_estimate",
     "masked_mean",
     "masked_sum",
@@ -90,6 +93,7 @@ __all__ = [
     "normalise_members",
     "nuclear_diversity",
     "objective",
+    "on_every_token",
     "optimal_policy",
     "paired_gain",
     "poisson_bootstrap",

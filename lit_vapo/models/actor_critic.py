@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_vapo.folders import check_new
 from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.critic import Critic, CriticSpec, own_trunk
+from lit_vapo.models.generation import Shaping
 from lit_vapo.models.policy import Policy, Role
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.models.reward import RewardModel, head_class, read_config
@@ -70,11 +71,11 @@ class ActorCritic(nn.Module):
     Args:
         base: The language model to align.
         lora: Adapters to train, or `None` to train all weights.
-        critic: What the critic reads.
+        critic: What the critic reads; `None` builds no critic.
         reward: Folder of the reward ensemble.
     """
 
-    def __init__(self, base: Pretrained, lora: Lora | None, critic: CriticSpec, reward: str) -> None:
+    def __init__(self, base: Pretrained, lora: Lora | None, critic: CriticSpec | None, reward: str) -> None:
         super().__init__()
         config = read_config(reward)
         frozen = not config["own_backbone"] and head_class(config["head"]["class_path"]).shares_features
@@ -82,30 +83,31 @@ class ActorCritic(nn.Module):
         self.reward_model = RewardModel.from_pretrained(reward, with_backbone=not self.shares_base)
         spec = self.reward_model.spec
         self.base = base
-        self.critic_trunk = critic.trunk
+        self.critic_trunk = None if critic is None else critic.trunk
         # Value and reward are read at the same depth where they read the same model.
-        critic_base = (critic.base or base) if critic.trunk == "own" else base
-        comparable = frozen and _same_model(spec.base, critic_base)
+        critic_base = critic.base if critic is not None and critic.trunk == "own" else None
+        comparable = critic is not None and frozen and _same_model(spec.base, critic_base or base)
         self.tap_layer = spec.layer if self.shares_base else None
         self.value_layer = spec.layer if comparable else None
         # Above the depth at which it reads, the critic holds nothing: nothing there would ever get a gradient.
-        self.policy = Policy(base, lora, critic_adapter=critic.trunk == "lora", critic_depth=self.value_layer)
-        trunk = own_trunk(critic, base, self.value_layer) if critic.trunk == "own" else None
-        size = int(trunk.config.hidden_size) if trunk is not None else self.policy.hidden_size
-        self.critic = Critic(size, trunk)
-        self.warm = critic.warm_start and comparable
+        self.policy = Policy(base, lora, critic_adapter=self.critic_trunk == "lora", critic_depth=self.value_layer)
+        self.critic: Critic | None = None
+        if critic is not None:
+            trunk = own_trunk(critic, base, self.value_layer) if critic.trunk == "own" else None
+            self.critic = Critic(int(trunk.config.hidden_size) if trunk is not None else self.policy.hidden_size, trunk)
+        self.warm = critic is not None and critic.warm_start and comparable
         self.warm_start_critic()
 
     def warm_start_critic(self) -> None:
         """Start the value head from the ensemble's mean reward, where both read the same hidden states."""
-        if self.warm:
+        if self.critic is not None and self.warm:
             self.critic.warm_start(self.reward_model.head.linear_mean())
 
     @torch.no_grad()
-    def reference(self, rows: Rows, temperature: float) -> ReferencePass:
+    def reference(self, rows: Rows, shaping: Shaping) -> ReferencePass:
         """One pass through the frozen base."""
         out = self.policy.hidden("reference", rows.input_ids, rows.lengths, self.tap_layer)
-        logprobs = self._logprobs("reference", out.last, rows, temperature)
+        logprobs = self._logprobs("reference", out.last, rows, shaping)
         features = states = None
         if self.shares_base:
             features = pool(out.tapped, rows.lengths, rows.prompt_lengths, self.reward_model.spec.pooling)
@@ -113,10 +115,10 @@ class ActorCritic(nn.Module):
             states = response_states(out.tapped, rows.prompt_lengths, rows.response_mask.shape[1])
         return ReferencePass(logprobs.logprobs, logprobs.entropy, features, states)
 
-    def actor(self, rows: Rows, temperature: float) -> TokenLogprobs:
+    def actor(self, rows: Rows, shaping: Shaping) -> TokenLogprobs:
         """Log-probabilities and entropies of the responses under the policy (B, T)."""
         hidden = self.policy.hidden("actor", rows.input_ids, rows.lengths).last
-        return self._logprobs("actor", hidden, rows, temperature)
+        return self._logprobs("actor", hidden, rows, shaping)
 
     def values(self, rows: Rows, value_states: Tensor | None) -> Tensor:
         """Values before each response token (B, T).
@@ -124,7 +126,12 @@ class ActorCritic(nn.Module):
         Args:
             rows: The sequences.
             value_states: What `reference` kept for the critic, if that is what it reads.
+
+        Raises:
+            ValueError: There is no critic.
         """
+        if self.critic is None:
+            raise ValueError("values: expected networks with a critic, got some without")
         if value_states is not None:
             return cast("Tensor", self.critic(value_states))
         if self.critic.trunk is not None:
@@ -138,14 +145,16 @@ class ActorCritic(nn.Module):
         return self.policy.actor_parameters()
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """What the value loss trains."""
+        """What the value loss trains; nothing without a critic."""
+        if self.critic is None:
+            return []
         return [*self.critic.parameters(), *self.policy.critic_parameters()]
 
-    def _logprobs(self, role: Role, hidden: Tensor, rows: Rows, temperature: float) -> TokenLogprobs:
-        return self.policy.logprobs(role, hidden, rows.input_ids, rows.prompt_lengths, rows.response_mask, temperature)
+    def _logprobs(self, role: Role, hidden: Tensor, rows: Rows, shaping: Shaping) -> TokenLogprobs:
+        return self.policy.logprobs(role, hidden, rows.input_ids, rows.prompt_lengths, rows.response_mask, shaping)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the policy, its tokenizer, and the critic's value head (with its trunk or adapters) below `critic`.
+        """Write the policy, its tokenizer, and below `critic` the value head with its trunk or adapters, if any.
 
         Raises:
             FileExistsError: The folder is not empty.
@@ -153,6 +162,8 @@ class ActorCritic(nn.Module):
         folder = check_new(folder, "export")
         self.policy.save_pretrained(folder)
         load_tokenizer(self.base).save_pretrained(folder)
+        if self.critic is None:
+            return
         critic = folder / "critic"
         critic.mkdir(parents=True)
         trained = {n: p.detach().contiguous() for n, p in self.policy.lm.named_parameters() if ".critic." in n}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_vapo.functional import TokenLogprobs
-from lit_vapo.models.generation import Generated, Sampling, sample
+from lit_vapo.models.generation import Shaping
 from lit_vapo.models.pretrained import (
     Lora,
     Pretrained,
@@ -143,28 +143,14 @@ class Policy(nn.Module):
         input_ids: Tensor,
         prompt_lengths: Tensor,
         response_mask: Tensor,
-        temperature: float,
+        shaping: Shaping,
     ) -> TokenLogprobs:
         """Log-probabilities and entropies (B, T) of the responses, from hidden states (B, L, H)."""
         size = response_mask.shape[1]
         states = response_states(hidden, prompt_lengths, size)
         targets = response_tokens(input_ids, prompt_lengths, size)
         with self.acting_as(role) as lm:
-            return head_logprobs(lm, states, targets, response_mask, temperature)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        role: Role,
-        prompt_ids: Tensor,
-        prompt_lengths: Tensor,
-        sampling: Sampling,
-        stops: list[int],
-        pad: int,
-    ) -> Generated:
-        """Sample one response for each left-padded prompt (B, P)."""
-        with self.acting_as(role) as lm:
-            return sample(lm, prompt_ids, prompt_lengths, sampling, stops, pad)
+            return head_logprobs(lm, states, targets, response_mask, shaping)
 
     def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
         """Write the actor: a peft adapter folder, or a whole transformers model.

@@ -36,7 +36,14 @@ class TrainedWeightsModule(LightningModule):
         return False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drop frozen weights and note the stage."""
+        """Drop frozen weights and note the stage.
+
+        Raises:
+            ValueError: A trained weight is not finite; nothing is written, so that the checkpoint before it stays.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise ValueError(f"checkpoint: expected finite weights, got NaN or infinity in {name}; not saved")
         kept = self.kept_keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         checkpoint[STAGE_KEY] = self.stage

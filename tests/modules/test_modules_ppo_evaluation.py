@@ -11,9 +11,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ppo_helpers import ppo_module, prompt_data, several_responses
+from ppo_helpers import ppo_module, prompt_data
 
 from lit_vapo.evaluation.policy_files import read_evaluations
+from lit_vapo.models.generation import Sampling
 from lit_vapo.modules.ppo_update import UpdateSettings
 from lit_vapo.types import TextReward
 
@@ -179,7 +180,7 @@ def test_an_untrained_policy_answers_as_the_reference_does(tiny_model_dir, rewar
 
 
 def test_a_test_with_several_responses_writes_best_of_n(tiny_model_dir, reward, data, tmp_path):
-    module = several_responses(ppo_module(tiny_model_dir, reward, gold=Judge()), 3)
+    module = ppo_module(tiny_model_dir, reward, gold=Judge(), sampling=Sampling(6, num_responses=3))
     (result,) = ppo_helpers.trainer(tmp_path).test(module, data, verbose=False)
     record = json.loads((tmp_path / "test" / "evaluation.json").read_text())
     assert (record["num_prompts"], record["num_responses"]) == (10, 3)
