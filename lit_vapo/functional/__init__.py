@@ -1,6 +1,7 @@
 """Pure torch maths: no state, no input or output, no logging, no configuration."""
 
 from lit_vapo.functional.advantages import Advantages, gae, group_normalise, leave_one_out, on_every_token
+from lit_vapo.functional.best_of_n import best_of_n, best_of_n_kl
 from lit_vapo.functional.calibration import (
     ReliabilityCurve,
     brier,
@@ -10,6 +11,7 @@ from lit_vapo.functional.calibration import (
     preference_nll,
     reliability_curve,
 )
+from lit_vapo.functional.comparison import Gain, paired_gain, win_rate
 from lit_vapo.functional.ensemble import (
     ensemble_estimate,
     fit_normaliser,
@@ -31,6 +33,7 @@ from lit_vapo.functional.ppo import (
     value_loss_terms,
 )
 from lit_vapo.functional.preference import bradley_terry_loss
+from lit_vapo.functional.repetition import Repetition, repetition
 from lit_vapo.functional.rewards import clip_rewards, token_rewards
 from lit_vapo.functional.tabular import (
     bregman_kl,
@@ -50,16 +53,20 @@ from lit_vapo.functional.uncertainty import (
 
 __all__ = [
     "Advantages",
+    "Gain",
     "Moments",
     "PolicyTerms",
     "Posterior",
     "ReliabilityCurve",
+    "Repetition",
     "RiskCoverage",
     "TokenLogprobs",
     "ValueTerms",
     "adapt_kl_coef",
     "approx_kl",
     "auroc",
+    "best_of_n",
+    "best_of_n_kl",
     "bradley_terry_loss",
     "bregman_kl",
     "brier",
@@ -88,12 +95,14 @@ __all__ = [
     "objective",
     "on_every_token",
     "optimal_policy",
+    "paired_gain",
     "poisson_bootstrap",
     "policy_loss_terms",
     "preference_accuracy",
     "preference_calibration_error",
     "preference_nll",
     "reliability_curve",
+    "repetition",
     "risk_coverage",
     "risk_vanilla",
     "risk_variance_aware",
@@ -103,4 +112,5 @@ __all__ = [
     "token_rewards",
     "value_loss_terms",
     "weighted_k3",
+    "win_rate",
 ]

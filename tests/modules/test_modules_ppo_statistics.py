@@ -1,6 +1,7 @@
 """Every statistic a PPO iteration logs, against plain loops over rows and tokens."""
 
 import math
+import statistics
 import time
 
 import ppo_helpers
@@ -98,6 +99,7 @@ def rollout_values(rows):
         "objective_reward": mean([row["score"] for row in rows]),
         "ensemble_sigma": mean([math.sqrt(row["variance"]) for row in rows]),
         "gold": mean([row["gold"] for row in rows]),
+        "gold_std": statistics.pstdev(row["gold"] for row in rows),
         "kl_k1": mean(ratios),
         "kl_k3": mean(k3),
         "kl_weighted_k3": mean([w * x for w, x in zip(weights, k3, strict=True)]),
@@ -107,6 +109,7 @@ def rollout_values(rows):
         "effective_kl_coef": BETA * mean(weights),
         "entropy": mean([x for row in rows for x in row["entropy"]]),
         "response_length": mean([len(row["logprobs"]) for row in rows]),
+        "response_length_std": statistics.pstdev(len(row["logprobs"]) for row in rows),
         "eos_rate": mean([float(row["stopped"]) for row in rows]),
         "value_mean": mean([x for row in rows for x in row["values"]]),
         "return_mean": mean([x for row in rows for x in row["returns"]]),
