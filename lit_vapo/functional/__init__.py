@@ -1,6 +1,7 @@
 """Pure torch maths: no state, no input or output, no logging, no configuration."""
 
-from lit_vapo.functional.advantages import Advantages, gae
+from lit_vapo.functional.advantages import Advantages, gae, group_normalise, leave_one_out, on_every_token
+from lit_vapo.functional.best_of_n import best_of_n, best_of_n_kl
 from lit_vapo.functional.calibration import (
     ReliabilityCurve,
     brier,
@@ -10,6 +11,7 @@ from lit_vapo.functional.calibration import (
     preference_nll,
     reliability_curve,
 )
+from lit_vapo.functional.comparison import Gain, paired_gain, win_rate
 from lit_vapo.functional.covariance import PromptGains, covariance_optimal_policy, member_weights, prompt_gains
 from lit_vapo.functional.ensemble import (
     ensemble_estimate,
@@ -19,7 +21,7 @@ from lit_vapo.functional.ensemble import (
     nuclear_diversity,
     poisson_bootstrap,
 )
-from lit_vapo.functional.kl import kl_k1, kl_k2, kl_k3, sequence_log_ratio, weighted_k3
+from lit_vapo.functional.kl import adapt_kl_coef, kl_k1, kl_k2, kl_k3, sequence_log_ratio, weighted_k3
 from lit_vapo.functional.laplace import Posterior, laplace_preference
 from lit_vapo.functional.logprobs import TokenLogprobs, token_logprobs
 from lit_vapo.functional.masked import Moments, masked_mean, masked_sum, masked_var, masked_whiten, moments
@@ -32,6 +34,7 @@ from lit_vapo.functional.ppo import (
     value_loss_terms,
 )
 from lit_vapo.functional.preference import bradley_terry_loss
+from lit_vapo.functional.repetition import Repetition, repetition
 from lit_vapo.functional.rewards import clip_rewards, token_rewards
 from lit_vapo.functional.tabular import (
     bregman_kl,
@@ -52,16 +55,21 @@ from lit_vapo.functional.uncertainty import (
 
 __all__ = [
     "Advantages",
+    "Gain",
     "Moments",
     "PolicyTerms",
     "Posterior",
     "PromptGains",
     "ReliabilityCurve",
+    "Repetition",
     "RiskCoverage",
     "TokenLogprobs",
     "ValueTerms",
+    "adapt_kl_coef",
     "approx_kl",
     "auroc",
+    "best_of_n",
+    "best_of_n_kl",
     "bradley_terry_loss",
     "bregman_kl",
     "brier",
@@ -74,10 +82,12 @@ __all__ = [
     "fit_normaliser",
     "fit_temperature",
     "gae",
+    "group_normalise",
     "kl_k1",
     "kl_k2",
     "kl_k3",
     "laplace_preference",
+    "leave_one_out",
     "margin_estimate",
     "masked_mean",
     "masked_sum",
@@ -89,7 +99,9 @@ __all__ = [
     "normalise_members",
     "nuclear_diversity",
     "objective",
+    "on_every_token",
     "optimal_policy",
+    "paired_gain",
     "poisson_bootstrap",
     "policy_loss_terms",
     "preference_accuracy",
@@ -97,6 +109,7 @@ __all__ = [
     "preference_nll",
     "prompt_gains",
     "reliability_curve",
+    "repetition",
     "risk_coverage",
     "risk_vanilla",
     "risk_variance_aware",
@@ -106,4 +119,5 @@ __all__ = [
     "token_rewards",
     "value_loss_terms",
     "weighted_k3",
+    "win_rate",
 ]

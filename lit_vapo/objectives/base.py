@@ -27,7 +27,7 @@ class Score(NamedTuple):
 class Objective(nn.Module, ABC):
     """Turns an ensemble's estimate into a terminal reward and a weight of the KL penalty.
 
-    PPO then maximises Σ_t −β·w·(log π(a_t) − log π0(a_t)) plus the terminal reward. A subclass gives `forward`;
+    PPO then maximises the reward less β·w·Σ_t (log π(a_t) − log π0(a_t)) of each response. A subclass gives `forward`;
     if it uses the variance it sets `needs_variance`, and a single-member ensemble is refused for it.
 
     Most objectives judge each response by itself, and `forward` is all of them. One that judges a response by what
@@ -61,6 +61,14 @@ class Objective(nn.Module, ABC):
                 f"objective {type(self).__name__} needs the variance of an ensemble: expected at least 2 members, "
                 f"got {num_members}. Train the ensemble with model.head.init_args.num_members of 2 or more."
             )
+
+    def check_responses(self, num_responses: int) -> None:
+        """Refuse a number of responses to each prompt that this objective cannot use.
+
+        Raises:
+            ValueError: It needs more.
+        """
+        return
 
     @abstractmethod
     def forward(self, estimate: RewardEstimate) -> Score:

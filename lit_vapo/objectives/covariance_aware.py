@@ -56,6 +56,18 @@ class CovarianceAware(Objective):
         self.per_prompt = per_prompt
         self.window = window
 
+    def check_responses(self, num_responses: int) -> None:
+        """Refuse a single response where each prompt is judged by itself.
+
+        Raises:
+            ValueError: `per_prompt` with fewer than two responses to each prompt.
+        """
+        if self.per_prompt and num_responses < 2:
+            raise ValueError(
+                "CovarianceAware with per_prompt: expected model.sampling.num_responses of at least 2, "
+                f"got {num_responses}"
+            )
+
     def prepare(self, num_members: int, reference_variance: Tensor) -> None:
         """Start without a memory: members count alike."""
         super().prepare(num_members, reference_variance)

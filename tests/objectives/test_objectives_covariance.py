@@ -105,6 +105,10 @@ def test_per_prompt_ignores_what_members_add_to_one_prompt():
 def test_per_prompt_needs_several_responses():
     with pytest.raises(ValueError, match="expected at least 2 responses to each prompt, got 1"):
         observe(prepared(per_prompt=True), random_members(0))
+    with pytest.raises(ValueError, match="expected model.sampling.num_responses of at least 2, got 1"):
+        prepared(per_prompt=True).check_responses(1)
+    prepared(per_prompt=True).check_responses(2)
+    prepared().check_responses(1)
 
 
 def test_no_weight_is_rounded_by_autocast():
