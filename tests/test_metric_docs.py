@@ -13,6 +13,7 @@ from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.modules.reward import RewardModule
 from lit_vapo.modules.sft import SFTModule
+from lit_vapo.objectives.covariance_aware import CovarianceAware
 from lit_vapo.types import TextReward
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
@@ -62,7 +63,9 @@ def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
 
     def ppo():
         sampling = Sampling(6, num_responses=2)
-        return ppo_helpers.ppo_module(tiny_model_dir, reward, gold=Judge(), sampling=sampling)
+        return ppo_helpers.ppo_module(
+            tiny_model_dir, reward, gold=Judge(), sampling=sampling, objective=CovarianceAware()
+        )
 
     return {
         "sft": logged(lambda: SFTModule(base), SFTDataModule(tiny_model_dir, **options), folder / "sft"),

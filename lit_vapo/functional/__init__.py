@@ -12,6 +12,7 @@ from lit_vapo.functional.calibration import (
     reliability_curve,
 )
 from lit_vapo.functional.comparison import Gain, paired_gain, win_rate
+from lit_vapo.functional.covariance import PromptGains, covariance_optimal_policy, member_weights, prompt_gains
 from lit_vapo.functional.ensemble import (
     ensemble_estimate,
     fit_normaliser,
@@ -37,6 +38,7 @@ from lit_vapo.functional.repetition import Repetition, repetition
 from lit_vapo.functional.rewards import clip_rewards, token_rewards
 from lit_vapo.functional.tabular import (
     bregman_kl,
+    match_kl,
     objective,
     optimal_policy,
     risk_vanilla,
@@ -57,6 +59,7 @@ __all__ = [
     "Moments",
     "PolicyTerms",
     "Posterior",
+    "PromptGains",
     "ReliabilityCurve",
     "Repetition",
     "RiskCoverage",
@@ -71,6 +74,7 @@ __all__ = [
     "bregman_kl",
     "brier",
     "clip_rewards",
+    "covariance_optimal_policy",
     "disagreement",
     "ensemble_estimate",
     "expected_calibration_error",
@@ -89,6 +93,8 @@ __all__ = [
     "masked_sum",
     "masked_var",
     "masked_whiten",
+    "match_kl",
+    "member_weights",
     "moments",
     "normalise_members",
     "nuclear_diversity",
@@ -101,6 +107,7 @@ __all__ = [
     "preference_accuracy",
     "preference_calibration_error",
     "preference_nll",
+    "prompt_gains",
     "reliability_curve",
     "repetition",
     "risk_coverage",

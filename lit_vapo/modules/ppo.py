@@ -205,7 +205,7 @@ class PPOModule(EvaluatedPolicy):
         started = time.perf_counter()
         assert self.maker is not None
         with named(self.iteration):
-            rollout = self.maker.make(batch, self.objective, values=self.advantage.needs_critic)
+            rollout = self.maker.make(batch, self.objective, values=self.advantage.needs_critic, all_sum=self._sum)
             kl = global_kl(rollout, self._sum)
             if over_budget(kl, self.kl_budget, self.iteration):
                 self.trainer.should_stop = True
@@ -214,7 +214,8 @@ class PPOModule(EvaluatedPolicy):
                 update_started = time.perf_counter()
                 learned = self._learn(rollout)
                 rollout.seconds["update"] = time.perf_counter() - update_started
-        self._log_iteration(rollout, {**rollout_statistics(rollout), **learned}, time.perf_counter() - started)
+        statistics = {**rollout_statistics(rollout), **self.objective.statistics(), **learned}
+        self._log_iteration(rollout, statistics, time.perf_counter() - started)
         planned = self._planned_iterations()
         self.kl_coef.copy_(next_kl_coef(self.kl_coef, kl, self.kl_target, self.iteration, planned))
 

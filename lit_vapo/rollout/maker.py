@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from lit_vapo.data.collate import PromptBatch
 from lit_vapo.data.formats import Messages
 from lit_vapo.data.tokenise import PairEncoder, pair_encoder
-from lit_vapo.functional import clip_rewards
+from lit_vapo.functional import clip_rewards, sequence_log_ratio
 from lit_vapo.models.actor_critic import ActorCritic, Rows
 from lit_vapo.models.features import compute_features, length_batches
 from lit_vapo.models.generation import Generated, Generator, Sampling, stop_ids
@@ -76,7 +77,14 @@ class RolloutMaker:
         self._reward_encoder: PairEncoder | None = None
 
     @torch.no_grad()
-    def make(self, batch: PromptBatch, objective: Objective, role: Role = "actor", values: bool = True) -> Rollout:
+    def make(
+        self,
+        batch: PromptBatch,
+        objective: Objective,
+        role: Role = "actor",
+        values: bool = True,
+        all_sum: Callable[[Tensor], Tensor] | None = None,
+    ) -> Rollout:
         """Sample responses to each prompt as actor or reference, and score them.
 
         Args:
@@ -84,6 +92,7 @@ class RolloutMaker:
             objective: Turns the ensemble's estimate into reward and KL weight.
             role: Who answers.
             values: Whether the critic is asked.
+            all_sum: Sums over all processes; given in training, where the objective may learn from the responses.
 
         Raises:
             ValueError: A response is empty, or a reward is not finite.
@@ -102,7 +111,11 @@ class RolloutMaker:
             features = self._own_features(prompts, messages, responses, generated.stopped)
         estimate: RewardEstimate = self.networks.reward_model.head(features)
         _check_finite(estimate, prompts)
-        score = objective(estimate)
+        if all_sum is None:
+            score = objective(estimate)
+        else:
+            log_ratio = sequence_log_ratio(scored.logprobs, scored.ref_logprobs, rows.response_mask)
+            score = objective.observe(estimate, log_ratio, self.sampling.num_responses, all_sum)
         reward = clip_rewards(score.reward, self.reward_clip)
         reward = torch.where(generated.stopped, reward, reward - self.missing_eos_penalty)
         gold = None
