@@ -63,8 +63,9 @@ def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
 
     def ppo():
         sampling = Sampling(6, num_responses=2)
-        objective = CovarianceAware()  # it logs more than others
-        return ppo_helpers.ppo_module(tiny_model_dir, reward, gold=Judge(), sampling=sampling, objective=objective)
+        return ppo_helpers.ppo_module(
+            tiny_model_dir, reward, gold=Judge(), sampling=sampling, objective=CovarianceAware()
+        )
 
     return {
         "sft": logged(lambda: SFTModule(base), SFTDataModule(tiny_model_dir, **options), folder / "sft"),

@@ -215,8 +215,8 @@ class PPOModule(EvaluatedPolicy):
                 update_started = time.perf_counter()
                 learned = self._learn(rollout)
                 rollout.seconds["update"] = time.perf_counter() - update_started
-        statistics = {**rollout_statistics(rollout), **self.objective.statistics()}
-        self._log_iteration(rollout, {**statistics, **learned}, time.perf_counter() - started)
+        statistics = {**rollout_statistics(rollout), **self.objective.statistics(), **learned}
+        self._log_iteration(rollout, statistics, time.perf_counter() - started)
         planned = self._planned_iterations()
         self.kl_coef.copy_(next_kl_coef(self.kl_coef, kl, self.kl_target, self.iteration, planned))
 
