@@ -72,8 +72,8 @@ def distributions(found: Sequence[Outcome], path: str | Path) -> None:
                 gains = np.array(list(outcome.gains.values()))
                 if np.ptp(gains) > 0:
                     options: Any = {"orientation": "horizontal", "widths": 0.9, "showextrema": False, "points": 60}
-                    (body,) = axis.violinplot(gains, [row], **options)["bodies"]
-                    body.set(facecolor=colour[outcome.method], alpha=0.45, linewidth=0)
+                    drawn: Any = axis.violinplot(gains, [row], **options)
+                    drawn["bodies"][0].set(facecolor=colour[outcome.method], alpha=0.45, linewidth=0)
                 low, middle, high = np.quantile(gains, [0.05, 0.5, 0.95])
                 axis.plot([low, high], [row, row], color=colour[outcome.method], linewidth=1.6)
                 axis.plot(middle, row, "o", color=colour[outcome.method], markersize=4)
@@ -104,7 +104,7 @@ def mean_risk(found: Sequence[Outcome], path: str | Path) -> None:
                 x, y = [r["gain"].value for r in rows], [100 * r["risk"].value for r in rows]
                 spread = [[100 * (r["risk"].value - r["risk"].low) for r in rows]]
                 spread += [[100 * (r["risk"].high - r["risk"].value) for r in rows]]
-                style = {"fmt": "o", "markersize": 5, "alpha": 0.75, "elinewidth": 0.8}
+                style: Any = {"fmt": "o", "markersize": 5, "alpha": 0.75, "elinewidth": 0.8}
                 axis.errorbar(x, y, np.clip(spread, 0, None), color=colour[method], label=method, **style)
             axis.set_ylim(bottom=-1)
             axis.axvline(0, color=GREY, linewidth=0.8)
@@ -166,7 +166,8 @@ def effects(found: Sequence[Outcome], rows: Sequence[dict[str, Any]], baseline: 
             y = settings.index(row["setting"]) + step * (methods.index(row["method"]) - (len(methods) - 1) / 2)
             ratio = row["variance_ratio"]
             if ratio is not None:
-                left.plot([ratio.low, ratio.high], [y, y], color=colour[row["method"]], linewidth=1.4)
+                ends = np.clip([ratio.low, ratio.high], 1e-3, 1e3)
+                left.plot(ends, [y, y], color=colour[row["method"]], linewidth=1.4)
                 left.plot(ratio.value, y, "o", color=colour[row["method"]], markersize=4)
         for outcome in found:
             if outcome.setting not in settings or not outcome.gains:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def report(study: Study, config: Mapping[str, Any], results: Results) -> list[st
         "failures": results.failures,
     }
     folder = Path(study.output)
-    write_whole(folder / "summary.json", json.dumps(_plain(summary), indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "summary.json", _json(_plain(summary)))
     pictures = _draw(results, found, rows, folder / "pictures")
     sections = [
         Section("What is claimed, and does it hold", [READING, *(f"- {claim}" for claim in claims)], [], {}),
@@ -207,12 +208,26 @@ def _html(title: str, sections: Sequence[Section]) -> str:
 """
 
 
+def _json(summary: Mapping[str, Any]) -> str:
+    """A line for each row of a table: short, and a change shows where it is."""
+    lines = []
+    for key, value in summary.items():
+        if isinstance(value, list) and value:
+            rows = ",\n  ".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in value)
+            lines.append(f" {json.dumps(key)}: [\n  {rows}\n ]")
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def _plain(value: Any) -> Any:
-    """Intervals as objects, so that JSON says what its numbers are; numbers to six digits."""
+    """Intervals as objects, so that JSON says what its numbers are; numbers to four digits, null for no end."""
     if isinstance(value, Interval):
         return _plain(value._asdict())
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value

@@ -109,7 +109,9 @@ def variance_tests(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """
     ratio, degrees = b.var(axis=-1, ddof=1) / a.var(axis=-1, ddof=1), (b.shape[-1] - 1, a.shape[-1] - 1)
     f_p = 2 * np.minimum(stats.f.cdf(ratio, *degrees), stats.f.sf(ratio, *degrees))
-    return np.minimum(f_p, 1.0), stats.levene(a, b, center="median", axis=-1).pvalue
+    # Two values are equally far from their median: Levene's test would be sure of what it cannot know.
+    levene_p = stats.levene(a, b, center="median", axis=-1).pvalue if a.shape[-1] > 2 else np.ones_like(f_p)
+    return np.minimum(f_p, 1.0), levene_p
 
 
 def compare_variances(a: np.ndarray, b: np.ndarray, draws: int = DRAWS) -> VarianceComparison:
@@ -132,13 +134,15 @@ def compare_variances(a: np.ndarray, b: np.ndarray, draws: int = DRAWS) -> Varia
         return np.log(b.var(axis=axis, ddof=1)) - np.log(a.var(axis=axis, ddof=1))
 
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
-        # A draw of one repetition again and again has no variance; scipy warns and gives NaN where that matters.
+        # Of very few repetitions, a draw may be one again and again, without variance: the interval has no end then.
         warnings.simplefilter("ignore", RuntimeWarning)
         found = stats.bootstrap(
             (a, b), log_ratio, paired=True, vectorized=True, n_resamples=draws, method="percentile", rng=0, batch=100
-        ).confidence_interval
-    f_p, levene_p = variance_tests(a, b)
-    return VarianceComparison(Interval(ratio, math.exp(found.low), math.exp(found.high)), float(f_p), float(levene_p))
+        )
+        f_p, levene_p = variance_tests(a, b)
+    finite = np.isfinite(found.bootstrap_distribution).all()
+    low, high = np.exp(found.confidence_interval).tolist() if finite else (0.0, math.inf)
+    return VarianceComparison(Interval(ratio, low, high), float(f_p), float(levene_p))
 
 
 def compare_risks(a: np.ndarray, b: np.ndarray) -> Comparison:

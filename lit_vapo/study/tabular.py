@@ -50,8 +50,8 @@ class World:
         noise: Root mean square over responses of the noise of one member, in standard deviations of the true reward.
     """
 
-    responses: int = 10
-    noise: float = 4.0
+    responses: int
+    noise: float
 
     def __post_init__(self) -> None:
         if self.responses < 3 or not self.noise > 0:
@@ -78,7 +78,8 @@ class SmallSteps(Experiment):
     Args:
         noise_ratio: Ratios of the largest noise to the smallest, one setting each.
         worlds: How many draws of true rewards, each a setting with every ratio.
-        world: Responses and noise; the defaults of `World` if left out.
+        responses: n, the number of responses.
+        noise: Root mean square of the noise of one member, in standard deviations of the true reward.
         kl: Length of the steps: their KL divergence to second order, in nats.
         block_size: Repetitions in one file.
     """
@@ -87,11 +88,12 @@ class SmallSteps(Experiment):
         self,
         noise_ratio: list[float],
         worlds: int = 1,
-        world: World | None = None,
+        responses: int = 10,
+        noise: float = 4.0,
         kl: float = 1e-4,
         block_size: int = 500,
     ) -> None:
-        self.world = world or World()
+        self.world = World(responses, noise)
         self.kl = kl
         self.block_size = block_size
         self._settings = _grid(noise_ratio=noise_ratio, world=list(range(worlds)))
@@ -126,8 +128,8 @@ class SmallSteps(Experiment):
             gain, kl = step @ true, policy_kl(reference + step, reference)
             base = float(reference @ true)
             for i, repetition in enumerate(repetitions):
-                run = ([float(kl[i])], [base + float(gain[i])], base, {"exact_risk": float(risk)})
-                records.append(Record(method, setting, *repetition, *run))
+                at, value, exact = [float(kl[i])], [base + float(gain[i])], {"exact_risk": float(risk)}
+                records.append(Record(method, setting, *repetition, at, value, base, exact))
         return records
 
 
@@ -135,8 +137,8 @@ class Optima(Experiment):
     """The exact optimum of each objective, with reward models that err: R̂_k = R* + noise.
 
     The noise of member k on response y is σ(y) · (√ρ · common(y) + √(1 − ρ) · own_k(y)), with standard normal draws
-    that all methods share. A run's points are the optima at coefficients that fall from 128 β to β/16 by halves. The one
-    at β is the final policy, which is compared at equal β.
+    that all methods share. A run's points are the optima at coefficients that fall from 128 β to β/16 by halves. The
+    one at β is the final policy, which is compared at equal β.
 
     Args:
         methods: The methods by name. Their objectives depend on the estimate of each response alone.
@@ -145,7 +147,8 @@ class Optima(Experiment):
         correlation: Shares ρ of the noise's variance that all members have in common, in [0, 1).
         kl_coef: Coefficients β, in units of reward per nat.
         worlds: How many draws of true rewards.
-        world: Responses and noise; the defaults of `World` if left out.
+        responses: n, the number of responses.
+        noise: Root mean square of the noise of one member, in standard deviations of the true reward.
         block_size: Repetitions in one file.
 
     Raises:
@@ -160,13 +163,14 @@ class Optima(Experiment):
         correlation: list[float],
         kl_coef: list[float],
         worlds: int = 1,
-        world: World | None = None,
+        responses: int = 10,
+        noise: float = 4.0,
         block_size: int = 500,
     ) -> None:
         if not methods:
             raise ValueError("methods: expected at least one, got none")
         self.methods = methods
-        self.world = world or World()
+        self.world = World(responses, noise)
         self.block_size = block_size
         self._settings = _grid(
             noise_ratio=noise_ratio,
@@ -212,8 +216,8 @@ def _grid(**lists: list[Any]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{name}: expected a list of different values, got {values}")
     shown = [name for name, values in lists.items() if len(values) > 1] or list(lists)[:1]
     found = {}
-    for values in product(*lists.values()):
-        params = dict(zip(lists, values, strict=True))
+    for combination in product(*lists.values()):
+        params = dict(zip(lists, combination, strict=True))
         found[",".join(f"{name}={params[name]:g}" for name in shown)] = params
     return found
 
@@ -232,10 +236,10 @@ def _ensembles(
         # Last, so that further members leave everything else as it was.
         own.append(rng.standard_normal((num_members, n)).T)
     noise = correlation**0.5 * np.stack(common) + (1 - correlation) ** 0.5 * np.stack(own)
-    members = true[:, None] + sigma[:, None] * torch.from_numpy(noise)
-    variance = members.var(-1, correction=1) if num_members > 1 else torch.zeros(len(repetitions), n).double()
+    rewards = true[:, None] + sigma[:, None] * torch.from_numpy(noise)
+    variance = rewards.var(-1, correction=1) if num_members > 1 else torch.zeros(len(repetitions), n).double()
     spoiled = torch.from_numpy(np.stack(normal)), torch.from_numpy(np.stack(order))
-    return members, Draws(variance, sigma.square(), *spoiled)
+    return rewards, Draws(variance, sigma.square(), *spoiled)
 
 
 def _scores(method: Method, members: Tensor, draws: Draws, reference: Tensor) -> tuple[Tensor, Tensor]:

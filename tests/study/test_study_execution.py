@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -72,14 +73,15 @@ def test_a_killed_study_ends_like_one_that_was_not(tmp_path):
         f"start({str(tmp_path / 'killed')!r}, repetitions=20, seconds=0.05, options={{'jobs': 2}})"
     )
     path = os.pathsep.join(map(str, [HERE, HERE.parent, HERE.parents[1]]))
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, start_new_session=True
+    )
     parts = tmp_path / "killed" / "parts"
     deadline = time.monotonic() + 300
     while len(list(parts.glob("*/*.json"))) < 7 and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)  # with its workers
     process.wait()
-    # Its workers may still finish what they had begun, while the second run begins.
     done = len(list(parts.glob("*/*.json")))
     assert 7 <= done < 60
     # What a kill in the middle of writing leaves behind.

@@ -137,6 +137,15 @@ def test_pages_say_everything(toy):
         assert (folder / picture).is_file()
 
 
+def test_two_repetitions_are_enough_for_a_report_and_for_no_claim(tmp_path):
+    study = Study(Toy(), str(tmp_path / "two"), repetitions=2, analysis=Analysis(baselines=["bold"]))
+    claims = report(study, {"experiment": {}, "seed": 0}, run(study, {"experiment": {}, "seed": 0}))
+    assert all("is undecided at this sample size in 3 of 3 settings" in claim for claim in claims)
+    (row, *_) = json.loads((tmp_path / "two" / "summary.json").read_text())["comparisons"]
+    assert row["variance_ratio"]["high"] is None
+    assert row["levene_p"] == 1.0
+
+
 def test_a_report_needs_something_finished(tmp_path):
     study = Study(Toy(), str(tmp_path), repetitions=2)
     with pytest.raises(ValueError, match="has no finished repetition"):
@@ -182,8 +191,8 @@ def test_command_runs_reports_and_refuses(tmp_path, capsys, monkeypatch):
     (folder / "report.md").unlink()
     main(["study", "report", f"--config={folder / 'config.yaml'}"])
     assert (folder / "report.md").read_text() == page
-    with pytest.raises(ValueError, match=r"experiment.init_args.block_size: 500 there, 2 here"):
-        main(["study", "run", f"--config={config}", "--experiment.init_args.block_size=2"])
+    with pytest.raises(ValueError, match=r"experiment.init_args.noise: 4.0 there, 2.0 here"):
+        main(["study", "run", f"--config={config}", "--experiment.init_args.noise=2"])
     main(["study", "run", f"--config={config}", "--repetitions=20", "--shard=0/2"])
     assert (folder / "results.jsonl").read_text().count("\n") == 40
 

@@ -141,7 +141,7 @@ def test_joined_experiments_keep_their_records():
         (lambda: optima(noise_ratio=[3, 3]), r"noise_ratio: expected a list of different values, got \[3, 3\]"),
         (lambda: optima(members=[]), r"members: expected a list of different values, got \[\]"),
         (lambda: optima({}), "methods: expected at least one"),
-        (lambda: World(responses=2), "expected responses >= 3 and noise > 0, got 2"),
+        (lambda: World(responses=2, noise=1.0), "expected responses >= 3 and noise > 0, got 2"),
         (lambda: Joined({}), "experiments: expected at least one"),
     ],
 )
