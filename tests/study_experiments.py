@@ -27,6 +27,10 @@ class Toy(Experiment):
     def settings(self):
         return {name: {"size": size} for name, size in (("c", 1), ("a", 2), ("b", 3))}
 
+    def run_block(self, setting, repetitions):
+        # In another order than the results have.
+        return sorted(super().run_block(setting, repetitions), key=lambda record: record.method)
+
     def run(self, setting, repetition):
         if setting == "b" and repetition.number in self.fails:
             raise RuntimeError(f"no luck with {repetition.number}")

@@ -66,6 +66,14 @@ def test_variances_by_hand():
     assert plain.levene_p == pytest.approx(stats.levene(a, b, center="median").pvalue)
 
 
+def test_pairs_stay_together():
+    # Twice the same thing but for a thousandth: whatever is drawn, the ratio is 4. Drawn apart it would not be.
+    rng = np.random.default_rng(0)
+    a, noise = rng.standard_normal((2, 40))
+    low, high = compare_variances(a, 2 * a + 0.001 * noise).ratio[1:]
+    assert 3.99 < low < high < 4.01
+
+
 def test_what_does_not_vary():
     constant, b = np.full(5, 2.0), np.arange(5.0)
     assert compare_variances(constant, constant) == (None, 1.0, 1.0)

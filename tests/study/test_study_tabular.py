@@ -11,7 +11,7 @@ from lit_vapo.objectives.variance_aware import VarianceAware
 from lit_vapo.study import variance
 from lit_vapo.study.experiment import Joined, Repetition, seed_of
 from lit_vapo.study.summary import formulas
-from lit_vapo.study.tabular import Method, Optima, SmallSteps, World
+from lit_vapo.study.tabular import Method, Optima, SmallSteps, World, _ensembles
 
 METHODS = {"single": Method(SingleReward()), "mean": Method(MeanReward()), "aware": Method(VarianceAware())}
 
@@ -53,6 +53,18 @@ def test_optima_near_the_reference_have_the_risk_of_the_formulas():
     for name, risk in (("mean", risk_vanilla(true, noise)), ("aware", risk_variance_aware(true, noise))):
         seen, exact = np.mean([r.true_return[0] < r.reference_return for r in found[name]]), float(risk)
         assert abs(seen - exact) < 3 * (exact * (1 - exact) / 1000) ** 0.5
+
+
+def test_members_share_as_much_of_their_noise_as_they_should():
+    true, sigma = World(responses=4, noise=2.0).draw(0, 3)
+    rewards, draws = _ensembles(true, sigma, 3, 0.2, repetitions(4000))
+    noise = rewards - true[:, None]
+    # Covariance of members: σ² for one with itself, 0.2 σ² for two of them, within five standard errors.
+    for response, square in enumerate(sigma.square()):
+        expected = square * (0.2 + 0.8 * torch.eye(3, dtype=torch.float64))
+        torch.testing.assert_close(noise[:, response].T.cov(), expected, rtol=0, atol=5 * square * (2 / 4000) ** 0.5)
+    # What members show of it is the part they do not share.
+    torch.testing.assert_close(draws.members.mean(0), 0.8 * sigma.square(), rtol=0.1, atol=0)
 
 
 def test_a_block_is_its_repetitions():
