@@ -88,7 +88,7 @@ def report(study: Study, config: Mapping[str, Any], results: Results) -> list[st
     write_whole(folder / "summary.json", _json(_plain(summary)))
     pictures = _draw(results, found, rows, folder / "pictures")
     sections = [
-        Section("What is claimed, and does it hold", [READING, *(f"- {claim}" for claim in claims)], [], {}),
+        Section("What is claimed, and does it hold", [READING, "", *(f"- {claim}" for claim in claims)], [], {}),
         Section("State of the study", [f"- {line}" for line in state], [], {}),
         *([Section("Risk formulas beside simulation", [], _table(exact), {})] if exact else []),
         *(Section(title, [], [], shown) for title, shown in pictures.items()),
@@ -184,7 +184,7 @@ def _html(title: str, sections: Sequence[Section]) -> str:
     for section in sections:
         parts.append(f"<h2>{html.escape(section.title)}</h2>")
         for line in section.text:
-            if line.startswith("    "):
+            if not line or line.startswith("    "):
                 continue
             words = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(line.removeprefix("- ")))
             parts.append(f"<li>{words}</li>" if line.startswith("- ") else f"<p>{words.replace('`', '')}</p>")
