@@ -26,7 +26,10 @@ def test_usage(capsys):
 
 
 def test_an_unknown_stage_is_refused_with_the_usage(capsys):
-    with pytest.raises(SystemExit, match=r"lit-vapo: expected a stage \(sft, reward, ppo\) or export, got 'dpo'"):
+    with pytest.raises(
+        SystemExit,
+        match=r"lit-vapo: expected a stage \(sft, reward, ppo\), export, study run or study report, got 'dpo'",
+    ):
         main(["dpo", "fit"])
     assert "usage: lit-vapo" in capsys.readouterr().err
 

@@ -28,7 +28,7 @@ CLASSES = {
     "reward": (RewardModule, PreferenceDataModule),
     "ppo": (PPOModule, PromptDataModule),
 }
-KINDS = {*STAGES, "trainer", "logger", "data", "objective", "estimator", "advantage"}
+KINDS = {*STAGES, "trainer", "logger", "data", "objective", "estimator", "advantage", "study"}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
