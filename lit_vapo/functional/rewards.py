@@ -33,15 +33,27 @@ def clip_rewards(rewards: Tensor, limit: float | None) -> Tensor:
 
 
 def token_rewards(
-    terminal: Tensor, log_ratio_tokens: Tensor, kl_weight: Tensor, kl_coef: float, response_mask: Tensor
+    terminal: Tensor,
+    log_ratio_tokens: Tensor,
+    kl_weight: Tensor,
+    kl_coef: float,
+    response_mask: Tensor,
+    shared_weight: Tensor | None = None,
 ) -> Tensor:
     """Per-token rewards of the objective E[R] - β * D_w(π || π0).
 
-        r_t = -β * w(x, y) * (log π(a_t) - log π0(a_t)) + [t is the last response token] * R(x, y)
+        r_t = -β * v * log ρ_t + [t is the last response token] * ( R(x, y) - β * (w(x, y) - v) * Σ_s log ρ_s ),
+        log ρ_t = log π(a_t) - log π0(a_t)
 
-    The gradient of that objective is exactly E[(R - β * w * log(π/π0)) * grad log π], so the penalty belongs
-    here and not in the loss. Source: Banerjee et al., arXiv 2507.15906; w = 1 is Ziegler et al., arXiv
-    1909.08593, equation 2.
+    The gradient of that objective is exactly E[(R - β * w * log ρ) * grad log π] over whole responses, so the
+    penalty belongs here and not in the loss. Source: Banerjee et al., arXiv 2507.15906; w = 1 is Ziegler et al.,
+    arXiv 1909.08593, equation 2.
+
+    A row sums to R - β * w * log ρ whatever v is. But w is known only once the response has ended: with v = w, as
+    one would write it down first, a token would not hear of the price it puts on the tokens before it, since
+    advantages look ahead; the gradient and the optimum would be others wherever w varies. With one v for all rows
+    the gradient is right for any v. The mean of w is used: it leaves least to the last token, and gives the usual
+    per-token penalty where w does not vary.
 
     Args:
         terminal: `(B,)`, R, the score of each whole response, in units of reward.
@@ -49,6 +61,7 @@ def token_rewards(
         kl_weight: `(B,)`, w >= 0, one weight for each response.
         kl_coef: β >= 0, in units of reward per nat (per unit of weight).
         response_mask: bool `(B, T)`, True = counts.
+        shared_weight: `()`, v; None for the mean of `kl_weight`. Processes that share a batch pass its mean.
 
     Returns:
         `(B, T)`, in units of reward, zeros outside the mask.
@@ -58,10 +71,11 @@ def token_rewards(
             score.
 
     Example:
-        >>> mask = torch.tensor([[True, True, False]])
-        >>> log_ratio = torch.tensor([[1.0, -2.0, 9.0]])
-        >>> token_rewards(torch.tensor([5.0]), log_ratio, torch.tensor([3.0]), 0.1, mask)
-        tensor([[-0.3000,  5.6000,  0.0000]])
+        >>> mask = torch.tensor([[True, True, False], [True, False, False]])
+        >>> log_ratio = torch.tensor([[1.0, -2.0, 9.0], [0.0, 9.0, 9.0]])
+        >>> token_rewards(torch.tensor([5.0, 1.0]), log_ratio, torch.tensor([3.0, 1.0]), 0.1, mask)
+        tensor([[-0.2000,  5.5000,  0.0000],
+                [ 1.0000,  0.0000,  0.0000]])
     """
     if log_ratio_tokens.ndim != 2:
         raise ValueError(f"expected log_ratio_tokens of shape (B, T), got {tuple(log_ratio_tokens.shape)}")
@@ -74,8 +88,9 @@ def token_rewards(
     empty = ~response_mask.any(dim=1)
     if bool(empty.any()):
         raise ValueError(f"expected a response token in every row, got none in row {int(empty.nonzero()[0])}")
-    zeros = torch.zeros_like(log_ratio_tokens)
-    penalty = -kl_coef * kl_weight[:, None] * torch.where(response_mask, log_ratio_tokens, zeros)
+    shared = kl_weight.mean() if shared_weight is None else shared_weight
+    log_ratio = torch.where(response_mask, log_ratio_tokens, torch.zeros_like(log_ratio_tokens))
+    score = terminal - kl_coef * (kl_weight - shared) * log_ratio.sum(1)
     positions = torch.arange(response_mask.shape[1], device=response_mask.device)
     last = torch.where(response_mask, positions, -1).amax(dim=1, keepdim=True)
-    return penalty + torch.where(positions == last, terminal[:, None], 0)
+    return -kl_coef * shared * log_ratio + torch.where(positions == last, score[:, None], 0)

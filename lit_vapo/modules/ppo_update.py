@@ -118,7 +118,9 @@ def compute_advantages(
     mask = rollout.response_mask
     assert rollout.values is not None
     log_ratio = rollout.logprobs - rollout.ref_logprobs
-    rewards = token_rewards(rollout.reward, log_ratio, rollout.kl_weight, kl_coef, mask)
+    weight = rollout.kl_weight
+    shared = all_sum(weight.sum()) / all_sum(torch.ones_like(weight).sum())
+    rewards = token_rewards(rollout.reward, log_ratio, weight, kl_coef, mask, shared)
     advantages, returns = gae(rewards, rollout.values, mask, settings.gamma, settings.gae_lambda)
     for name, x in (("rewards", rewards), ("advantages", advantages)):
         if not torch.isfinite(x).all():

@@ -26,7 +26,7 @@ class Score(NamedTuple):
 class Objective(nn.Module, ABC):
     """Turns an ensemble's estimate into a terminal reward and a weight of the KL penalty.
 
-    PPO then maximises Σ_t −β·w·(log π(a_t) − log π0(a_t)) plus the terminal reward. A subclass gives `forward`;
+    PPO then maximises the reward less β·w·Σ_t (log π(a_t) − log π0(a_t)) of each response. A subclass gives `forward`;
     if it uses the variance it sets `needs_variance`, and a single-member ensemble is refused for it.
     """
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from lit_vapo.functional import clip_rewards, token_rewards
+from lit_vapo.functional import clip_rewards, objective, token_rewards
 
 NAN = float("nan")
 
 
 def test_hand_worked_values():
-    # β = 0.5. Row 0, w = 2: -1 * (1, -1, 2), and 10 at t = 2. Row 1, w = 4: -2 * (3), and -1 at t = 0.
+    # β = 0.5, mean w = 3: -1.5 * (1, -1, 2) and -1.5 * 3. At the end of row 0, w = 2: 10 - 0.5 * (2 - 3) * 2 = 11;
+    # of row 1, w = 4: -1 - 0.5 * (4 - 3) * 3 = -2.5.
     rewards = token_rewards(
         torch.tensor([10.0, -1.0]),
         torch.tensor([[1.0, -1.0, 2.0], [3.0, NAN, NAN]]),
@@ -17,7 +18,39 @@ def test_hand_worked_values():
         0.5,
         torch.tensor([[True, True, True], [True, False, False]]),
     )
-    torch.testing.assert_close(rewards, torch.tensor([[-1.0, 1.0, 8.0], [-7.0, 0.0, 0.0]]))
+    torch.testing.assert_close(rewards, torch.tensor([[-1.5, 1.5, 8.0], [-7.0, 0.0, 0.0]]))
+
+
+def test_a_constant_weight_is_the_usual_penalty_of_each_token():
+    log_ratio = torch.tensor([[1.0, -2.0], [0.5, NAN]])
+    mask = torch.tensor([[True, True], [True, False]])
+    rewards = token_rewards(torch.tensor([1.0, 2.0]), log_ratio, torch.full((2,), 3.0), 0.1, mask)
+    # -0.3 * (1, -2) + (0, 1); -0.3 * 0.5 + 2.
+    torch.testing.assert_close(rewards, torch.tensor([[-0.3, 1.6], [1.85, 0.0]]))
+
+
+@pytest.mark.parametrize("shared", [None, 0.0, 2.0])
+def test_rewards_to_go_give_the_gradient_of_the_objective_where_the_weight_varies(shared):
+    # All 2 * 2 * 2 responses of a policy over two tokens, with logits of their own after each of the 7 prefixes.
+    generator = torch.Generator().manual_seed(0)
+    logits, ref = torch.randn(2, 7, 2, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    reward, spread = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    weight = spread.exp()
+    tokens = torch.tensor([[y >> 2 & 1, y >> 1 & 1, y & 1] for y in range(8)])
+    prefixes = torch.stack([torch.zeros(8).long(), 1 + tokens[:, 0], 3 + 2 * tokens[:, 0] + tokens[:, 1]], dim=1)
+    logprobs = logits.log_softmax(1)[prefixes, tokens]
+    ref_logprobs = ref.log_softmax(1)[prefixes, tokens]
+    policy = logprobs.sum(1).exp()
+    (exact,) = torch.autograd.grad(
+        objective(policy, reward, ref_logprobs.sum(1).exp(), 0.7, weight), logits, retain_graph=True
+    )
+    shared = None if shared is None else torch.tensor(shared, dtype=torch.float64)
+    log_ratio = (logprobs - ref_logprobs).detach()
+    rewards = token_rewards(reward, log_ratio, weight, 0.7, torch.ones(8, 3, dtype=torch.bool), shared)
+    to_go = rewards.flip(1).cumsum(1).flip(1)
+    (found,) = torch.autograd.grad((policy.detach()[:, None] * to_go * logprobs).sum(), logits)
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
 
 
 def test_a_row_sums_to_the_score_less_the_penalty():

@@ -27,9 +27,13 @@ def reward(tiny_model_dir, tmp_path_factory):
 def test_two_processes_learn_what_one_does(tiny_model_dir, reward, tmp_path):
     # Six rows of unequal length, dealt out to two processes: whitening, loss and clipping are over all tokens.
     nets = ppo_helpers.networks(tiny_model_dir, reward, critic="lora")
-    ddp_worker.save_rollout(tmp_path / "rollout.pt", ppo_helpers.make_rollout(nets, tiny_model_dir, seed=1))
-    counts = [int(ddp_worker.load_rollout(tmp_path / "rollout.pt", r, 2).response_mask.sum()) for r in (0, 1)]
-    assert counts[0] != counts[1]
+    rollout = ppo_helpers.make_rollout(nets, tiny_model_dir, seed=1, objective=VarianceAware())
+    # Random adapters start where the reference is; the penalty should count.
+    rollout.ref_logprobs = rollout.ref_logprobs - 0.5
+    ddp_worker.save_rollout(tmp_path / "rollout.pt", rollout)
+    parts = [ddp_worker.load_rollout(tmp_path / "rollout.pt", rank, 2) for rank in (0, 1)]
+    assert len({int(part.response_mask.sum()) for part in parts}) == 2
+    assert len({float(part.kl_weight.mean()) for part in parts}) == 2
     command = [sys.executable, ddp_worker.__file__, tiny_model_dir, reward, str(tmp_path)]
     tests = Path(ddp_worker.__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"}
