@@ -20,7 +20,7 @@ from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.functional import ensemble_estimate, optimal_policy
 from lit_vapo.models.actor_critic import Rows
 from lit_vapo.models.features import right_pad
-from lit_vapo.models.generation import Sampling
+from lit_vapo.models.generation import Sampling, Shaping
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.trunk import pool
@@ -91,7 +91,7 @@ def enumerate_policy(policy, role):
     probabilities, features = [], []
     for r in map(rows, PROMPTS):
         hidden = policy.hidden(role, r.input_ids, r.lengths).last
-        logprobs = policy.logprobs(role, hidden, r.input_ids, r.prompt_lengths, r.response_mask, 1.0).logprobs
+        logprobs = policy.logprobs(role, hidden, r.input_ids, r.prompt_lengths, r.response_mask, Shaping()).logprobs
         probabilities.append(logprobs.double().sum(1).exp())
         features.append(pool(hidden, r.lengths, r.prompt_lengths, "last"))
     return torch.stack(probabilities), torch.cat(features)

@@ -58,8 +58,8 @@ def fitted(tiny_model_dir, reward, tmp_path_factory):
     def watched():
         start()
         make = module.maker.make
-        module.maker.make = lambda batch, objective, role="actor", values=True: (
-            asked.append((role, values)) or make(batch, objective, role, values)
+        module.maker.make = lambda batch, objective, role="actor", values=True, **kwargs: (
+            asked.append((role, values)) or make(batch, objective, role, values, **kwargs)
         )
 
     module.start = watched
