@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_vapo.functional import risk_vanilla, risk_variance_aware
-from lit_vapo.functional.optima import optimal_policies, policy_kl
+from lit_vapo.functional import bregman_kl, optimal_policy, risk_vanilla, risk_variance_aware
 from lit_vapo.objectives.base import Objective
 from lit_vapo.study.experiment import Experiment, Record, Repetition
 from lit_vapo.study.variance import Draws, Honest, ToldVariance
@@ -125,7 +124,7 @@ class SmallSteps(Experiment):
             step = (estimate - centre) / weight
             # KL(π0 + d ‖ π0) = n/2 · ‖d‖² to second order for a uniform π0.
             step = step * (2 * self.kl / n) ** 0.5 / step.norm(dim=1, keepdim=True)
-            gain, kl = step @ true, policy_kl(reference + step, reference)
+            gain, kl = step @ true, bregman_kl(reference + step, reference.expand_as(step))
             base = float(reference @ true)
             for i, repetition in enumerate(repetitions):
                 at, value, exact = [float(kl[i])], [base + float(gain[i])], {"exact_risk": float(risk)}
@@ -197,13 +196,16 @@ class Optima(Experiment):
         reference = torch.full((n,), 1 / n, dtype=torch.float64)
         base = float(reference @ true)
         members, draws = _ensembles(true, sigma, params["members"], params["correlation"], repetitions)
-        coefs = params["kl_coef"] * torch.tensor([2.0**-k for k in HALVINGS], dtype=torch.float64)[:, None, None]
+        coefs = params["kl_coef"] * torch.tensor([2.0**-k for k in HALVINGS], dtype=torch.float64)[:, None]
         records = []
         for name, method in self.methods.items():
             reward, weight = _scores(method, members, draws, reference)
-            policy = optimal_policies(reward, reference, coefs * weight)
+            reward, weight, start = (x.expand(len(coefs), *reward.shape) for x in (reward, weight, reference))
+            policy = optimal_policy(reward, start, coefs, weight)
+            # Rounding may leave a small divergence below zero.
+            divergence = bregman_kl(policy, start).clamp_min(0)
             # Eight decimals: the files would be twice as large with all of them.
-            kl, value = (x.T.round(decimals=8).tolist() for x in (policy_kl(policy, reference), policy @ true))
+            kl, value = (x.T.round(decimals=8).tolist() for x in (divergence, policy @ true))
             for i, repetition in enumerate(repetitions):
                 records.append(Record(name, setting, *repetition, kl[i], value[i], base, final=HALVINGS.index(0)))
         return records
