@@ -23,8 +23,7 @@ from joblib import Parallel, delayed
 from rich.progress import track
 
 from lit_vapo.folders import write_whole
-from lit_vapo.study.experiment import Experiment, Record, Repetition, seed_of
-from lit_vapo.study.summary import Analysis
+from lit_vapo.study.experiment import Analysis, Experiment, Record, Repetition, seed_of
 
 VERSIONS = ("lit-vapo", "torch", "numpy", "scipy", "statsmodels", "lightning", "transformers", "peft")
 FAILED = ".failed.json"

@@ -1,4 +1,7 @@
-"""What a study repeats: the contract of all experiments, and the record of one run."""
+"""What a study repeats and compares: the contract of all experiments, the record of one run, what is asked.
+
+Nothing here needs scipy or statsmodels, so that the processes of a study need not load them.
+"""
 
 from __future__ import annotations
 
@@ -164,3 +167,25 @@ class Joined(Experiment):
         name, _, inner = setting.partition(":")
         records = self.experiments[name].run_block(inner, repetitions)
         return [Record(**(vars(record) | {"setting": setting})) for record in records]
+
+
+@dataclass
+class Analysis:
+    """What is compared.
+
+    Args:
+        baselines: Methods that all others are compared with; the first of each setting's, by name, if none is said.
+        kl: KL divergences in nats at which methods are compared beside their final policies.
+        smallest_ratio: A variance ratio (baseline over method) below this is not worth having: where the whole interval
+            lies below it, a lower variance does not hold.
+        smallest_risk: The same for a risk reduction, in [0, 1].
+    """
+
+    baselines: list[str] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    smallest_ratio: float = 1.1
+    smallest_risk: float = 0.01
+
+    def __post_init__(self) -> None:
+        if any(level <= 0 for level in self.kl):
+            raise ValueError(f"analysis.kl: expected levels > 0, got {self.kl}")
