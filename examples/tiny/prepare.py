@@ -34,8 +34,9 @@ from lit_vapo.types import TokenSequence
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 SFT = Path(__file__).parents[2] / "configs" / "sft" / "study.yaml"
-# Nobody reads further: the language model sees 24 tokens.
+# Nobody reads further: the language model sees 24 tokens. Short prompts make small batches.
 OPENING_WORDS, LEAST_WORDS, MOST_WORDS = 3, 8, 24
+MOST_LETTERS = 20
 RESPONSE_TOKENS = 12
 # Shares of the texts by hash: to train the language model and the true reward on, and to open prompts with.
 TRAIN = 0.8
@@ -83,13 +84,14 @@ def halves(review: Review) -> tuple[str, str]:
 def write_texts(reviews: list[Review], folder: Path) -> None:
     """Openings with their continuations, to imitate, and openings of other texts as prompts."""
     parts = [(*halves(r), r.positive) for r in reviews if len(r.text.split()) >= LEAST_WORDS]
-    place = [split_position(opening + rest) for opening, rest, _ in parts]
-    train = [part for part, at in zip(parts, place, strict=True) if at < TRAIN]
+    # By hash, which is a fixed shuffle: the file of reviews has one label after the other.
+    placed = sorted((split_position(opening + rest), opening, rest, positive) for opening, rest, positive in parts)
     # Pairs are what is read; nobody looks at what was rejected, so it is short.
-    rows = [{"prompt": a, "chosen": b, "rejected": " .", "positive": positive} for a, b, positive in train]
+    texts = ((a, b, positive) for at, a, b, positive in placed if at < TRAIN)
+    rows = ({"prompt": a, "chosen": b, "rejected": " .", "positive": positive} for a, b, positive in texts)
     write_rows(folder / "texts.jsonl", rows)
-    openings = dict.fromkeys(a for (a, _, _), at in zip(parts, place, strict=True) if at >= TRAIN)
-    write_rows(folder / "prompts.jsonl", ({"prompt": a} for a in openings))
+    openings = dict.fromkeys(o for at, o, *_ in placed if at >= TRAIN and len(o) <= MOST_LETTERS)
+    write_rows(folder / "prompts.jsonl", ({"prompt": opening} for opening in openings))
 
 
 def text_features(model: RewardModel, texts: list[dict[str, Any]]) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from lit_vapo.study.tabular import settings_grid
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.uncertainty.base import RewardHead
 
-DIRECTIONS = 8  # principal components that kinds and noise are made of
+DIRECTIONS = 8  # coordinates that kinds and noise are made of
 
 
 class PlantedNoise(RewardHead):
@@ -24,9 +26,13 @@ class PlantedNoise(RewardHead):
 
         r_k(y) = R*(y) + σ_g · (√ρ · e_0g(y) + √(1 − ρ) · e_kg(y)),    e(y) = (a + b·z(y)/√d) / √2
 
-    with g the kind of y (the nearest of G centres), z(y) its d coordinates, whitened over responses of the reference,
-    and a, b standard normal numbers of the repetition for each kind and member. Over repetitions an error has mean 0
-    and variance σ_g²·(1 + |z|²/d)/2. Within a kind it is a smooth function of the text, so a policy can exploit it.
+    with z(y) the d coordinates of y, g its kind, and a, b standard normal numbers of the repetition for each kind and
+    member. Over repetitions an error has mean 0 and variance σ_g²·(1 + |z|²/d)/2. Within a kind it is a smooth function
+    of the text, so a policy can exploit it.
+
+    The first coordinate is the score that R* is the tanh of; the others are the principal components of what is left of
+    the features without it. All have variance 1 over responses of the reference. The kind is the nearest of G centres
+    in these others: noisy kinds are then neither the good nor the bad ones.
 
     Args:
         num_members: K.
@@ -55,7 +61,7 @@ class PlantedNoise(RewardHead):
             "bias": (),
             "loc": (hidden_size,),
             "whiten": (hidden_size, d),
-            "centres": (kinds, d),
+            "centres": (kinds, d - 1),
             "offset": (kinds, K),
             "slope": (kinds, d, K),
         }
@@ -68,7 +74,7 @@ class PlantedNoise(RewardHead):
 
     def kind(self, features: Tensor) -> Tensor:
         """Number (B,) of the kind of each response."""
-        return torch.cdist(self.coordinates(features), self.centres).argmin(1)
+        return torch.cdist(self.coordinates(features)[:, 1:], self.centres).argmin(1)
 
     def rewards(self, features: Tensor) -> Tensor:
         """Truth and error (B, K)."""
@@ -82,18 +88,24 @@ class PlantedNoise(RewardHead):
 
     @torch.no_grad()
     def find_kinds(self, true: TrueReward, seed: int) -> None:
-        """Take over the truth, and divide the reference's responses into kinds: k-means on their coordinates."""
+        """Take over the truth, and divide the reference's responses into kinds by k-means."""
         reference = true.reference
         self.weight.copy_(true.weight)
         self.bias.copy_(true.bias)
         self.loc.copy_(reference.mean(0))
-        scale = reference.std(0)
-        _, _, axes = torch.linalg.svd((reference - self.loc) / scale, full_matrices=False)
-        whiten = axes[: self.directions].T / scale[:, None]
-        self.whiten.copy_(whiten / ((reference - self.loc) @ whiten).std(0))
-        # Signs of principal components differ between machines; kinds are counted by their share, which does not.
-        z = self.coordinates(reference).double().numpy()
+        centred, scale = reference - self.loc, reference.std(0)
+        score = centred @ true.weight
+        # What is left of each standardised feature once the score is taken out of it.
+        shared = (centred / scale * score[:, None]).mean(0) / score.square().mean()
+        _, _, axes = torch.linalg.svd(centred / scale - score[:, None] * shared, full_matrices=False)
+        others = axes[: self.directions - 1].T
+        self.whiten.copy_(
+            torch.cat([true.weight[:, None], others / scale[:, None] - true.weight[:, None] * (shared @ others)], 1)
+        )
+        self.whiten.div_((centred @ self.whiten).std(0))
+        z = self.coordinates(reference)[:, 1:].double().numpy()
         centres, labels = kmeans2(z, self.kinds, minit="++", rng=np.random.default_rng(seed))
+        # In an order that does not depend on how k-means numbers them.
         order = np.bincount(labels, minlength=self.kinds).argsort(kind="stable")
         self.centres.copy_(torch.from_numpy(centres[order]))
 
@@ -117,14 +129,14 @@ class PlantedNoise(RewardHead):
 class KnownNoise(LanguageModelStudy):
     """PPO against members that are the truth plus planted noise.
 
-    The standard deviations σ_g of the kinds' noise are evenly spaced in the logarithm, dealt to the kinds at random
-    once (the same in all repetitions), and scaled so that their mean square over responses of the reference is
-    `noise`²: settings differ in how unequal the noise is and not in how much there is.
+    Half of the kinds, drawn once for all repetitions, are noisy: their σ_g is `noise_ratio` times that of the quiet
+    half. The mean square over responses of the reference is `noise`² at every ratio: settings differ in how unequal
+    the noise is and not in how much there is.
 
     Args:
         prepared: Folder with language model, prompts and true reward (see `LanguageModelStudy`).
         methods: What each method maximises, by name.
-        noise_ratio: Ratios of the largest σ_g to the smallest, one setting each; 1 is the control.
+        noise_ratio: Ratios of σ_g between noisy and quiet kinds, one setting each; 1 is the control.
         training: How all methods train.
         members: K.
         kinds: G.
@@ -140,9 +152,9 @@ class KnownNoise(LanguageModelStudy):
         noise_ratio: list[float],
         training: Training | None = None,
         members: int = 8,
-        kinds: int = 12,
-        noise: float = 4.0,
-        correlation: float = 0.0,
+        kinds: int = 8,
+        noise: float = 8.0,
+        correlation: float = 0.8,
         world: int = 0,
     ) -> None:
         super().__init__(prepared, methods, training)
@@ -158,14 +170,20 @@ class KnownNoise(LanguageModelStudy):
         """The ratio of each setting."""
         return self._settings
 
-    def ensemble(self, params: Mapping[str, Any], seed: int) -> PlantedNoise:
-        """Truth and noise."""
+    @cached_property
+    def kinds_of_response(self) -> PlantedNoise:
+        """The truth and the kinds, without errors: the same in all repetitions."""
         head = PlantedNoise(self.members, self.kinds)
         head.build(self.true.reference.shape[1])
         head.find_kinds(self.true, self.world)
-        share = torch.bincount(head.kind(self.true.reference), minlength=self.kinds) / len(self.true.reference)
-        ranks = np.random.default_rng(self.world).permutation(np.geomspace(1, params["noise_ratio"], self.kinds))
-        sigma = torch.from_numpy(ranks)
+        return head
+
+    def ensemble(self, params: Mapping[str, Any], seed: int) -> PlantedNoise:
+        """Truth and noise."""
+        head, reference = copy.deepcopy(self.kinds_of_response), self.true.reference
+        share = torch.bincount(head.kind(reference), minlength=self.kinds).double() / len(reference)
+        order = np.random.default_rng(self.world).permutation(self.kinds)
+        sigma = torch.where(torch.from_numpy(order) < self.kinds // 2, 1.0, float(params["noise_ratio"])).double()
         head.draw_errors(sigma * self.noise / (share @ sigma.square()).sqrt(), self.correlation, seed)
-        head.calibrate(self.true.reference)
+        head.calibrate(reference)
         return head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ class Training:
         iterations: Rollouts; each is a point of the run, and the last is what the run is judged by (the update that
             follows it is not).
         batch_size: Prompts of a rollout.
+        max_prompt_length: Most tokens of a prompt.
         sampling: How responses are drawn.
         advantage: What a token is better than.
         update: How PPO learns from a rollout.
@@ -50,6 +52,7 @@ class Training:
 
     iterations: int = 20
     batch_size: int = 64
+    max_prompt_length: int = 32
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=12, num_responses=4))
     advantage: AdvantageEstimator = field(default_factory=Rloo)
     update: UpdateSettings = field(default_factory=lambda: UpdateSettings(epochs=1))
@@ -110,7 +113,11 @@ class LanguageModelStudy(Experiment):
         """
         training, file = self.training, self.prepared / "data" / "prompts.jsonl"
         data = PromptDataModule(
-            str(self.prepared / "base"), prompts=str(file), batch_size=training.batch_size, validation_fraction=0.0
+            str(self.prepared / "base"),
+            prompts=str(file),
+            batch_size=training.batch_size,
+            max_prompt_length=training.max_prompt_length,
+            validation_fraction=0.0,
         )
         needed, there = training.iterations * training.batch_size, len(data.prompt_rows("train"))
         if there < needed:
@@ -119,8 +126,7 @@ class LanguageModelStudy(Experiment):
 
     def __getstate__(self) -> dict[str, Any]:
         """What goes to other processes: not what is read from files."""
-        read = ("true", "features", "prompts")
-        return {name: value for name, value in vars(self).items() if name not in read}
+        return {n: x for n, x in vars(self).items() if not isinstance(getattr(type(self), n, None), cached_property)}
 
     def run(self, setting: str, repetition: Repetition) -> list[Record]:
         """One ensemble, every method."""
@@ -140,6 +146,7 @@ class LanguageModelStudy(Experiment):
         training = self.training
         watch = Watch(self.true)
         quiet()
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         with warnings.catch_warnings():
             for message in (*NOISE, *UNHEARD):
                 warnings.filterwarnings("ignore", message=message)

@@ -4,6 +4,8 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import CONFIGS
+from jsonargparse import ArgumentParser
 
 from lit_vapo.advantages.gae import Gae
 from lit_vapo.data.datamodule import PromptDataModule
@@ -17,6 +19,7 @@ from lit_vapo.objectives.single_reward import SingleReward
 from lit_vapo.objectives.variance_aware import VarianceAware
 from lit_vapo.rollout import sample_references
 from lit_vapo.study import language
+from lit_vapo.study.execution import Study
 from lit_vapo.study.experiment import Repetition
 from lit_vapo.study.known_noise import KnownNoise
 from lit_vapo.study.language import Training
@@ -34,14 +37,14 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     base = helpers.tiny_model(folder / "base", helpers.tiny_tokenizer(folder / "base"), layers=1)
     (folder / "data").mkdir()
-    prompts = helpers.tiny_prompts(folder / "data" / "prompts.jsonl", 96)
-    data = PromptDataModule(base, prompts=prompts, batch_size=96, validation_fraction=0.0)
+    prompts = helpers.tiny_prompts(folder / "data" / "prompts.jsonl", 192)
+    data = PromptDataModule(base, prompts=prompts, batch_size=96, max_prompt_length=32, validation_fraction=0.0)
     spec = FeatureSpec(Pretrained(base), pooling="mean")
     head = HeadEnsemble(1)
     head.build(1)
     model = RewardModel(spec, head, freeze(load_backbone(spec.base)))
     torch.manual_seed(0)
-    batches = data.prompt_batches("train", 96)
+    batches = data.prompt_batches("train", 192)
     responses = sample_references(load_causal_lm(spec.base), load_tokenizer(spec.base), batches, Sampling(TOKENS))
     reference = compute_features(model, responses, torch.device("cpu"))
     TrueReward.along(torch.randn(32), reference).save(folder / "true_reward")
@@ -51,7 +54,7 @@ def prepared(tmp_path_factory):
 def training(**options):
     sampling = Sampling(TOKENS, num_responses=2)
     update = UpdateSettings(epochs=1, minibatches=1)
-    return Training(**{"iterations": 2, "batch_size": 8, "sampling": sampling, "update": update} | options)
+    return Training(**{"iterations": 3, "batch_size": 8, "sampling": sampling, "update": update} | options)
 
 
 def known(prepared, methods=METHODS, noise_ratio=(10,), **options):
@@ -95,7 +98,7 @@ def errors(experiment, count):
 @pytest.mark.parametrize("ratio", [1, 10])
 def test_planted_noise_has_the_variance_it_should(prepared, ratio):
     experiment = known(prepared, noise_ratio=[ratio], members=3, noise=2.0, correlation=0.25)
-    error, head = errors(experiment, 400)
+    error, head = errors(experiment, 200)
     reference = experiment.true.reference
     assert abs(float(error.mean())) < 0.1
     # Of all responses and repetitions together, the mean square is noise² = 4 by construction.
@@ -139,17 +142,17 @@ def test_preferences_say_which_response_is_better(prepared):
     wrong = draw_pairs(true, 40, 1.0, seed=1)
     assert torch.equal(wrong.chosen, right.rejected)
     assert not torch.equal(draw_pairs(true, 40, 0.0, seed=2).chosen, right.chosen)
-    with pytest.raises(ValueError, match="pairs: expected at most 48, half of the responses there are, got 49"):
-        draw_pairs(true, 49, 0.0, seed=0)
+    with pytest.raises(ValueError, match="pairs: expected at most 96, half of the responses there are, got 97"):
+        draw_pairs(true, 97, 0.0, seed=0)
 
 
 def test_ensembles_learn_from_clear_preferences(prepared):
-    experiment = LearnedEnsemble(str(prepared), METHODS, [48], [0.0])
+    experiment = LearnedEnsemble(str(prepared), METHODS, [90], [0.0], head_learning_rate=0.05)
     (params,) = experiment.settings.values()
     head = experiment.ensemble(params, 0)
     reference = experiment.true.reference
     pairs = torch.stack([head(reference).mean, experiment.true(reference)])
-    assert float(pairs.corrcoef()[0, 1]) > 0.8
+    assert float(pairs.corrcoef()[0, 1]) > 0.6
     assert bool(head.calibrated)
     assert not torch.equal(head.weight, experiment.ensemble(params, 1).weight)
     assert torch.equal(head.weight, experiment.ensemble(params, 0).weight)
@@ -165,12 +168,13 @@ def test_runs_are_paired_and_repeatable(prepared, make):
     records = experiment.run(setting, Repetition(0, 7))
     assert [r.method for r in records] == list(METHODS)
     for record in records:
-        assert len(record.kl) == len(record.true_return) == 2
+        assert len(record.kl) == len(record.true_return) == 3
         # The first rollout is the reference's, and the same in all methods.
         assert record.kl[0] == pytest.approx(0, abs=1e-5)
         assert record.true_return[0] == pytest.approx(records[0].true_return[0])
         assert record.reference_return == pytest.approx(float(experiment.true(experiment.true.reference).mean()))
-    assert len({r.true_return[1] for r in records}) == 3
+    # A first step weighs no KL, as there is none yet; from the second on the methods differ.
+    assert len({r.true_return[2] for r in records}) == 3
     again = experiment.run(setting, Repetition(0, 7))
     assert [vars(r) for r in again] == [vars(r) for r in records]
     other = experiment.run(setting, Repetition(1, 8))
@@ -186,10 +190,10 @@ def test_equal_noise_told_exactly_is_plain(prepared):
 
 
 def test_policies_learn_the_truth_where_there_is_no_noise(prepared):
-    options = training(iterations=8, batch_size=12, learning_rate=0.01, kl_coef=0.01)
+    options = training(iterations=8, batch_size=12, learning_rate=0.02, kl_coef=0.01)
     experiment = known(prepared, {"mean": MeanReward()}, noise=1e-3, training=options)
     (record,) = experiment.run("noise_ratio=10", Repetition(0, 0))
-    assert record.true_return[-1] > record.reference_return + 0.3
+    assert record.true_return[-1] > record.reference_return + 0.3, record.true_return
     assert record.kl[-1] > 0.5
 
 
@@ -218,5 +222,21 @@ def test_other_estimators_of_the_advantage(prepared):
 def test_bad_input_is_refused(prepared):
     with pytest.raises(ValueError, match="methods: expected at least one, got none"):
         known(prepared, {})
-    with pytest.raises(ValueError, match=r"expected at least 104 prompts .*, got 96"):
-        known(prepared, training=training(iterations=13)).run("noise_ratio=10", Repetition(0, 0))
+    with pytest.raises(ValueError, match=r"expected at least 200 prompts .*, got 192"):
+        known(prepared, training=training(iterations=25)).run("noise_ratio=10", Repetition(0, 0))
+
+
+@pytest.mark.parametrize("name", ["known_noise", "learned_ensemble"])
+def test_shipped_configs_run(name, prepared):
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Study, as_group=False)
+    words = [f"--config={CONFIGS / 'study' / name}.yaml", f"--experiment.init_args.prepared={prepared}"]
+    small = {"iterations": 2, "batch_size": 4, "sampling.max_new_tokens": TOKENS, "update.minibatches": 1}
+    words += [f"--experiment.init_args.training.{key}={value}" for key, value in small.items()]
+    given = parser.instantiate_classes(parser.parse_args(words))
+    experiment = given.experiment
+    setting = list(experiment.settings)[-1]
+    records = experiment.run(setting, Repetition(0, 1))
+    assert [r.method for r in records] == list(experiment.methods)
+    assert set(given.analysis.baselines) <= set(experiment.methods)
