@@ -18,7 +18,7 @@ from lit_vapo.study.tabular import settings_grid
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.uncertainty.base import RewardHead
 
-DIRECTIONS = 8  # coordinates that kinds and noise are made of
+DIRECTIONS = 4  # coordinates that kinds and noise are made of
 
 
 class PlantedNoise(RewardHead):
@@ -152,8 +152,8 @@ class KnownNoise(LanguageModelStudy):
         noise_ratio: list[float],
         training: Training | None = None,
         members: int = 8,
-        kinds: int = 8,
-        noise: float = 8.0,
+        kinds: int = 4,
+        noise: float = 4.0,
         correlation: float = 0.8,
         world: int = 0,
     ) -> None:

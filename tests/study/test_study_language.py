@@ -54,7 +54,9 @@ def prepared(tmp_path_factory):
 def training(**options):
     sampling = Sampling(TOKENS, num_responses=2)
     update = UpdateSettings(epochs=1, minibatches=1)
-    return Training(**{"iterations": 3, "batch_size": 8, "sampling": sampling, "update": update} | options)
+    return Training(
+        **{"iterations": 3, "batch_size": 8, "learning_rate": 0.02, "sampling": sampling, "update": update} | options
+    )
 
 
 def known(prepared, methods=METHODS, noise_ratio=(10,), **options):
@@ -190,10 +192,10 @@ def test_equal_noise_told_exactly_is_plain(prepared):
 
 
 def test_policies_learn_the_truth_where_there_is_no_noise(prepared):
-    options = training(iterations=8, batch_size=12, learning_rate=0.02, kl_coef=0.01)
+    options = training(iterations=8, batch_size=24, kl_coef=0.01)
     experiment = known(prepared, {"mean": MeanReward()}, noise=1e-3, training=options)
     (record,) = experiment.run("noise_ratio=10", Repetition(0, 0))
-    assert record.true_return[-1] > record.reference_return + 0.3, record.true_return
+    assert np.mean(record.true_return[-3:]) > record.reference_return + 0.3
     assert record.kl[-1] > 0.5
 
 
