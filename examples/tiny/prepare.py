@@ -1,6 +1,6 @@
 """Everything the tiny studies start from: a tokenizer, a language model trained from scratch, prompts, a true reward.
 
-    python -m examples.tiny.prepare --output runs/tiny
+    python -m examples.tiny.prepare --output runs/tiny_lm
 
 The reviews come with an installed package, and nothing is fetched. What exists is kept, so a second run takes a
 moment.

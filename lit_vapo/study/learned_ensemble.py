@@ -65,7 +65,7 @@ class LearnedEnsemble(LanguageModelStudy):
             torch.manual_seed(seed)  # of estimators that draw from the common generator
             head.build(self.true.reference.shape[1])
             learn(head, draw_pairs(self.true, seed=seed, **params), self.steps, self.head_learning_rate)
-        head.calibrate(self.true.reference)
+        head.requires_grad_(False).calibrate(self.true.reference)
         return head
 
 
