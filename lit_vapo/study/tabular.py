@@ -95,7 +95,7 @@ class SmallSteps(Experiment):
         self.world = World(responses, noise)
         self.kl = kl
         self.block_size = block_size
-        self._settings = _grid(noise_ratio=noise_ratio, world=list(range(worlds)))
+        self._settings = settings_grid(noise_ratio=noise_ratio, world=list(range(worlds)))
 
     @property
     def settings(self) -> Mapping[str, Mapping[str, Any]]:
@@ -171,7 +171,7 @@ class Optima(Experiment):
         self.methods = methods
         self.world = World(responses, noise)
         self.block_size = block_size
-        self._settings = _grid(
+        self._settings = settings_grid(
             noise_ratio=noise_ratio,
             members=members,
             correlation=correlation,
@@ -211,7 +211,7 @@ class Optima(Experiment):
         return records
 
 
-def _grid(**lists: list[Any]) -> dict[str, dict[str, Any]]:
+def settings_grid(**lists: list[Any]) -> dict[str, dict[str, Any]]:
     """All combinations, named by what is not the same in all of them (or by everything where there is but one)."""
     for name, values in lists.items():
         if not values or len(set(values)) != len(values):
