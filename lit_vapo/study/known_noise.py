@@ -13,8 +13,8 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from lit_vapo.objectives.base import Objective
+from lit_vapo.study.experiment import settings_grid
 from lit_vapo.study.language import LanguageModelStudy, Training
-from lit_vapo.study.tabular import settings_grid
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.uncertainty.base import RewardHead
 
@@ -158,17 +158,12 @@ class KnownNoise(LanguageModelStudy):
         world: int = 0,
     ) -> None:
         super().__init__(prepared, methods, training)
-        self._settings = settings_grid(noise_ratio=noise_ratio)
+        self.settings = settings_grid(noise_ratio=noise_ratio)
         self.members = members
         self.kinds = kinds
         self.noise = noise
         self.correlation = correlation
         self.world = world
-
-    @property
-    def settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """The ratio of each setting."""
-        return self._settings
 
     @cached_property
     def kinds_of_response(self) -> PlantedNoise:

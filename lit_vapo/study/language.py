@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,15 @@ from lit_vapo.objectives.base import Objective
 from lit_vapo.study.experiment import Experiment, Record, Repetition
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.uncertainty.base import RewardHead
+
+# A run of a study is one of hundreds.
+UNHEARD = (
+    ".*does not have many workers.*",
+    ".*responses \\(0%\\) ended by themselves.*",
+    ".*`?isinstance\\(treespec, LeafSpec\\)`? is deprecated.*",
+)
+# What of its last iteration a run's record tells.
+SHOWN = ("train/objective_reward", "train/ensemble_sigma", "train/kl_weight_mean", "train/kl_coef", "train/entropy")
 
 
 @dataclass
@@ -128,16 +137,19 @@ class LanguageModelStudy(Experiment):
         """What goes to other processes: not what is read from files."""
         return {n: x for n, x in vars(self).items() if not isinstance(getattr(type(self), n, None), cached_property)}
 
-    def run(self, setting: str, repetition: Repetition) -> list[Record]:
-        """One ensemble, every method."""
+    def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
+        """One ensemble for each repetition, every method."""
+        return [record for repetition in repetitions for record in self._repeat(setting, repetition)]
+
+    def _repeat(self, setting: str, repetition: Repetition) -> list[Record]:
         head = self.ensemble(self.settings[setting], repetition.seed)
         records = []
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) / "ensemble"
             RewardModel(self.features, head, None).save_pretrained(folder)
+            base = float(self.true(self.true.reference).mean())
             for name, objective in self.methods.items():
                 seen = self._train(copy.deepcopy(objective), folder, repetition.seed)
-                base = float(self.true(self.true.reference).mean())
                 records.append(Record(name, setting, *repetition, seen.kl, seen.true_return, base, seen.last))
         return records
 
@@ -175,17 +187,9 @@ class LanguageModelStudy(Experiment):
                 callbacks=[watch],
                 default_root_dir=ensemble.parent,
             )
-            torch.manual_seed(seed % 2**63)
+            torch.manual_seed(seed)
             trainer.fit(module, self.prompts)
         return watch
-
-
-# A run of a study is one of hundreds.
-UNHEARD = (
-    ".*does not have many workers.*",
-    ".*responses \\(0%\\) ended by themselves.*",
-    ".*`?isinstance\\(treespec, LeafSpec\\)`? is deprecated.*",
-)
 
 
 class Watch(Callback):
@@ -219,6 +223,3 @@ class Watch(Callback):
         logged = {name: float(x) for name, x in trainer.callback_metrics.items()}
         self.kl.append(logged["train/kl_k1"])
         self.last = {name.partition("/")[2]: logged[name] for name in SHOWN}
-
-
-SHOWN = ("train/objective_reward", "train/ensemble_sigma", "train/kl_weight_mean", "train/kl_coef", "train/entropy")

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_vapo.modules.checkpoint import linear_decay, seeded
 from lit_vapo.objectives.base import Objective
+from lit_vapo.study.experiment import settings_grid
 from lit_vapo.study.language import LanguageModelStudy, Training
-from lit_vapo.study.tabular import settings_grid
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.types import FeaturePairs, PairLabels
 from lit_vapo.uncertainty.base import RewardHead
@@ -47,22 +48,16 @@ class LearnedEnsemble(LanguageModelStudy):
         head_learning_rate: float = 0.01,
     ) -> None:
         super().__init__(prepared, methods, training)
-        self._settings = settings_grid(pairs=pairs, flipped=flipped)
+        self.settings = settings_grid(pairs=pairs, flipped=flipped)
         self.head = head or HeadEnsemble()
         self.steps = steps
         self.head_learning_rate = head_learning_rate
-
-    @property
-    def settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """Pairs and share of flipped preferences of each setting."""
-        return self._settings
 
     def ensemble(self, params: Mapping[str, Any], seed: int) -> RewardHead:
         """An ensemble that learned from preferences of its own."""
         head = copy.deepcopy(self.head)
         head.seed = seed
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # of estimators that draw from the common generator
+        with seeded(seed):  # for estimators that draw from the common generator
             head.build(self.true.reference.shape[1])
             learn(head, draw_pairs(self.true, seed=seed, **params), self.steps, self.head_learning_rate)
         head.requires_grad_(False).calibrate(self.true.reference)
@@ -97,7 +92,7 @@ def draw_pairs(true: TrueReward, pairs: int, flipped: float, seed: int) -> Featu
 def learn(head: RewardHead, pairs: FeaturePairs, steps: int, learning_rate: float) -> Tensor:
     """Train an estimator that is built; the last loss, ()."""
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.01)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_decay(steps))
     for _ in range(steps):
         optimizer.zero_grad()
         loss = head.loss(*pairs)

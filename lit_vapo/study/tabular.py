@@ -5,10 +5,8 @@ Source: Banerjee, Saha, Gopalan, "Towards Reliable, Uncertainty-Aware Alignment"
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from lit_vapo.functional import bregman_kl, optimal_policy, risk_vanilla, risk_variance_aware
 from lit_vapo.objectives.base import Objective
-from lit_vapo.study.experiment import Experiment, Record, Repetition
+from lit_vapo.study.experiment import Experiment, Record, Repetition, settings_grid
 from lit_vapo.study.variance import Draws, Honest, ToldVariance
 from lit_vapo.types import RewardEstimate
 
@@ -95,16 +93,7 @@ class SmallSteps(Experiment):
         self.world = World(responses, noise)
         self.kl = kl
         self.block_size = block_size
-        self._settings = settings_grid(noise_ratio=noise_ratio, world=list(range(worlds)))
-
-    @property
-    def settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """The ratio and the world of each setting."""
-        return self._settings
-
-    def run(self, setting: str, repetition: Repetition) -> list[Record]:
-        """One estimate, two steps."""
-        return self.run_block(setting, [repetition])
+        self.settings = settings_grid(noise_ratio=noise_ratio, world=list(range(worlds)))
 
     def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
         """All estimates at once."""
@@ -171,22 +160,13 @@ class Optima(Experiment):
         self.methods = methods
         self.world = World(responses, noise)
         self.block_size = block_size
-        self._settings = settings_grid(
+        self.settings = settings_grid(
             noise_ratio=noise_ratio,
             members=members,
             correlation=correlation,
             kl_coef=kl_coef,
             world=list(range(worlds)),
         )
-
-    @property
-    def settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """Ratio, members, correlation, coefficient and world of each setting."""
-        return self._settings
-
-    def run(self, setting: str, repetition: Repetition) -> list[Record]:
-        """One ensemble, every method."""
-        return self.run_block(setting, [repetition])
 
     def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
         """All ensembles at once."""
@@ -209,19 +189,6 @@ class Optima(Experiment):
             for i, repetition in enumerate(repetitions):
                 records.append(Record(name, setting, *repetition, kl[i], value[i], base, final=HALVINGS.index(0)))
         return records
-
-
-def settings_grid(**lists: list[Any]) -> dict[str, dict[str, Any]]:
-    """All combinations, named by what is not the same in all of them (or by everything where there is but one)."""
-    for name, values in lists.items():
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"{name}: expected a list of different values, got {values}")
-    shown = [name for name, values in lists.items() if len(values) > 1] or list(lists)[:1]
-    found = {}
-    for combination in product(*lists.values()):
-        params = dict(zip(lists, combination, strict=True))
-        found[",".join(f"{name}={params[name]:g}" for name in shown)] = params
-    return found
 
 
 def _ensembles(
