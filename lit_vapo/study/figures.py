@@ -11,12 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lit_vapo.figures.drawing import GREY, drawing
+from lit_vapo.figures.drawing import COLOURS, GREY, drawing
 from lit_vapo.study.experiment import Record
 from lit_vapo.study.summary import Outcome
-
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:
