@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-
-from lit_vapo.figures.drawing import COLOURS
 
 POLICY, REFERENCE, REWARD = "#2563a8", "#8a8f98", "#c4701c"
 STYLE = {
@@ -162,24 +159,3 @@ def save_all(folder: Path, train: Series, reference: Records, policy: Records) -
             figure.savefig(paths[name])
             plt.close(figure)
     return paths
-
-
-def curves_at_kl(
-    runs: dict[str, list[Series]], levels: tuple[float, ...], at_kl: Callable[[np.ndarray, np.ndarray, Any], np.ndarray]
-) -> Figure:
-    """Gold and ensemble reward of several objectives at given KLs: mean over seeds, with its standard error."""
-    fine = tuple(np.linspace(min(levels) / 2, max(levels), 25))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
-    for axis, key, title in ((axes[0], "gold", "Gold: P(positive)"), (axes[1], "reward_mean", "Mean of the ensemble")):
-        for (name, series), color in zip(runs.items(), COLOURS, strict=False):
-            found = np.array([at_kl(r["kl_k1"], r[key], fine) for r in series])
-            # A mean over other seeds at one KL than at the next would draw steps that no run took.
-            known = ~np.isnan(found).any(0)
-            x, mean = np.array(fine)[known], found[:, known].mean(0)
-            error = found[:, known].std(0, ddof=min(1, len(series) - 1)) / np.sqrt(len(series))
-            axis.plot(x, mean, color=color, linewidth=2, label=name)
-            axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.12, linewidth=0)
-        axis.set_title(title)
-        axis.set_xlabel("KL to the reference, nats per response")
-    axes[0].legend(frameon=False)
-    return figure

@@ -9,7 +9,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -83,6 +83,24 @@ class Record:
     def gain(self) -> float:
         """True return of the final policy less the reference's."""
         return self.true_return[self.final] - self.reference_return
+
+    def smoothed(self, window: int) -> Record:
+        """The run with moving averages in place of its points, shorter by window − 1.
+
+        A point of a trained policy is an estimate from one rollout; neighbours are nearly the same policy, and their
+        mean is known better.
+
+        Args:
+            window: Points of each average; a shorter run becomes one point.
+        """
+        width = min(window, len(self.kl))
+        if width == 1:
+            return self
+        kl, true_return = (
+            [sum(points[end - width : end]) / width for end in range(width, len(points) + 1)]
+            for points in (self.kl, self.true_return)
+        )
+        return replace(self, kl=kl, true_return=true_return, final=-1)
 
     def gain_at(self, level: float) -> float | None:
         """True return less the reference's where the run first reaches a KL, or None where it never does.
@@ -186,13 +204,18 @@ class Analysis:
         smallest_ratio: A variance ratio (baseline over method) below this is not worth having: where the whole interval
             lies below it, a lower variance does not hold.
         smallest_risk: The same for a risk reduction, in [0, 1].
+        window: Consecutive points of a run that are averaged before anything is compared, the last ones for the final
+            policy; 1 where points are exact.
     """
 
     baselines: list[str] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     smallest_ratio: float = 1.1
     smallest_risk: float = 0.01
+    window: int = 1
 
     def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"analysis.window: expected at least 1, got {self.window}")
         if any(level <= 0 for level in self.kl):
             raise ValueError(f"analysis.kl: expected levels > 0, got {self.kl}")

@@ -29,6 +29,7 @@ from lit_vapo.modules.run import NOISE
 from lit_vapo.objectives.base import Objective
 from lit_vapo.study.experiment import Experiment, Record, Repetition
 from lit_vapo.study.true_reward import TrueReward
+from lit_vapo.types import TextReward
 from lit_vapo.uncertainty.base import RewardHead
 
 # A run of a study is one of hundreds.
@@ -55,6 +56,7 @@ class Training:
         update: How PPO learns from a rollout.
         lora: Adapters to train; `null` trains all weights.
         learning_rate: Peak learning rate of the actor.
+        critic_learning_rate: Peak learning rate of the critic, where the advantage needs one.
         kl_coef: β, in units of reward per nat.
         kl_target: Plain KL in nats that β is adapted to reach, or `null` for a fixed β.
     """
@@ -67,6 +69,7 @@ class Training:
     update: UpdateSettings = field(default_factory=lambda: UpdateSettings(epochs=1))
     lora: Lora | None = None
     learning_rate: float = 1e-3
+    critic_learning_rate: float = 1e-3
     kl_coef: float = 0.3
     kl_target: float | None = None
 
@@ -78,14 +81,21 @@ class LanguageModelStudy(Experiment):
     from the same start, with the same prompts and the same random numbers. A run's points are its rollouts, on prompts
     that it has not seen before.
 
+    What is true is here a `TrueReward` of the text's features; a subclass may have a judge of texts instead.
+
     Args:
         prepared: Folder with `base` (the language model), `data/prompts.jsonl` and `true_reward` (`TrueReward`).
         methods: What each method maximises, by name.
         training: How all of them train.
 
+    Attributes:
+        gold: The judge whose mean is the true return, or None where `true` is known.
+
     Raises:
         ValueError: There are no methods.
     """
+
+    gold: TextReward | None = None
 
     def __init__(self, prepared: str, methods: dict[str, Objective], training: Training | None = None) -> None:
         if not methods:
@@ -105,13 +115,28 @@ class LanguageModelStudy(Experiment):
 
     @cached_property
     def true(self) -> TrueReward:
-        """The true reward."""
+        """The true reward, where it is a function of the features."""
         return TrueReward.load(self.prepared / "true_reward")
 
     @cached_property
+    def reference_features(self) -> Tensor:
+        """Features (N, H) of responses of the reference, which ensembles are calibrated on."""
+        return self.true.reference
+
+    @cached_property
+    def reference_return(self) -> float:
+        """True return of the reference."""
+        return float(self.true(self.reference_features).mean())
+
+    @cached_property
     def features(self) -> FeatureSpec:
-        """What true reward and ensembles read."""
+        """What ensembles read of which language model: the one that is aligned."""
         return FeatureSpec(Pretrained(str(self.prepared / "base")), pooling="mean")
+
+    @property
+    def prompts_file(self) -> Path:
+        """Where the prompts are."""
+        return self.prepared / "data" / "prompts.jsonl"
 
     @cached_property
     def prompts(self) -> PromptDataModule:
@@ -120,9 +145,9 @@ class LanguageModelStudy(Experiment):
         Raises:
             ValueError: There are too few for a run that sees each but once.
         """
-        training, file = self.training, self.prepared / "data" / "prompts.jsonl"
+        training, file = self.training, self.prompts_file
         data = PromptDataModule(
-            str(self.prepared / "base"),
+            self.features.base.path,
             prompts=str(file),
             batch_size=training.batch_size,
             max_prompt_length=training.max_prompt_length,
@@ -147,16 +172,16 @@ class LanguageModelStudy(Experiment):
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) / "ensemble"
             RewardModel(self.features, head, None).save_pretrained(folder)
-            base = float(self.true(self.true.reference).mean())
             for name, objective in self.methods.items():
                 seen = self._train(copy.deepcopy(objective), folder, repetition.seed)
-                records.append(Record(name, setting, *repetition, seen.kl, seen.true_return, base, seen.last))
+                there = self.reference_return
+                records.append(Record(name, setting, *repetition, seen.kl, seen.true_return, there, seen.last))
         return records
 
     def _train(self, objective: Objective, ensemble: Path, seed: int) -> Watch:
         """One run of one method."""
         training = self.training
-        watch = Watch(self.true)
+        watch = Watch(self.true if self.gold is None else None)
         quiet()
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         with warnings.catch_warnings():
@@ -171,8 +196,10 @@ class LanguageModelStudy(Experiment):
                 advantage=training.advantage,
                 update=training.update,
                 learning_rate=training.learning_rate,
+                critic_learning_rate=training.critic_learning_rate,
                 kl_coef=training.kl_coef,
                 kl_target=training.kl_target,
+                gold=self.gold,
             )
             trainer = Trainer(
                 accelerator="cpu",
@@ -196,7 +223,7 @@ class Watch(Callback):
     """Notes KL and true return of every rollout; training knows nothing of it.
 
     Args:
-        true: The true reward.
+        true: The true reward, or None to take what the run's gold judge says.
 
     Attributes:
         kl: KL to the reference at each rollout, nats (k1: the mean log-ratio of whole responses).
@@ -204,7 +231,7 @@ class Watch(Callback):
         last: Some statistics of the last one.
     """
 
-    def __init__(self, true: TrueReward) -> None:
+    def __init__(self, true: TrueReward | None) -> None:
         self.true = true
         self.kl: list[float] = []
         self.true_return: list[float] = []
@@ -212,14 +239,19 @@ class Watch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the features that the ensemble is given, once an iteration."""
+        if self.true is None:
+            return
         networks: Any = pl_module.networks
         networks.reward_model.head.register_forward_hook(self._note)
 
     def _note(self, head: nn.Module, given: tuple[Tensor], estimate: object) -> None:
+        assert self.true is not None
         self.true_return.append(float(self.true(given[0]).mean()))
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Note the rest of the iteration."""
         logged = {name: float(x) for name, x in trainer.callback_metrics.items()}
         self.kl.append(logged["train/kl_k1"])
+        if self.true is None:
+            self.true_return.append(logged["train/gold"])
         self.last = {name.partition("/")[2]: logged[name] for name in SHOWN}

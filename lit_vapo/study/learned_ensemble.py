@@ -58,10 +58,20 @@ class LearnedEnsemble(LanguageModelStudy):
         head = copy.deepcopy(self.head)
         head.seed = seed
         with seeded(seed):  # for estimators that draw from the common generator
-            head.build(self.true.reference.shape[1])
-            learn(head, draw_pairs(self.true, seed=seed, **params), self.steps, self.head_learning_rate)
-        head.requires_grad_(False).calibrate(self.true.reference)
+            head.build(self.reference_features.shape[1])
+            learn(head, self.preferences(seed=seed, **params), self.steps, self.head_learning_rate)
+        head.requires_grad_(False).calibrate(self.reference_features)
         return head
+
+    def preferences(self, pairs: int, flipped: float, seed: int) -> FeaturePairs:
+        """What the ensemble of a repetition learns from: pairs (N, H) of responses of the reference.
+
+        Args:
+            pairs: N.
+            flipped: Probability that a preference is stated the wrong way round.
+            seed: Where they come from.
+        """
+        return draw_pairs(self.true, pairs, flipped, seed)
 
 
 def draw_pairs(true: TrueReward, pairs: int, flipped: float, seed: int) -> FeaturePairs:
@@ -82,11 +92,24 @@ def draw_pairs(true: TrueReward, pairs: int, flipped: float, seed: int) -> Featu
     generator = torch.Generator().manual_seed(seed)
     first, second = torch.randperm(there, generator=generator)[: 2 * pairs].view(2, pairs)
     better = true(true.reference[first]) > true(true.reference[second])
-    stated = better ^ (torch.rand(pairs, generator=generator) < flipped)
-    chosen, rejected = torch.where(stated, first, second), torch.where(stated, second, first)
-    ones = torch.ones(pairs)
-    labels = PairLabels(torch.zeros(pairs), ones, ones, torch.arange(pairs))
-    return FeaturePairs(true.reference[chosen], true.reference[rejected], labels)
+    chosen, rejected = torch.where(better, first, second), torch.where(better, second, first)
+    return state_pairs(true.reference[chosen], true.reference[rejected], flipped, generator)
+
+
+def state_pairs(better: Tensor, worse: Tensor, flipped: float, generator: torch.Generator) -> FeaturePairs:
+    """Preferences between responses, some stated the wrong way round.
+
+    Args:
+        better: Features (N, H) of the better response of each pair.
+        worse: Of the other.
+        flipped: Probability that a preference is stated the wrong way round.
+        generator: Where the chance comes from.
+    """
+    count = len(better)
+    wrong = (torch.rand(count, generator=generator) < flipped)[:, None]
+    ones = torch.ones(count)
+    labels = PairLabels(torch.zeros(count), ones, ones, torch.arange(count))
+    return FeaturePairs(torch.where(wrong, worse, better), torch.where(wrong, better, worse), labels)
 
 
 def learn(head: RewardHead, pairs: FeaturePairs, steps: int, learning_rate: float) -> Tensor:

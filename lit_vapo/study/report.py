@@ -70,6 +70,7 @@ def report(study: Study, config: Mapping[str, Any], results: Results) -> list[st
         raise ValueError(
             f"output: {study.output!r} has no finished repetition, but {len(results.failures)} that failed"
         )
+    results = results._replace(records=[r.smoothed(study.analysis.window) for r in results.records])
     found = outcomes(results.records, study.analysis)
     methods, rows, exact = [o.row() for o in found], compare(found, study.analysis), formulas(results.records)
     claims = sentences(rows, exact)

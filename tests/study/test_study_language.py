@@ -25,6 +25,7 @@ from lit_vapo.study.known_noise import KnownNoise
 from lit_vapo.study.language import Training
 from lit_vapo.study.learned_ensemble import LearnedEnsemble, draw_pairs
 from lit_vapo.study.true_reward import TrueReward
+from lit_vapo.types import TextReward
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 METHODS = {"single": SingleReward(), "mean": MeanReward(), "aware": VarianceAware()}
@@ -213,6 +214,33 @@ def test_what_is_noted_is_what_the_rollouts_were(prepared, monkeypatch):
     # Without noise, the ensemble's mean is the truth.
     assert record.true_return == pytest.approx(seen, abs=1e-3)
     assert record.extra["objective_reward"] == pytest.approx(seen[-1])
+
+
+class CountsLetters(TextReward):
+    """Calls a text as good as it has letters."""
+
+    def __call__(self, prompts, responses):
+        return torch.tensor([float(len(response)) for response in responses])
+
+
+def test_a_judge_of_texts_may_say_what_is_true(prepared, monkeypatch):
+    seen = []
+
+    class Spy(language.Watch):
+        def on_train_batch_end(self, trainer, *args):
+            super().on_train_batch_end(trainer, *args)
+            seen.append(float(trainer.callback_metrics["train/gold"]))
+
+    class Judged(KnownNoise):
+        gold = CountsLetters()
+        reference_return = 7.0
+
+    monkeypatch.setattr(language, "Watch", Spy)
+    experiment = Judged(str(prepared), {"mean": MeanReward()}, [10], training())
+    (record,) = experiment.run("noise_ratio=10", Repetition(0, 0))
+    assert record.true_return == seen
+    assert len(set(seen)) == 3
+    assert record.gain == pytest.approx(seen[-1] - 7)
 
 
 def test_other_estimators_of_the_advantage(prepared):

@@ -36,6 +36,32 @@ def test_gain_at_a_kl_by_hand():
     assert record([9.0, 1.0], kl=[-0.3, 1.0]).gain_at(0.25) == pytest.approx(5.0)
 
 
+def test_averages_of_neighbouring_points_by_hand():
+    run = record([3.0, 6.0, 0.0, 9.0], kl=[0.0, 1.0, 2.0, 6.0], final=1)
+    smooth = run.smoothed(3)
+    assert smooth.kl == pytest.approx([1.0, 3.0])
+    assert smooth.gain == pytest.approx(5.0)  # (6 + 0 + 9) / 3, the last points
+    assert smooth.gain_at(1.0) == pytest.approx(3.0)
+    assert run.smoothed(1) == run
+    # A run shorter than the window is one point.
+    assert run.smoothed(9).kl == pytest.approx([2.25])
+
+
+def test_a_report_compares_averages_where_points_are_estimates(tmp_path):
+    def final(window, name):
+        study = Study(Toy(), str(tmp_path / name), repetitions=3, analysis=Analysis(window=window))
+        results = run(study, {"name": name})
+        noisy = [record([0.0, 4.0 + n, n], kl=[1.0, 2.0, 3.0], repetition=n) for n in range(3)]
+        report(study, {}, results._replace(records=noisy))
+        (row,) = json.loads((tmp_path / name / "summary.json").read_text())["methods"]
+        return row["gain"]["value"]
+
+    assert final(1, "points") == 1
+    assert final(2, "averages") == 3
+    with pytest.raises(ValueError, match=r"analysis\.window: expected at least 1, got 0"):
+        Analysis(window=0)
+
+
 def test_runs_that_never_reach_a_level_are_counted_and_paired_without():
     runs = [
         record([1.0 + n], method=m, repetition=n, kl=[0.5 if m == "b" and n < 2 else 2.0])

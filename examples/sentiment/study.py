@@ -1,0 +1,150 @@
+"""The demo's task as a study: SmolLM2-135M, ensembles that learn from what people called positive, the gold judge.
+
+What the study needs beside the demo's own files is made by
+
+    python -m examples.sentiment.study --demo runs/demo
+
+and configs/study/sentiment.yaml is the study.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jsonargparse import auto_cli
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from examples.sentiment.judge import SentimentJudge
+from examples.sentiment.prepare import once
+from lit_vapo.data.datamodule import PromptDataModule
+from lit_vapo.data.tokenise import pair_encoder
+from lit_vapo.models.features import compute_features
+from lit_vapo.models.generation import Sampling
+from lit_vapo.models.pretrained import Pretrained, freeze, load_backbone, load_causal_lm
+from lit_vapo.models.reward import FeatureSpec, RewardModel
+from lit_vapo.rollout import sample_references
+from lit_vapo.study.learned_ensemble import LearnedEnsemble, state_pairs
+from lit_vapo.types import FeaturePairs
+from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
+
+FEATURES, FIGURES = "features.safetensors", "reference.json"
+RESPONSE_TOKENS = 16
+
+
+def feature_spec(demo: Path) -> FeatureSpec:
+    """What the ensembles read, as in configs/reward/demo.yaml."""
+    return FeatureSpec(Pretrained(str(demo / "policy-base")), pooling="mean", layer=16)
+
+
+class SentimentStudy(LearnedEnsemble):
+    """The demo, repeated: every repetition draws its own pairs of what people called positive and negative.
+
+    The true return is the mean of the gold judge, P(positive). Setting, methods and estimator are those of
+    `LearnedEnsemble`.
+    """
+
+    @cached_property
+    def gold(self) -> SentimentJudge:  # type: ignore[override]
+        """The judge; training never sees it."""
+        return SentimentJudge(str(self.prepared / "judge"))
+
+    @cached_property
+    def features(self) -> FeatureSpec:
+        """A middle layer of SmolLM2."""
+        return feature_spec(self.prepared)
+
+    @property
+    def prompts_file(self) -> Path:
+        """The demo's prompts for training."""
+        return self.prepared / "data" / "prompts_train.jsonl"
+
+    @cached_property
+    def known(self) -> dict[str, Tensor]:
+        """Features (N, H) of `chosen` and `rejected` of the demo's pairs, and of responses of the `reference`.
+
+        Raises:
+            ValueError: They were not prepared.
+        """
+        path = self.prepared / "study" / FEATURES
+        if not path.is_file():
+            raise ValueError(f"expected {path}, which `python -m examples.sentiment.study` writes")
+        return load_file(path)
+
+    @cached_property
+    def reference_features(self) -> Tensor:
+        """Features (N, H) of responses of the reference."""
+        return self.known["reference"]
+
+    @cached_property
+    def reference_return(self) -> float:
+        """What the judge says of these responses."""
+        return float(json.loads((self.prepared / "study" / FIGURES).read_text())["gold"])
+
+    def preferences(self, pairs: int, flipped: float, seed: int) -> FeaturePairs:
+        """Pairs of the demo, without repetition.
+
+        Raises:
+            ValueError: There are fewer.
+        """
+        chosen, rejected = self.known["chosen"], self.known["rejected"]
+        if pairs > len(chosen):
+            raise ValueError(f"pairs: expected at most the {len(chosen)} that the demo has, got {pairs}")
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(len(chosen), generator=generator)[:pairs]
+        return state_pairs(chosen[drawn], rejected[drawn], flipped, generator)
+
+
+@torch.inference_mode()
+def prepare(demo: str = "runs/demo", seed: int = 0) -> None:
+    """Prepare the study: what ensembles read of the demo's pairs, and responses of the reference.
+
+    Args:
+        demo: Folder that examples.sentiment.prepare filled.
+        seed: Seed of the responses.
+    """
+    root = Path(demo)
+    spec = feature_spec(root)
+    data = PromptDataModule(
+        spec.base.path, prompts=str(root / "data" / "prompts_train.jsonl"), batch_size=64, validation_fraction=0.0
+    )
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        head = HeadEnsemble(1)
+        head.build(1)
+        model = RewardModel(spec, head, freeze(load_backbone(spec.base)))
+        tokenizer, cpu = model.load_tokenizer(), torch.device("cpu")
+        encode = pair_encoder(tokenizer)
+        with (root / "data" / "preferences.jsonl").open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        found = {
+            side: compute_features(model, [encode(row["prompt"], row[side], ended=False) for row in rows], cpu)
+            for side in ("chosen", "rejected")
+        }
+        lm, prompts = load_causal_lm(spec.base), data.prompt_rows("train")
+        torch.manual_seed(seed)
+        batches = list(data.prompt_batches("train", len(prompts)))
+        responses = sample_references(lm, tokenizer, batches, Sampling(RESPONSE_TOKENS))
+        found["reference"] = compute_features(model, responses, cpu)
+        texts = [
+            [
+                tokenizer.decode(ids, skip_special_tokens=True)
+                for ids in (s.ids[: s.prompt_length], s.ids[s.prompt_length :])
+            ]
+            for s in responses
+        ]
+        gold = SentimentJudge(str(root / "judge"))(*map(list, zip(*texts, strict=True)))
+        save_file({name: x.contiguous() for name, x in found.items()}, folder / FEATURES)
+        figures = {"gold": float(gold.mean()), "standard_error": float(gold.std() / len(gold) ** 0.5)}
+        (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
+        print(f"reference: gold {figures['gold']:.3f} ± {figures['standard_error']:.3f} on {len(gold)} prompts")
+
+    once(root / "study", "features", write)
+
+
+if __name__ == "__main__":
+    auto_cli(prepare, as_positional=False)

@@ -1,0 +1,83 @@
+"""The demo as a study, on a toy model: what is drawn, what a repetition learns from, what it is judged by."""
+
+import json
+
+import helpers
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from examples.sentiment.study import SentimentStudy
+from lit_vapo.models.generation import Sampling
+from lit_vapo.models.pretrained import Pretrained
+from lit_vapo.models.reward import FeatureSpec
+from lit_vapo.modules.ppo_update import UpdateSettings
+from lit_vapo.objectives.mean_reward import MeanReward
+from lit_vapo.study.experiment import Repetition
+from lit_vapo.study.language import Training
+from lit_vapo.types import TextReward
+
+WIDTH, PAIRS = 32, 40
+
+
+class CountsLetters(TextReward):
+    """Stands for the judge."""
+
+    def __call__(self, prompts, responses):
+        return torch.tensor([float(len(response)) for response in responses])
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder as the demo's, with what the study reads of it."""
+    folder = tmp_path_factory.mktemp("demo")
+    base = folder / "policy-base"
+    helpers.tiny_model(base, helpers.tiny_tokenizer(base), layers=1)
+    (folder / "data").mkdir()
+    helpers.tiny_prompts(folder / "data" / "prompts_train.jsonl", 32)
+    (folder / "study").mkdir()
+    number = torch.arange(PAIRS)[:, None].expand(PAIRS, WIDTH).float()
+    # The better response of pair i is i + 1 in every feature, the worse one −(i + 1).
+    features = {"chosen": number + 1, "rejected": -number - 1, "reference": torch.randn(64, WIDTH)}
+    save_file({name: x.contiguous() for name, x in features.items()}, folder / "study" / "features.safetensors")
+    (folder / "study" / "reference.json").write_text(json.dumps({"gold": 5.5}))
+    return folder
+
+
+def study(demo, pairs=20, flipped=0.25):
+    sampling, update = Sampling(4, num_responses=2), UpdateSettings(epochs=1, minibatches=1)
+    training = Training(iterations=2, batch_size=4, sampling=sampling, update=update)
+    experiment = SentimentStudy(str(demo), {"mean": MeanReward()}, [pairs], [flipped], training=training, steps=5)
+    # The toy has one layer and no judge.
+    spec = FeatureSpec(Pretrained(str(demo / "policy-base")), pooling="mean")
+    vars(experiment).update(features=spec, gold=CountsLetters())
+    return experiment
+
+
+def test_pairs_are_the_demos_each_once_and_some_are_turned_round(demo):
+    experiment = study(demo)
+    drawn = experiment.preferences(PAIRS, 0.25, seed=0)
+    number = drawn.chosen[:, 0].abs()
+    assert sorted(number.tolist()) == [float(i + 1) for i in range(PAIRS)]
+    assert torch.equal(drawn.chosen, -drawn.rejected)
+    assert 4 <= int((drawn.chosen[:, 0] < 0).sum()) <= 18
+    assert (experiment.preferences(PAIRS, 0.0, seed=0).chosen > 0).all()
+    assert torch.equal(experiment.preferences(PAIRS, 0.25, seed=0).chosen, drawn.chosen)
+    assert not torch.equal(experiment.preferences(PAIRS, 0.25, seed=1).chosen, drawn.chosen)
+
+
+def test_a_repetition_is_judged_by_the_judge(demo):
+    experiment = study(demo)
+    (setting,) = experiment.settings
+    (record,) = experiment.run(setting, Repetition(0, 3))
+    assert record.reference_return == 5.5
+    # Four tokens of a few letters each, and no score of a head.
+    assert all(4 <= x <= 40 for x in record.true_return)
+    assert bool(experiment.ensemble(experiment.settings[setting], 3).calibrated)
+
+
+def test_what_is_missing_is_named(demo, tmp_path):
+    with pytest.raises(ValueError, match=r"pairs: expected at most the 40 that the demo has, got 41"):
+        study(demo).preferences(41, 0.0, seed=0)
+    with pytest.raises(ValueError, match=r"expected .*features\.safetensors, which `python -m examples.*` writes"):
+        study(tmp_path).preferences(4, 0.0, seed=0)
