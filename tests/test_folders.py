@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_vapo.folders import check_new, new_folder
+from lit_vapo.folders import check_new, new_folder, write_whole
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -42,3 +42,20 @@ def test_what_is_there_is_never_written_over(tmp_path):
         pass
     assert (tmp_path / "file").read_text() == "mine"
     assert check_new(tmp_path / "new", "--output") == tmp_path / "new"
+
+
+def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "results.json"
+    write_whole(path, "first\n")
+    write_whole(path, "zweite – Zeile\r\n")
+    assert path.read_bytes() == "zweite – Zeile\r\n".encode()
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    # Until the last moment it is the former file that others see.
+    monkeypatch.setattr(type(path), "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "third")
+    assert path.read_bytes() == "zweite – Zeile\r\n".encode()

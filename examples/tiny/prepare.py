@@ -37,7 +37,7 @@ SFT = Path(__file__).parents[2] / "configs" / "sft" / "study.yaml"
 # Nobody reads further: the language model sees 24 tokens. Short prompts make small batches.
 OPENING_WORDS, LEAST_WORDS, MOST_WORDS = 3, 8, 24
 MOST_LETTERS = 20
-RESPONSE_TOKENS = 12
+RESPONSE_TOKENS = 6
 # Shares of the texts by hash: to train the language model and the true reward on, and to open prompts with.
 TRAIN = 0.8
 

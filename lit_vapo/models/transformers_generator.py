@@ -114,7 +114,6 @@ def _config(sampling: Sampling, stops: list[int], done: int, until: int) -> Gene
     return generation_config(
         sampling,
         stops,
-        repetition_penalty=1.0,
         max_new_tokens=until - done,
         min_new_tokens=max(0, min(sampling.min_new_tokens, until) - done) or None,
         stop_strings=None,  # `_StopSearch` looks for them in the responses alone

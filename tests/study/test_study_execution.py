@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from study_experiments import Toy
 
+from lit_vapo.study import execution
 from lit_vapo.study.execution import Study, merge, missing_parts, run
 from lit_vapo.study.experiment import Record, seed_of
 
@@ -43,6 +44,15 @@ def test_every_repetition_has_its_records_in_order(tmp_path):
     about = json.loads((tmp_path / "study.json").read_text())
     assert about["config"] == config_of(study)
     assert {"python", "torch", "numpy", "scipy"} <= about["versions"].keys()
+
+
+def test_every_set_of_versions_is_told(tmp_path, monkeypatch):
+    _, results = start(tmp_path, repetitions=1)
+    assert len(results.versions) == 1
+    monkeypatch.setattr(execution, "versions", lambda: {"torch": "99"})
+    _, results = start(tmp_path, repetitions=2)
+    assert len(results.versions) == 2
+    assert {"torch": "99"} in results.versions
 
 
 def test_seeds_are_the_same_everywhere():

@@ -114,6 +114,19 @@ def test_planted_noise_has_the_variance_it_should(prepared, ratio):
     assert float((squares.max() / squares.min()).sqrt()) == pytest.approx(ratio, rel=0.2)
 
 
+def test_kinds_are_neither_the_good_nor_the_bad_and_the_rarest_comes_first(prepared):
+    experiment = known(prepared)
+    head, true = experiment.kinds_of_response, experiment.true
+    z = head.coordinates(true.reference)
+    correlation = z.T.corrcoef()
+    torch.testing.assert_close(correlation, torch.eye(len(correlation)), atol=1e-3, rtol=0)
+    score = true.reference @ true.weight
+    assert float(torch.stack([z[:, 0], score]).corrcoef()[0, 1]) == pytest.approx(1, abs=1e-5)
+    sizes = head.kind(true.reference).bincount(minlength=4)
+    assert sizes.tolist() == sorted(sizes.tolist())
+    assert len(set(sizes.tolist())) > 1
+
+
 def test_worlds_say_what_is_noisy_and_repetitions_what_the_noise_is(prepared):
     one, other = known(prepared), known(prepared, world=1)
     params = one.settings["noise_ratio=10"]
@@ -159,6 +172,8 @@ def test_ensembles_learn_from_clear_preferences(prepared):
     assert bool(head.calibrated)
     assert not torch.equal(head.weight, experiment.ensemble(params, 1).weight)
     assert torch.equal(head.weight, experiment.ensemble(params, 0).weight)
+    # Its bootstrap is of the repetition as well.
+    assert (head.seed, experiment.ensemble(params, 1).seed) == (0, 1)
 
 
 # Runs.
@@ -180,8 +195,11 @@ def test_runs_are_paired_and_repeatable(prepared, make):
     assert len({r.kl[2] for r in records}) == 3
     again = experiment.run(setting, Repetition(0, 7))
     assert [vars(r) for r in again] == [vars(r) for r in records]
+    # What the reference says depends on the repetition's seed alone.
     other = experiment.run(setting, Repetition(1, 8))
-    assert other[0].true_return != records[0].true_return
+    assert other[0].true_return[0] != records[0].true_return[0]
+    # A run leaves nothing in the objective that the next repetition is given.
+    assert float(experiment.methods["aware"].reference_variance) == 1.0
 
 
 def test_equal_noise_told_exactly_is_plain(prepared):
@@ -202,18 +220,24 @@ def test_policies_learn_the_truth_where_there_is_no_noise(prepared):
 
 def test_what_is_noted_is_what_the_rollouts_were(prepared, monkeypatch):
     experiment = known(prepared, {"mean": MeanReward()}, noise=1e-4)
-    seen = []
+    seen, kl = [], []
 
     class Spy(language.Watch):
         def on_train_batch_end(self, trainer, *args):
             super().on_train_batch_end(trainer, *args)
             seen.append(float(trainer.callback_metrics["train/reward_mean"]))
+            kl.append(float(trainer.callback_metrics["train/kl_k1"]))
 
     monkeypatch.setattr(language, "Watch", Spy)
     (record,) = experiment.run("noise_ratio=10", Repetition(0, 0))
+    assert record.kl == kl
     # Without noise, the ensemble's mean is the truth.
     assert record.true_return == pytest.approx(seen, abs=1e-3)
     assert record.extra["objective_reward"] == pytest.approx(seen[-1])
+    # With noise it is not, and what the reference says is worth the same whatever the ensemble thinks of it.
+    (noisy,) = known(prepared, {"mean": MeanReward()}, noise=4.0).run("noise_ratio=10", Repetition(0, 0))
+    assert noisy.true_return[0] == pytest.approx(record.true_return[0], abs=1e-6)
+    assert noisy.true_return[2] != record.true_return[2]
 
 
 class CountsLetters(TextReward):
@@ -241,6 +265,17 @@ def test_a_judge_of_texts_may_say_what_is_true(prepared, monkeypatch):
     assert record.true_return == seen
     assert len(set(seen)) == 3
     assert record.gain == pytest.approx(seen[-1] - 7)
+
+
+def test_a_target_for_the_kl_moves_its_price(prepared):
+    runs = [
+        known(prepared, {"mean": MeanReward()}, training=training(kl_target=target)).run(
+            "noise_ratio=10", Repetition(0, 0)
+        )
+        for target in (None, 50.0)
+    ]
+    assert runs[0][0].extra["kl_coef"] == pytest.approx(0.3)
+    assert runs[1][0].extra["kl_coef"] < 0.25
 
 
 def test_other_estimators_of_the_advantage(prepared):
