@@ -21,9 +21,14 @@ commands for a finished ensemble:
   reward join          make one ensemble of members trained in runs of their own
   reward calibrate     centre and scale the members anew on responses of a reference policy
   reward disagreement  draw the scores of all members, and the distribution of their σ
+
+commands for repeated runs:
+  study run            run what is missing of a study, and report
+  study report         tables, pictures and verdicts of a study
 """
 STAGES = ("sft", "reward", "ppo")
 TOOLS = ("join", "calibrate", "disagreement")
+STUDY = ("run", "report")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -42,11 +47,16 @@ def main(args: Sequence[str] | None = None) -> None:
         _export(words[1:])
     elif words[0] == "reward" and words[1:2] and words[1] in TOOLS:
         _tool(words[1], words[2:])
+    elif words[0] == "study" and words[1:2] and words[1] in STUDY:
+        _study(words[1:])
     elif words[0] in STAGES:
         _stage(words[0], words[1:])
     else:
         print(USAGE, file=sys.stderr)
-        raise SystemExit(f"lit-vapo: expected a stage ({', '.join(STAGES)}) or export, got {words[0]!r}")
+        given = " ".join(words[:2]) if words[0] == "study" else words[0]
+        raise SystemExit(
+            f"lit-vapo: expected a stage ({', '.join(STAGES)}), export, study run or study report, got {given!r}"
+        )
 
 
 def _stage(stage: str, words: list[str]) -> None:
@@ -94,3 +104,14 @@ def _export(words: list[str]) -> None:
     from lit_vapo.modules.export import export
 
     auto_cli(export, args=words, as_positional=False, prog="lit-vapo export")
+
+
+def _study(words: list[str]) -> None:
+    try:
+        from lit_vapo.study.command import main as study
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("joblib", "scipy", "statsmodels"):
+            raise
+        raise SystemExit(f"lit-vapo study needs {error.name}: pip install 'lit-vapo[study]'") from error
+
+    study(words)

@@ -1,7 +1,8 @@
-"""Folders that are written whole or not at all, and never over something that is there."""
+"""Folders and files that are written whole or not at all; a folder never over something that is there."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,3 +44,21 @@ def new_folder(folder: str | Path, name: str) -> Iterator[Path]:
     if target.exists():
         target.rmdir()
     partial.replace(target)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a file that others see whole or not at all, in place of one that is there.
+
+    Args:
+        path: The file; its folder is made if need be.
+        text: What it says.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name that no other process has, and that no pattern of results matches.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -5,6 +5,8 @@ Every key is defined in docs/metrics.md.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lit_vapo.evaluation.policy import COLUMNS, response_statistics
 from lit_vapo.evaluation.report import PreferenceReport
-from lit_vapo.functional import kl_k1, kl_k3, masked_mean, weighted_k3
+from lit_vapo.functional import masked_mean
 from lit_vapo.functional.masked import check_same_shape
 from lit_vapo.rollout import Rollout
 from lit_vapo.types import PairLabels, RewardEstimate
@@ -73,57 +76,86 @@ class PreferenceMetrics(Metric):
         return PreferenceReport(ids, margin, columns[:, 2:4], int(tie.sum()))
 
 
+class ResponseMetrics(Metric):
+    """Collects the records of responses over batches and processes; `compute` gives them all to every process.
+
+    Samplers repeat rows to give every process as many; so each response of each prompt counts once, by its first
+    occurrence. A prompt that a file holds twice is one prompt.
+    """
+
+    full_state_update = False
+    text: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Processes exchange tensors: the records travel as the bytes of their JSON lines.
+        self.add_state("text", default=[], dist_reduce_fx="cat")
+
+    def update(self, records: Sequence[dict[str, Any]]) -> None:
+        """Add the records of some responses, as `sample_rows` makes them."""
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        self.text.append(torch.frombuffer(bytearray(lines, "ascii"), dtype=torch.uint8).to(self.device))
+
+    def compute(self) -> list[dict[str, Any]]:
+        """All records, in the order in which they came, process by process."""
+        lines = bytes(dim_zero_cat(self.text).cpu().numpy()).splitlines()
+        first: dict[tuple[int, int], dict[str, Any]] = {}
+        for record in map(json.loads, lines):
+            first.setdefault((record["prompt_id"], record["response_number"]), record)
+        return list(first.values())
+
+
+def response_columns(rollout: Rollout) -> dict[str, Tensor]:
+    """The numbers of each response of a rollout, by the names of `evaluation.policy.COLUMNS`: (B,), members (B, K)."""
+    mask, estimate = rollout.response_mask, rollout.estimate
+    columns: dict[str, Tensor | None] = {
+        "reward": estimate.mean,
+        "sigma": estimate.variance.clamp_min(0).sqrt(),
+        "objective_reward": rollout.reward,
+        "kl": rollout.log_ratio,
+        "kl_weight": rollout.kl_weight,
+        "entropy": masked_mean(rollout.entropy, mask, dim=1),
+        "length": mask.sum(1).float(),
+        "stopped": rollout.stopped.float(),
+        "gold": rollout.gold,
+        "members": estimate.members,
+    }
+    return {name: column for name in COLUMNS if (column := columns[name]) is not None}
+
+
 def rollout_statistics(rollout: Rollout) -> dict[str, Tensor]:
     """Means over the responses (or response tokens) of one rollout; each a scalar."""
-    log_ratio = rollout.log_ratio
-    mask = rollout.response_mask
-    estimate = rollout.estimate
-    sigma = estimate.variance.clamp_min(0).sqrt()
-    statistics = {
-        "reward_mean": estimate.mean.mean(),
-        "reward_std": estimate.mean.std(correction=0),
-        "objective_reward": rollout.reward.mean(),
-        "ensemble_sigma": sigma.mean(),
-        "kl_k1": kl_k1(log_ratio).mean(),
-        "kl_k3": kl_k3(log_ratio).mean(),
-        "kl_weighted_k3": weighted_k3(log_ratio, rollout.kl_weight).mean(),
-        "kl_weight_mean": rollout.kl_weight.mean(),
-        "kl_weight_max": rollout.kl_weight.max(),
-        "entropy": masked_mean(rollout.entropy, mask),
-        "response_length": mask.sum(1).float().mean(),
-        "eos_rate": rollout.stopped.float().mean(),
-    }
-    if rollout.gold is not None:
-        statistics["gold"] = rollout.gold.mean()
-    if estimate.members is not None:
-        for k, mean in enumerate(estimate.members.mean(0)):
-            statistics[f"reward_member_{k}"] = mean
-    return statistics
+    return response_statistics(response_columns(rollout))
 
 
-def sample_rows(rollout: Rollout, policy: str) -> list[dict[str, Any]]:
-    """One record for each response: texts, every member's score, σ, KL, weight, gold.
+def sample_rows(rollout: Rollout, policy: str, prompt_ids: Tensor) -> list[dict[str, Any]]:
+    """One record for each response: whose it is, texts, and its numbers, with the score of every member.
 
     Args:
-        rollout: The responses.
+        rollout: The responses, those to one prompt together.
         policy: Who gave them: `policy` or `reference`.
+        prompt_ids: Identity of each prompt (P,), of which each has `rollout.num_responses`.
     """
-    members = rollout.estimate.members
-    sigma = rollout.estimate.variance.clamp_min(0).sqrt()
-    log_ratio = rollout.log_ratio
+    each = rollout.num_responses
+    columns = {name: column.detach().double().cpu() for name, column in response_columns(rollout).items()}
     records = []
     for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
         record: dict[str, Any] = {
             "policy": policy,
+            "prompt_id": int(prompt_ids[i // each]),
+            "response_number": i % each,
             "prompt": prompt,
             "response": response,
-            "reward": float(rollout.estimate.mean[i]),
-            "sigma": float(sigma[i]),
-            "members": [] if members is None else [round(v, 6) for v in members[i].tolist()],
-            "kl": float(log_ratio[i]),
-            "kl_weight": float(rollout.kl_weight[i]),
+            **{name: _shown(column[i].tolist()) for name, column in columns.items()},
+            "stopped": bool(rollout.stopped[i]),
+            "length": int(columns["length"][i]),
         }
-        if rollout.gold is not None:
-            record["gold"] = float(rollout.gold[i])
+        # Tables count on it, and an estimator without members has none.
+        record.setdefault("members", [])
         records.append(record)
     return records
+
+
+def _shown(value: Any) -> Any:
+    """Numbers to seven digits, which is what single precision holds."""
+    return [_shown(inner) for inner in value] if isinstance(value, list) else float(f"{value:.7g}")

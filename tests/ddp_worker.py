@@ -9,6 +9,7 @@ import torch
 
 from lit_vapo.models.actor_critic import Rows
 from lit_vapo.models.critic import CriticSpec
+from lit_vapo.models.generation import Shaping
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.modules.ppo import PPOModule
 from lit_vapo.modules.ppo_update import PPOUpdate, UpdateSettings, compute_advantages
@@ -51,8 +52,8 @@ class FixedRollout(PPOModule):
     def training_step(self, batch, batch_idx):
         trainer = self.trainer
         rollout = load_rollout(self.folder / "rollout.pt", trainer.global_rank, trainer.world_size)
-        experience = compute_advantages(rollout, 0.05, self.update, self._sum)
-        learned = PPOUpdate(self, self.networks, self.update, 1.0).run(experience, self.optimizers())
+        experience = compute_advantages(rollout, 0.05, self.advantage, self._sum)
+        learned = PPOUpdate(self, self.networks, self.update, Shaping()).run(experience, self.optimizers())
         if trainer.is_global_zero:
             names = ("policy_loss", "value_loss", "approx_kl", "ratio_max", "actor_grad_norm", "clip_fraction")
             report = {n: learned[n] for n in names}

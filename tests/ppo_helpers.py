@@ -6,6 +6,7 @@ import helpers
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from lit_vapo.advantages.gae import Gae
 from lit_vapo.data.collate import PromptBatch, pad
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.actor_critic import ActorCritic
@@ -35,7 +36,8 @@ def ensemble(folder, model, members=3, layer=None, pooling="last", calibrated=Tr
 def networks(model, reward, lora=True, critic="reference", **kwargs):
     """The networks of PPO on a tiny model, with reproducible adapters."""
     torch.manual_seed(0)
-    return ActorCritic(Pretrained(model), Lora(4, 16.0) if lora else None, CriticSpec(critic, **kwargs), reward)
+    spec = None if critic is None else CriticSpec(critic, **kwargs)
+    return ActorCritic(Pretrained(model), Lora(4, 16.0) if lora else None, spec, reward)
 
 
 def prompt_batch(model, prompts=None):
@@ -46,21 +48,25 @@ def prompt_batch(model, prompts=None):
     return PromptBatch(ids, lengths, list(prompts), torch.arange(len(prompts)))
 
 
-def maker(nets, model, tokens=6, temperature=1.0, **kwargs):
+def maker(nets, model, tokens=6, temperature=1.0, num_responses=1, **kwargs):
     """A rollout maker for `nets`, with so many stop tokens that responses differ in length."""
-    sampling = Sampling(tokens, temperature, list(range(60)))
+    sampling = Sampling(tokens, temperature, list(range(60)), num_responses)
     return RolloutMaker(nets, load_tokenizer(Pretrained(model)), sampling, **kwargs)
 
 
-def make_rollout(nets, model, seed=0, tokens=6, prompts=None, objective=None, role="actor", **kwargs):
+def make_rollout(nets, model, seed=0, tokens=6, prompts=None, objective=None, role="actor", values=True, **kwargs):
     """A rollout of `nets`."""
     torch.manual_seed(seed)
-    return maker(nets, model, tokens, **kwargs).make(prompt_batch(model, prompts), objective or MeanReward(), role)
+    return maker(nets, model, tokens, **kwargs).make(
+        prompt_batch(model, prompts), objective or MeanReward(), role, values
+    )
 
 
-def make_experience(nets, model, settings=None, kl_coef=0.05, **kwargs):
+def make_experience(nets, model, kl_coef=0.05, advantage=None, **kwargs):
     """What an update learns from."""
-    return compute_advantages(make_rollout(nets, model, **kwargs), kl_coef, settings or UpdateSettings(), lambda x: x)
+    advantage = advantage or Gae()
+    rollout = make_rollout(nets, model, values=advantage.needs_critic, **kwargs)
+    return compute_advantages(rollout, kl_coef, advantage, lambda x: x)
 
 
 class LoneModule:

@@ -26,7 +26,10 @@ def test_usage(capsys):
 
 
 def test_an_unknown_stage_is_refused_with_the_usage(capsys):
-    with pytest.raises(SystemExit, match=r"lit-vapo: expected a stage \(sft, reward, ppo\) or export, got 'dpo'"):
+    with pytest.raises(
+        SystemExit,
+        match=r"lit-vapo: expected a stage \(sft, reward, ppo\), export, study run or study report, got 'dpo'",
+    ):
         main(["dpo", "fit"])
     assert "usage: lit-vapo" in capsys.readouterr().err
 
@@ -188,11 +191,13 @@ def test_a_folder_with_a_run_is_refused(stage_args, held, untrained):
 def test_overwriting_replaces_the_run_and_nothing_else(stage_args, held):
     (held / "checkpoints" / "notes.txt").write_text("mine")
     (held / "checkpoints" / "epoch=7-step=70.ckpt").write_text("of the old run")
-    (held / "samples_val.jsonl").write_text("of the old run")
+    for name in ("samples_val.jsonl", "evaluations.csv"):
+        (held / name).write_text("of the old run")
     main(stage_args("sft", "fit", held, "--overwrite=true"))
     assert (held / "checkpoints" / "notes.txt").read_text() == "mine"
     assert not (held / "checkpoints" / "epoch=7-step=70.ckpt").exists()
     assert not (held / "samples_val.jsonl").exists()
+    assert not (held / "evaluations.csv").exists()
     assert torch.load(last(held), weights_only=True)["global_step"] == 2
     assert (held / "finished.json").is_file()
 

@@ -15,11 +15,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lit_vapo.advantages.gae import Gae
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.functional import ensemble_estimate, optimal_policy
 from lit_vapo.models.actor_critic import Rows
 from lit_vapo.models.features import right_pad
-from lit_vapo.models.generation import Sampling
+from lit_vapo.models.generation import Sampling, Shaping
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.trunk import pool
@@ -90,7 +91,7 @@ def enumerate_policy(policy, role):
     probabilities, features = [], []
     for r in map(rows, PROMPTS):
         hidden = policy.hidden(role, r.input_ids, r.lengths).last
-        logprobs = policy.logprobs(role, hidden, r.input_ids, r.prompt_lengths, r.response_mask, 1.0).logprobs
+        logprobs = policy.logprobs(role, hidden, r.input_ids, r.prompt_lengths, r.response_mask, Shaping()).logprobs
         probabilities.append(logprobs.double().sum(1).exp())
         features.append(pool(hidden, r.lengths, r.prompt_lengths, "last"))
     return torch.stack(probabilities), torch.cat(features)
@@ -149,7 +150,8 @@ def learned(task, objective, varying, folder):
         task.reward,
         objective,
         sampling=Sampling(LENGTH),
-        update=UpdateSettings(gae_lambda=1.0, value_clip_range=None),
+        advantage=Gae(gae_lambda=1.0),
+        update=UpdateSettings(value_clip_range=None),
         learning_rate=4e-3,
         critic_learning_rate=3e-2,
         kl_coef=KL_COEF,

@@ -28,7 +28,7 @@ CLASSES = {
     "reward": (RewardModule, PreferenceDataModule),
     "ppo": (PPOModule, PromptDataModule),
 }
-KINDS = {*STAGES, "trainer", "logger", "data", "objective", "estimator"}
+KINDS = {*STAGES, "trainer", "logger", "data", "objective", "estimator", "advantage", "study"}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
@@ -141,6 +141,14 @@ def test_objective_configs_come_after_a_config_of_ppo(file, build):
     cli = build("ppo", f"--config={CONFIGS / 'ppo' / 'demo.yaml'}", f"--config={file}")
     assert type(cli.model.objective).__name__.lower() == file.stem.replace("_", "")
     assert cli.model.sampling.max_new_tokens == 16  # the demo's
+
+
+@pytest.mark.parametrize("file", named("advantage"))
+def test_advantage_configs_come_after_a_config_of_ppo(file, build):
+    cli = build("ppo", f"--config={CONFIGS / 'ppo' / 'demo.yaml'}", f"--config={file}")
+    assert type(cli.model.advantage).__name__.lower() == file.stem
+    assert cli.model.sampling.max_new_tokens == 16  # the demo's
+    assert cli.model.critic is None
 
 
 # The tiny configs train for two steps.

@@ -1,10 +1,13 @@
 """Every picture is drawn, of ordinary and of extreme reports, and leaves nothing global behind."""
 
+import math
+
 import matplotlib as mpl
 import matplotlib.image
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from lit_vapo import figures
 from lit_vapo.evaluation.report import PreferenceReport
@@ -86,3 +89,59 @@ def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected labels of 3 responses, got 1"):
         figures.member_scores(torch.zeros(3, 2), [""], path)
     assert not path.exists()
+
+
+def course(count, **other):
+    """Evaluations of a policy that moves one nat at a time, the reference's first."""
+    return [
+        {"policy": "policy" if i else "reference", "iteration": i, "kl_k1": float(i), "reward_mean": 0.5 * i,
+         "reward_std": 1.0, "reward_member_0": 0.2 * i, "reward_member_1": 0.8 * i, "gold": 0.5 + 0.01 * i,
+         "gold_std": 0.1, **({"reward_gain_se": 0.1, "gold_gain_se": 0.02} if i else {}), **other}
+        for i in range(count + 1)
+    ]  # fmt: skip
+
+
+NOBODY = {"gold": math.nan, "gold_std": math.nan}
+BEST = {"n": [1, 2], "kl_bound": [0.0, 0.19], "reward": [0.0, 0.6], "gold": [0.5, 0.53]}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (course(1),),
+        (course(30),),
+        (course(3, **NOBODY),),
+        (course(2, reward_std=0.0, gold_std=0.0, kl_k1=-0.1),),
+        ([], course(1)),
+        ([], course(1, **NOBODY), {name: BEST[name] for name in ("n", "kl_bound", "reward")}),
+        (course(4), course(1), BEST),
+    ],
+    ids=["one", "many", "no judge", "no spread", "test alone", "no judge in the test", "all"],
+)
+def test_courses_are_drawn(tmp_path, arguments):
+    figures.overoptimisation(tmp_path / "course.png", *arguments)
+    assert is_drawn(tmp_path / "course.png")
+
+
+def test_gains_are_in_deviations_of_the_reference(tmp_path, monkeypatch):
+    drawn = []
+
+    def watch(self, *args, **kwargs):
+        drawn.append(args)
+        return self.plot([0], [0])[0]
+
+    for name in ("errorbar", "fill_between"):
+        monkeypatch.setattr(Axes, name, watch)
+    figures.overoptimisation(tmp_path / "course.png", course(4, reward_std=2.0))
+    (x, y, error), (_, low, high), (_, gold, _) = drawn
+    assert x == pytest.approx([0, 1, 2**0.5, 3**0.5, 2])
+    assert y == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert error == pytest.approx([0] + [0.05] * 4)
+    assert low[-1] == pytest.approx(0.4)
+    assert high[-1] == pytest.approx(1.6)
+    assert gold[-1] == pytest.approx(0.4)
+
+
+def test_nothing_to_draw_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected evaluations to draw, got none"):
+        figures.overoptimisation(tmp_path / "course.png", [])

@@ -22,6 +22,7 @@ FLOORS = {
     "models": 1,
     "uncertainty": 1,
     "objectives": 1,
+    "advantages": 1,
     "data": 1,
     "rollout": 1.5,
     "metrics": 1.5,

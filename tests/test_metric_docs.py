@@ -9,9 +9,11 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_vapo.data.datamodule import PreferenceDataModule, SFTDataModule
+from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.modules.reward import RewardModule
 from lit_vapo.modules.sft import SFTModule
+from lit_vapo.objectives.covariance_aware import CovarianceAware
 from lit_vapo.types import TextReward
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
@@ -58,6 +60,13 @@ def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
     reward = ppo_helpers.ensemble(folder / "ensemble", tiny_model_dir)
     base = Pretrained(tiny_model_dir)
     prompts = ppo_helpers.prompt_data(tiny_model_dir, folder, validation_fraction=0.5)
+
+    def ppo():
+        sampling = Sampling(6, num_responses=2)
+        return ppo_helpers.ppo_module(
+            tiny_model_dir, reward, gold=Judge(), sampling=sampling, objective=CovarianceAware()
+        )
+
     return {
         "sft": logged(lambda: SFTModule(base), SFTDataModule(tiny_model_dir, **options), folder / "sft"),
         "reward": logged(
@@ -65,7 +74,7 @@ def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
             PreferenceDataModule(tiny_model_dir, **options, test_fraction=0.2, preferences_ood=tiny_preferences_file),
             folder / "reward",
         ),
-        "ppo": logged(lambda: ppo_helpers.ppo_module(tiny_model_dir, reward, gold=Judge()), prompts, folder / "ppo"),
+        "ppo": logged(ppo, prompts, folder / "ppo"),
     }
 
 

@@ -124,10 +124,13 @@ def test_ppo_writes_samples(ppo):
 
 def test_ppo_test_compares_policy_and_reference(ppo, run):
     run("ppo", "test", f"--ckpt_path={ppo}/checkpoints/last.ckpt")
-    records = read_jsonl(ppo / "samples_test.jsonl")
+    records = read_jsonl(ppo / "test" / "responses.jsonl")
     by_owner = {who: [r["prompt"] for r in records if r["policy"] == who] for who in ("reference", "policy")}
     assert by_owner["reference"] == by_owner["policy"]
     assert all(r["kl"] == 0 for r in records if r["policy"] == "reference")
+    found = json.loads((ppo / "test" / "evaluation.json").read_text())
+    assert found["num_prompts"] == len(by_owner["policy"])
+    assert 0 <= found["comparison"]["reward_win_rate"] <= 1
 
 
 def test_exported_policy_is_an_ordinary_peft_folder(ppo, run, tiny_model_dir):

@@ -72,9 +72,12 @@ def problems(words: list[str], root: Path, targets: set[str], stages: set[str]) 
 def stage_problems(arguments: list[str], root: Path, stages: set[str]) -> list[str]:
     """What is wrong with the arguments of `lit-vapo`."""
     found = []
-    tools = set(importlib.import_module("lit_vapo.cli").TOOLS)
+    cli = importlib.import_module("lit_vapo.cli")
+    tools = set(cli.TOOLS)
     stage, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if stage not in stages | {"export", "--help"}:
+    if stage == "study":
+        found += [] if rest and rest[0] in cli.STUDY else [f"lit-vapo study has no command {rest[:1]}"]
+    elif stage not in stages | {"export", "--help"}:
         found.append(f"lit-vapo has no stage {stage!r}")
     elif stage in stages and (
         not rest or rest[0] not in COMMANDS | {"--help"} | (tools if stage == "reward" else set())
@@ -162,6 +165,8 @@ def test_named_classes_exist(readme: str) -> None:
         ("make demo PYTHON=python3.12", None),
         ("lit-vapo pppo fit", "lit-vapo has no stage 'pppo'"),
         ("lit-vapo ppo train", "lit-vapo ppo has no command ['train']"),
+        ("lit-vapo study fit", "lit-vapo study has no command ['fit']"),
+        ("lit-vapo study run --config configs/there.yaml", None),
         ("lit-vapo ppo fit --config configs/none.yaml", "no file configs/none.yaml"),
         ("lit-vapo ppo fit --config=configs/none.yaml", "no file configs/none.yaml"),
         ("lit-vapo ppo fit --config my/own.yaml --trainer configs/there.yaml", None),

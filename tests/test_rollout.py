@@ -1,6 +1,7 @@
 """Rollouts: sequences assembled, scored and summed up as a loop would."""
 
 import math
+import statistics
 from types import SimpleNamespace
 
 import helpers
@@ -184,8 +185,10 @@ def test_statistics_against_loops(nets, tiny_model_dir):
         "kl_weight_max": max(weights),
         "entropy": sum(made.entropy[i, t].item() for i in rows for t in range(sizes[i])) / sum(sizes),
         "response_length": sum(sizes) / count,
+        "response_length_std": statistics.pstdev(sizes),
         "eos_rate": sum(made.stopped.tolist()) / count,
         "gold": mean([len(r) for r in made.responses]),
+        "gold_std": statistics.pstdev(len(r) for r in made.responses),
         **{f"reward_member_{k}": mean([m[k] for m in members]) for k in range(3)},
     }
     assert abs(expected["kl_k1"]) > 1e-3
@@ -195,12 +198,16 @@ def test_statistics_against_loops(nets, tiny_model_dir):
 
 def test_samples_say_everything_about_each_response(nets, tiny_model_dir):
     made = ppo_helpers.make_rollout(nets, tiny_model_dir, objective=VarianceAware(), gold=LengthJudge())
-    records = sample_rows(made, "policy")
+    records = sample_rows(made, "policy", torch.arange(6) + 7)
     assert [r["prompt"] for r in records] == ppo_helpers.PROMPTS
     for i, record in enumerate(records):
         assert set(record) == {
-            "policy", "prompt", "response", "reward", "sigma", "members", "kl", "kl_weight", "gold"
+            "policy", "prompt_id", "response_number", "prompt", "response", "stopped", "length", "reward", "sigma",
+            "members", "objective_reward", "kl", "kl_weight", "entropy", "gold"
         }  # fmt: skip
+        assert (record["prompt_id"], record["response_number"]) == (i + 7, 0)
+        assert record["stopped"] is bool(made.stopped[i])
+        assert record["length"] == int(made.response_mask[i].sum())
         assert record["members"] == pytest.approx(made.estimate.members[i].tolist(), abs=1e-6)
         assert record["reward"] == pytest.approx(sum(record["members"]) / 3, abs=1e-5)
         assert record["sigma"] ** 2 == pytest.approx(made.estimate.members[i].var().item(), rel=1e-4)
@@ -245,7 +252,7 @@ def test_an_estimate_without_members_has_no_member_statistics(rollout):
     bare.estimate = RewardEstimate(rollout.estimate.mean, rollout.estimate.variance, None)
     bare.log_ratio, bare.response_mask = rollout.log_ratio, rollout.response_mask
     assert not [name for name in rollout_statistics(bare) if "member" in name]
-    assert sample_rows(bare, "policy")[0]["members"] == []
+    assert sample_rows(bare, "policy", torch.arange(6))[0]["members"] == []
 
 
 def test_impossible_sampling_is_refused():

@@ -153,4 +153,4 @@ def test_samples_of_all_evaluations_stay_on_disk(tmp_path):
 def test_a_test_s_samples_replace_the_last_test_s(tmp_path):
     for response in ("one", "two"):
         SampleTable().on_test_end(trainer_at(tmp_path, 3, "test"), module_with([{"response": response}]))
-    assert [r["response"] for r in read_jsonl(tmp_path / "samples_test.jsonl")] == ["two"]
+    assert [r["response"] for r in read_jsonl(tmp_path / "test" / "responses.jsonl")] == ["two"]

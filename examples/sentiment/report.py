@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.sentiment.figures import Records, read_metrics, save_all
+from lit_vapo.functional import repetition
 
 SHOWN = 10
 CSS = """
@@ -33,19 +33,6 @@ td.n, th.n { text-align: right } .who { opacity: .7; white-space: nowrap } .prom
 .card { background: var(--soft); border-radius: 8px; padding: .7rem 1rem }
 .card b { display: block; font-size: 1.5rem }
 """
-
-
-def fluency(responses: list[str]) -> dict[str, float]:
-    """Signs of degenerate text: few distinct word pairs, words said twice in a row, responses that all start alike."""
-    words = [r.lower().split() for r in responses]
-    pairs = [pair for w in words for pair in pairwise(w)]
-    repeated = sum(a == b for a, b in pairs)
-    return {
-        "distinct_2": len(set(pairs)) / max(1, len(pairs)),
-        "immediate_repetition": repeated / max(1, len(pairs)),
-        "distinct_responses": len(set(responses)) / max(1, len(responses)),
-        "words": float(np.mean([len(w) for w in words])),
-    }
 
 
 def summarise(reference: Records, policy: Records, judge: dict[str, Any], reward: dict[str, Any]) -> dict[str, Any]:
@@ -66,8 +53,8 @@ def summarise(reference: Records, policy: Records, judge: dict[str, Any], reward
         "reward_policy": float(np.mean([r["reward"] for r in policy])),
         "sigma_reference": float(np.mean([r["sigma"] for r in reference])),
         "sigma_policy": float(np.mean([r["sigma"] for r in policy])),
-        "fluency_reference": fluency([r["response"] for r in reference]),
-        "fluency_policy": fluency([r["response"] for r in policy]),
+        "repetition_reference": repetition([r["response"] for r in reference])._asdict(),
+        "repetition_policy": repetition([r["response"] for r in policy])._asdict(),
         "judge": judge,
         "reward_model": reward,
     }
@@ -163,7 +150,7 @@ def print_table(summary: dict[str, Any]) -> None:
     table.add_row("ensemble reward", f"{s['reward_reference']:+.3f}", f"{s['reward_policy']:+.3f}")
     table.add_row("ensemble σ", f"{s['sigma_reference']:.3f}", f"{s['sigma_policy']:.3f}")
     table.add_row("KL, nats per response (k1)", "0", f"{s['sequence_kl_k1']:.2f}")
-    before, after = s["fluency_reference"]["distinct_2"], s["fluency_policy"]["distinct_2"]
+    before, after = s["repetition_reference"]["distinct_pairs"], s["repetition_policy"]["distinct_pairs"]
     table.add_row("distinct word pairs", f"{before:.2f}", f"{after:.2f}")
     Console().print(table)
 
@@ -175,7 +162,7 @@ def report(output: str) -> None:
         output: Folder of the demo.
     """
     root = Path(output)
-    samples = root / "ppo" / "samples_test.jsonl"
+    samples = root / "ppo" / "test" / "responses.jsonl"
     if not samples.is_file():
         raise ValueError(f"expected {samples}: run `lit-vapo ppo test` first")
     records = [json.loads(line) for line in samples.read_text().splitlines()]

@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import WandbLogger
 class SampleTable(Callback):
     """Writes what the policy said at each evaluation: one JSON line for each response, and a W&B table.
 
-    Reads `samples` of the module, a list of flat records. Files: `samples_val.jsonl` (one block for each
-    evaluation, marked by `step`) and `samples_test.jsonl` in the run's folder.
+    Reads `samples` of the module, a list of flat records. Files in the run's folder: `samples_val.jsonl` (one block
+    for each evaluation, marked by `step`), `test/responses.jsonl` and `samples_predict.jsonl`.
 
     Args:
         num_samples: Most rows of a W&B table.
@@ -26,21 +26,21 @@ class SampleTable(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Append the samples of this evaluation."""
         if not trainer.sanity_checking:
-            self._write(trainer, pl_module, "val", append=trainer.state.fn == "fit")
+            self._write(trainer, pl_module, "val", "samples_val.jsonl", append=trainer.state.fn == "fit")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the responses that were asked for."""
-        self._write(trainer, pl_module, "predict", append=False)
+        self._write(trainer, pl_module, "predict", "samples_predict.jsonl")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the samples of the test."""
-        self._write(trainer, pl_module, "test", append=False)
+        self._write(trainer, pl_module, "test", "test/responses.jsonl")
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, split: str, append: bool) -> None:
+    def _write(self, trainer: Trainer, pl_module: LightningModule, split: str, name: str, append: bool = False) -> None:
         records: list[dict[str, Any]] = getattr(pl_module, "samples", [])
         if not records or not trainer.is_global_zero:
             return
-        path = Path(trainer.default_root_dir) / f"samples_{split}.jsonl"
+        path = Path(trainer.default_root_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a" if append else "w") as file:
             for record in records:

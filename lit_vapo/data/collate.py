@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_vapo.data.formats import Messages
 from lit_vapo.types import PairLabels
 
 
@@ -39,18 +40,20 @@ class PromptBatch(NamedTuple):
         lengths: Tokens of each prompt (B,).
         prompts: Text of each prompt.
         example_ids: Stable identity of each prompt (B,), int64.
+        messages: The messages each prompt's text was made of, for models that write messages down in another way;
+            `None` for a text that was none.
     """
 
     input_ids: Tensor
     lengths: Tensor
     prompts: list[str]
     example_ids: Tensor
+    messages: list[Messages | None] | None = None
 
     def to(self, device: torch.device) -> PromptBatch:
         """The batch on a device."""
-        return PromptBatch(
-            self.input_ids.to(device), self.lengths.to(device), self.prompts, self.example_ids.to(device)
-        )
+        ids, lengths, example_ids = (x.to(device) for x in (self.input_ids, self.lengths, self.example_ids))
+        return self._replace(input_ids=ids, lengths=lengths, example_ids=example_ids)
 
 
 class SFTBatch(NamedTuple):
@@ -114,7 +117,8 @@ class Collator:
     def prompts(self, rows: list[dict[str, Any]]) -> PromptBatch:
         """A batch of prompts."""
         ids, lengths = pad([r["prompt_ids"] for r in rows], self.pad_id, left=True)
-        return PromptBatch(ids, lengths, [r["prompt"] for r in rows], torch.tensor([r["example_id"] for r in rows]))
+        identities = torch.tensor([r["example_id"] for r in rows])
+        return PromptBatch(ids, lengths, [r["prompt"] for r in rows], identities, [r.get("messages") for r in rows])
 
     def sft(self, rows: list[dict[str, Any]]) -> SFTBatch:
         """A batch of demonstrations: the preferred responses."""

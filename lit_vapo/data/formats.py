@@ -43,10 +43,11 @@ class Preference(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A prompt, as text; `templated` as in `Preference`."""
+    """A prompt, as text; `templated` as in `Preference`, and `messages` are those the text was made of, if it was."""
 
     prompt: str
     templated: bool
+    messages: Messages | None = None
 
 
 def read_preference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Preference:
@@ -60,7 +61,7 @@ def read_preference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Preference:
     chosen, rejected = column(row, "chosen"), column(row, "rejected")
     labels = read_labels(row)
     if isinstance(chosen, list) or isinstance(rejected, list):
-        prompt, chosen, rejected = _conversation(row, chosen, rejected, tokenizer)
+        prompt, chosen, rejected = _conversation(row, tokenizer)
         templated = True
     else:
         templated = False
@@ -89,17 +90,21 @@ def read_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     value = row.values.get("prompt")
     if value is None and "chosen" in row.values:
         preference = read_preference(row, tokenizer)
-        found = Prompt(preference.prompt, preference.templated)
+        found = Prompt(preference.prompt, preference.templated, _turns(row)[0] if preference.templated else None)
     elif isinstance(value, str) and isinstance(row.values.get("chosen"), list):
-        # As in `_conversation`: a text beside messages is what the user says.
-        found = Prompt(_template(row, [{"role": "user", "content": value}], tokenizer, respond=True), True)
+        # As in `_turns`: a text beside messages is what the user says.
+        found = _templated(row, [{"role": "user", "content": value}], tokenizer)
     elif isinstance(value, list):
-        found = Prompt(_template(row, _messages(row, "prompt"), tokenizer, respond=True), True)
+        found = _templated(row, _messages(row, "prompt"), tokenizer)
     else:
         found = Prompt(_text(row, "prompt"), False)
     if not found.prompt:
         raise ValueError(f"{row.place}: expected a prompt in column 'prompt', got an empty one")
     return found
+
+
+def _templated(row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    return Prompt(_template(row, messages, tokenizer, respond=True), True, messages)
 
 
 def _numbered(row: Row) -> Row:
@@ -172,13 +177,14 @@ def _template(row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase, 
         raise ValueError(f"{row.place}: expected messages that the chat template takes, got: {error}") from error
 
 
-def _end_at_stop(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def end_at_stop(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Without the white space that a template writes after a turn's stop token, where a sampled response ends."""
     stripped = text.rstrip()
     return stripped if stripped.endswith(tuple(tokenizer.all_special_tokens)) else text
 
 
-def _conversation(row: Row, chosen: Any, rejected: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+def _turns(row: Row) -> tuple[Messages, list[Messages]]:
+    """The messages that both responses answer, and those of the two responses."""
     answers = [_messages(row, "chosen"), _messages(row, "rejected")]
     if row.values.get("prompt") is not None:
         value = column(row, "prompt")
@@ -192,6 +198,11 @@ def _conversation(row: Row, chosen: Any, rejected: Any, tokenizer: PreTrainedTok
         while 0 < count < min(map(len, answers)) and any(a[count]["role"] != "assistant" for a in answers):
             count -= 1
         shared, answers = answers[0][:count], [a[count:] for a in answers]
+    return shared, answers
+
+
+def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    shared, answers = _turns(row)
     prompt = _template(row, shared, tokenizer, respond=True)
     texts = []
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
@@ -201,5 +212,5 @@ def _conversation(row: Row, chosen: Any, rejected: Any, tokenizer: PreTrainedTok
         whole = _template(row, shared + answer, tokenizer, respond=False)
         if not whole.startswith(prompt):
             raise ValueError(f"{row.place}: expected {name!r} to continue the prompt under the chat template")
-        texts.append(_end_at_stop(whole[len(prompt) :], tokenizer))
+        texts.append(end_at_stop(whole[len(prompt) :], tokenizer))
     return prompt, texts[0], texts[1]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lit_vapo.data.formats import Preference, Prompt
+from lit_vapo.data.formats import Messages, Preference, Prompt, end_at_stop
+from lit_vapo.types import TokenSequence
 
 
 class Truncation(NamedTuple):
@@ -64,6 +65,57 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, response: str, append_eos: 
     return ids
 
 
+class PairEncoder(Protocol):
+    """Prompt, response, and whether that ended by itself, as token ids.
+
+    The prompt comes as text, and as the messages it was made of, if it was.
+    """
+
+    def __call__(self, prompt: str, response: str, ended: bool, messages: Messages | None = None) -> TokenSequence:
+        """Token ids."""
+        ...
+
+
+def pair_encoder(tokenizer: PreTrainedTokenizerBase) -> PairEncoder:
+    """Reads texts with this tokenizer, and messages with its chat template, whatever wrote the text of the prompt.
+
+    Without a template of its own it reads the prompt's text as it is.
+    """
+
+    def encode(prompt: str, response: str, ended: bool, messages: Messages | None = None) -> TokenSequence:
+        # A chat template has written the special tokens already.
+        templated = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
+        if messages is not None and tokenizer.chat_template:
+            prompt, response, ended = _apply_template(tokenizer, messages, response, ended)
+            templated = True
+        start = prompt_ids(tokenizer, prompt, templated)
+        return TokenSequence(start + response_ids(tokenizer, response, append_eos=ended), len(start))
+
+    return encode
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, response: str, ended: bool
+) -> tuple[str, str, bool]:
+    """Texts of prompt and response as training wrote them, and whether an end of sequence is to be added.
+
+    Raises:
+        ValueError: The template refuses the messages.
+    """
+    try:
+        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        answer = {"role": "assistant", "content": response}
+        whole = str(tokenizer.apply_chat_template([*messages, answer], tokenize=False))
+    except Exception as error:  # whatever the template raises, such as that roles must alternate
+        raise ValueError(
+            f"reward: expected messages that the chat template of {tokenizer.name_or_path!r} takes, got: {error}"
+        ) from error
+    if not ended or not whole.startswith(prompt):
+        return prompt, response, ended
+    # The template ends a turn in its own way.
+    return prompt, end_at_stop(whole[len(prompt) :], tokenizer), False
+
+
 def tokenise_preference(
     preference: Preference, tokenizer: PreTrainedTokenizerBase, max_length: int, append_eos: bool
 ) -> tuple[dict[str, Any], Truncation]:
@@ -115,7 +167,8 @@ def tokenise_prompt(
         raise ValueError(
             f"{place}: expected a prompt of 1 … {max_prompt_length} tokens (data.max_prompt_length), got {len(ids)}"
         )
-    return {"prompt_ids": ids, "prompt": prompt.prompt, "example_id": stable_id(prompt.prompt)}
+    identity = stable_id(prompt.prompt)
+    return {"prompt_ids": ids, "prompt": prompt.prompt, "example_id": identity, "messages": prompt.messages}
 
 
 def stable_id(*texts: str) -> int:

@@ -1,1 +1,1 @@
-"""How good a reward ensemble is, and whether it knows where it is not: reports, tables and files."""
+"""How good a reward ensemble is, whether it knows where it is not, and what a policy gains: reports, tables, files."""

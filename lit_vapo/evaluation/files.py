@@ -74,18 +74,18 @@ def write_report(folder: str | Path, report: PreferenceReport, record: Mapping[s
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("evaluation.json", "evaluation.csv", "pairs.csv")]
-    paths[0].write_text(json.dumps(_without_nan(dict(record)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(paths[0], record)
 
     members = range(report.num_members)
     rows = zip([*members, "mean"], [*record["members"], record["mean"]], strict=True)
-    _write_csv(paths[1], ["member", *FIGURES], [[name, *row.values()] for name, row in rows])
+    write_csv(paths[1], ["member", *FIGURES], [[name, *row.values()] for name, row in rows])
 
     names = ["example_id", "margin_mean", "margin_sigma", "chosen_sigma", "rejected_sigma"]
     columns = [report.example_ids, report.margin.mean, report.margin_sigma, *report.response_sigma.T]
     if report.margin.members is not None:
         columns += report.margin.members.T
     pairs = zip(*(column.tolist() for column in columns), strict=True)
-    _write_csv(paths[2], [*names, *(f"margin_member_{k}" for k in members)], pairs)
+    write_csv(paths[2], [*names, *(f"margin_member_{k}" for k in members)], pairs)
     return paths
 
 
@@ -105,7 +105,13 @@ def write_scores(
     members = [] if estimate.members is None else list(estimate.members.T)
     names = ["place", "side", "reward", "sigma", *(f"member_{k}" for k in range(len(members))), "response"]
     numbers = [column.tolist() for column in [*columns, *members]]
-    _write_csv(Path(path), names, zip(places, sides, *numbers, texts, strict=True))
+    write_csv(Path(path), names, zip(places, sides, *numbers, texts, strict=True))
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record; what is not defined (NaN) is null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_without_nan(dict(record)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _without_nan(value: Any) -> Any:
@@ -117,7 +123,7 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_csv(path: Path, header: list[str], rows: Any) -> None:
+def write_csv(path: Path, header: list[str], rows: Any) -> None:
     """Write a table; numbers to seven digits, which is what single precision holds."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -1,6 +1,7 @@
 """Pure torch maths: no state, no input or output, no logging, no configuration."""
 
-from lit_vapo.functional.advantages import Advantages, gae
+from lit_vapo.functional.advantages import Advantages, gae, group_normalise, leave_one_out, on_every_token
+from lit_vapo.functional.best_of_n import best_of_n, best_of_n_kl
 from lit_vapo.functional.calibration import (
     ReliabilityCurve,
     brier,
@@ -10,6 +11,8 @@ from lit_vapo.functional.calibration import (
     preference_nll,
     reliability_curve,
 )
+from lit_vapo.functional.comparison import Gain, paired_gain, win_rate
+from lit_vapo.functional.covariance import PromptGains, covariance_optimal_policy, member_weights, prompt_gains
 from lit_vapo.functional.ensemble import (
     ensemble_estimate,
     fit_normaliser,
@@ -18,7 +21,7 @@ from lit_vapo.functional.ensemble import (
     nuclear_diversity,
     poisson_bootstrap,
 )
-from lit_vapo.functional.kl import kl_k1, kl_k2, kl_k3, sequence_log_ratio, weighted_k3
+from lit_vapo.functional.kl import adapt_kl_coef, kl_k1, kl_k2, kl_k3, sequence_log_ratio, weighted_k3
 from lit_vapo.functional.laplace import Posterior, laplace_preference
 from lit_vapo.functional.logprobs import TokenLogprobs, token_logprobs
 from lit_vapo.functional.masked import Moments, masked_mean, masked_sum, masked_var, masked_whiten, moments
@@ -31,9 +34,11 @@ from lit_vapo.functional.ppo import (
     value_loss_terms,
 )
 from lit_vapo.functional.preference import bradley_terry_loss
+from lit_vapo.functional.repetition import Repetition, repetition
 from lit_vapo.functional.rewards import clip_rewards, token_rewards
 from lit_vapo.functional.tabular import (
     bregman_kl,
+    match_kl,
     objective,
     optimal_policy,
     risk_vanilla,
@@ -50,19 +55,26 @@ from lit_vapo.functional.uncertainty import (
 
 __all__ = [
     "Advantages",
+    "Gain",
     "Moments",
     "PolicyTerms",
     "Posterior",
+    "PromptGains",
     "ReliabilityCurve",
+    "Repetition",
     "RiskCoverage",
     "TokenLogprobs",
     "ValueTerms",
+    "adapt_kl_coef",
     "approx_kl",
     "auroc",
+    "best_of_n",
+    "best_of_n_kl",
     "bradley_terry_loss",
     "bregman_kl",
     "brier",
     "clip_rewards",
+    "covariance_optimal_policy",
     "disagreement",
     "ensemble_estimate",
     "expected_calibration_error",
@@ -70,26 +82,34 @@ __all__ = [
     "fit_normaliser",
     "fit_temperature",
     "gae",
+    "group_normalise",
     "kl_k1",
     "kl_k2",
     "kl_k3",
     "laplace_preference",
+    "leave_one_out",
     "margin_estimate",
     "masked_mean",
     "masked_sum",
     "masked_var",
     "masked_whiten",
+    "match_kl",
+    "member_weights",
     "moments",
     "normalise_members",
     "nuclear_diversity",
     "objective",
+    "on_every_token",
     "optimal_policy",
+    "paired_gain",
     "poisson_bootstrap",
     "policy_loss_terms",
     "preference_accuracy",
     "preference_calibration_error",
     "preference_nll",
+    "prompt_gains",
     "reliability_curve",
+    "repetition",
     "risk_coverage",
     "risk_vanilla",
     "risk_variance_aware",
@@ -99,4 +119,5 @@ __all__ = [
     "token_rewards",
     "value_loss_terms",
     "weighted_k3",
+    "win_rate",
 ]

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation over masked responses."""
+"""Advantages of masked responses: from a critic (GAE), or from the other responses to the prompt."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Advantages(NamedTuple):
     """Advantages and the targets of the value function.
 
     Attributes:
-        advantages: `(B, T)`, in units of reward, zeros outside the mask, not whitened.
-        returns: `(B, T)`, advantages + values, zeros outside the mask.
+        advantages: `(B, T)`, zeros outside the mask; in units of reward, unless an estimator scales them.
+        returns: `(B, T)`, advantages (unscaled) + values, zeros outside the mask; None without a critic.
     """
 
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
 
 
 def gae(
@@ -97,3 +97,92 @@ def _discounted_sum(deltas: Tensor, discount: float) -> Tensor:
         carry = total[:, :1]
         sums.append(total)
     return torch.cat(sums[::-1], dim=1)
+
+
+def leave_one_out(rewards: Tensor, num_responses: int) -> Tensor:
+    """Rewards less the mean reward of the other responses to the same prompt.
+
+        A_i = R_i - 1/(n-1) * Σ_{j≠i} R_j = n/(n-1) * (R_i - mean_j R_j)
+
+    Source: Kool et al. (2019); Ahmadian et al., arXiv 2402.14740.
+
+    Args:
+        rewards: `(B,)`, one for each response, in units of reward; n rows of a prompt stand together.
+        num_responses: n >= 2.
+
+    Returns:
+        `(B,)`, in units of reward; each prompt's sum to 0.
+
+    Raises:
+        ValueError: if n < 2 or B is not a multiple of n.
+
+    Example:
+        >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0]), 3)  # 1 - 4, 2 - 3.5, 6 - 1.5
+        tensor([-3.0000, -1.5000,  4.5000])
+    """
+    groups = _groups(rewards, num_responses)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (num_responses - 1)
+    return (groups - others).flatten().to(rewards.dtype)
+
+
+def group_normalise(rewards: Tensor, num_responses: int, eps: float = 1e-4) -> Tensor:
+    """Rewards centred and scaled over the responses to the same prompt.
+
+        A_i = (R_i - mean_j R_j) / (std_j R_j + ε), with the unbiased standard deviation (ddof 1)
+
+    Source: Shao et al., arXiv 2402.03300, §4.1.2, which leaves ddof and ε open.
+
+    Args:
+        rewards: `(B,)`, one for each response, in units of reward; n rows of a prompt stand together.
+        num_responses: n >= 2.
+        eps: ε > 0, in units of reward.
+
+    Returns:
+        `(B,)`, without a unit; zeros for a prompt whose responses have equal rewards.
+
+    Raises:
+        ValueError: if n < 2, B is not a multiple of n, or ε is not positive.
+
+    Example:
+        >>> group_normalise(torch.tensor([1.0, 2.0, 3.0, 5.0, 5.0, 5.0]), 3, eps=1.0)
+        tensor([-0.5000,  0.0000,  0.5000,  0.0000,  0.0000,  0.0000])
+    """
+    if not eps > 0:
+        raise ValueError(f"expected eps > 0, got {eps}")
+    groups = _groups(rewards, num_responses)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    return (centred / (groups.std(dim=1, keepdim=True) + eps)).flatten().to(rewards.dtype)
+
+
+def on_every_token(x: Tensor, response_mask: Tensor) -> Tensor:
+    """Give each token of a response the response's number.
+
+    Args:
+        x: `(B,)`, one for each response.
+        response_mask: bool `(B, T)`, True = counts.
+
+    Returns:
+        `(B, T)`, zeros outside the mask.
+
+    Raises:
+        ValueError: if the shapes do not fit or the mask is not boolean.
+
+    Example:
+        >>> on_every_token(torch.tensor([2.0]), torch.tensor([[True, True, False]]))
+        tensor([[2., 2., 0.]])
+    """
+    if response_mask.ndim != 2 or x.shape != response_mask.shape[:1]:
+        raise ValueError(f"expected x of shape ({response_mask.shape[0]},), got {tuple(x.shape)}")
+    check_mask(x[:, None].expand(response_mask.shape), response_mask)
+    return torch.where(response_mask, x[:, None], torch.zeros_like(x[:, None]))
+
+
+def _groups(rewards: Tensor, num_responses: int) -> Tensor:
+    """The rewards of each prompt as a row, in the accumulation dtype."""
+    if rewards.ndim != 1:
+        raise ValueError(f"expected rewards of shape (B,), got {tuple(rewards.shape)}")
+    if num_responses < 2:
+        raise ValueError(f"expected num_responses >= 2, got {num_responses}")
+    if len(rewards) % num_responses:
+        raise ValueError(f"expected a multiple of {num_responses} rewards, n for each prompt, got {len(rewards)}")
+    return rewards.to(accumulation_dtype(rewards.device)).reshape(-1, num_responses)

@@ -106,3 +106,33 @@ def weighted_k3(log_ratio: Tensor, weight: Tensor) -> Tensor:
     """
     check_same_shape(log_ratio=log_ratio, weight=weight)
     return weight * kl_k3(log_ratio)
+
+
+def adapt_kl_coef(kl_coef: Tensor, kl: Tensor, target: float, gain: float) -> Tensor:
+    """One step of proportional control of β in log space: dearer above the target, cheaper below.
+
+        e = clip(KL / target - 1, -0.2, 0.2),    β <- β * (1 + gain * e)
+
+    Source: Ziegler et al., arXiv 1909.08593, §2.2, where the gain is 0.1.
+
+    Args:
+        kl_coef: `()`, β >= 0.
+        kl: `()`, the KL now, in nats.
+        target: > 0, in nats.
+        gain: in (0, 1], the share of the error that one step acts on.
+
+    Returns:
+        `()`, the next β.
+
+    Raises:
+        ValueError: if target or gain is out of range.
+
+    Example:
+        >>> adapt_kl_coef(torch.tensor(0.5), torch.tensor(4.4), 4.0, 0.1)  # 10% too far: up by 1%
+        tensor(0.5050)
+    """
+    if not target > 0:
+        raise ValueError(f"expected target > 0, got {target}")
+    if not 0 < gain <= 1:
+        raise ValueError(f"expected gain in (0, 1], got {gain}")
+    return kl_coef * (1 + gain * (kl / target - 1).clamp(-0.2, 0.2))

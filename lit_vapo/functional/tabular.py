@@ -5,18 +5,26 @@ Source: Banerjee, Saha, Gopalan, "Towards Reliable, Uncertainty-Aware Alignment"
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lit_vapo.functional.masked import check_same_shape
 
 
+def _check_finite(name: str, x: Tensor) -> None:
+    """Raise ValueError unless all entries of `x` are finite."""
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"expected {name} with finite entries, got {x.tolist()}")
+
+
 def _check_vector(name: str, x: Tensor) -> None:
     """Raise ValueError unless `x` is a vector with at least one entry, all of them finite."""
     if x.ndim != 1 or x.shape[0] == 0:
         raise ValueError(f"expected {name} of shape (n,) with n >= 1, got {tuple(x.shape)}")
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"expected {name} with finite entries, got {x.tolist()}")
+    _check_finite(name, x)
 
 
 def bregman_kl(policy: Tensor, ref_probs: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -74,9 +82,9 @@ def objective(
 
 
 def optimal_policy(
-    reward: Tensor, ref_probs: Tensor, kl_coef: float, weight: Tensor | None = None, iterations: int = 200
+    reward: Tensor, ref_probs: Tensor, kl_coef: float | Tensor, weight: Tensor | None = None, iterations: int = 200
 ) -> Tensor:
-    """The policy that maximises `objective`.
+    """The policy that maximises `objective`, for one prompt or for many at once.
 
         π*(y) = π0(y) * exp( (R(y) - c) / (β * w(y)) ),    c such that it sums to 1
 
@@ -84,14 +92,14 @@ def optimal_policy(
     logarithms and float64. w = 1 gives the Gibbs policy; β to infinity gives π0.
 
     Args:
-        reward: `(n,)`, R, in units of reward.
-        ref_probs: `(n,)`, π0 >= 0, summing to 1.
-        kl_coef: β > 0, in units of reward per nat.
-        weight: `(n,)`, w > 0; None for 1.
+        reward: `(…, n)`, R, in units of reward.
+        ref_probs: `(…, n)`, π0 >= 0, summing to 1.
+        kl_coef: β > 0, in units of reward per nat; a number, or `(…)` with one for each prompt.
+        weight: `(…, n)`, w > 0; None for 1.
         iterations: halvings of the bracket.
 
     Returns:
-        `(n,)` float64; zero where π0 is.
+        `(…, n)` float64; zero where π0 is.
 
     Raises:
         ValueError: if shapes differ, an entry is not finite, π0 is no distribution, or β or a weight is not
@@ -102,28 +110,67 @@ def optimal_policy(
         >>> [round(p, 4) for p in pi.tolist()]  # sigmoid(1) = 0.7311
         [0.7311, 0.2689]
     """
-    _check_vector("reward", reward)
-    _check_vector("ref_probs", ref_probs)
-    check_same_shape(reward=reward, ref_probs=ref_probs)
+    for name, x in (("reward", reward), ("ref_probs", ref_probs), ("weight", weight)):
+        if x is None:
+            continue
+        if x.ndim == 0 or x.shape[-1] == 0:
+            raise ValueError(f"expected {name} of shape (…, n) with n >= 1, got {tuple(x.shape)}")
+        _check_finite(name, x)
+        check_same_shape(**{"reward": reward, name: x})
     r, p0 = reward.double(), ref_probs.double()
-    if bool((p0 < 0).any()) or abs(p0.sum().item() - 1.0) > 1e-4:
+    if bool((p0 < 0).any()) or bool(((p0.sum(-1) - 1.0).abs() > 1e-4).any()):
         raise ValueError(f"expected ref_probs >= 0 that sum to 1, got {ref_probs.tolist()}")
     w = torch.ones_like(r) if weight is None else weight.double()
-    _check_vector("weight", w)
-    check_same_shape(reward=reward, weight=w)
-    price = kl_coef * w
+    price = torch.as_tensor(kl_coef, dtype=r.dtype)[..., None] * w
     if not bool((price > 0).all()):
         raise ValueError(f"expected kl_coef > 0 and every weight > 0, got {kl_coef} and {w.tolist()}")
-    p0 = p0 / p0.sum()
+    log_p0 = (p0 / p0.sum(-1, keepdim=True)).log()
     # Distances below the best reward in reach: a bracket that starts at 0 keeps its relative precision as it
     # narrows.
-    below = torch.where(p0 > 0, r - r[p0 > 0].max(), 0.0)
-    low, high = torch.zeros_like(r[0]), -below.min()
+    best = r.masked_fill(p0 <= 0, -torch.inf).amax(-1, keepdim=True)
+    below = torch.where(p0 > 0, r - best, 0.0)
+    low, high = torch.zeros_like(best), -below.amin(-1, keepdim=True)
     for _ in range(iterations):
         middle = 0.5 * (low + high)
-        too_much = torch.logsumexp(p0.log() + (below + middle) / price, dim=0) > 0
+        too_much = torch.logsumexp(log_p0 + (below + middle) / price, dim=-1, keepdim=True) > 0
         low, high = torch.where(too_much, low, middle), torch.where(too_much, middle, high)
-    return torch.softmax(p0.log() + (below + low) / price, dim=0)
+    return torch.softmax(log_p0 + (below + low) / price, dim=-1)
+
+
+def match_kl(
+    optimum: Callable[[Tensor], Tensor],
+    ref_probs: Tensor,
+    nats: float,
+    bracket: tuple[float, float] = (1e-4, 1e4),
+    iterations: int = 40,
+) -> Tensor:
+    """The optima of an objective at the β that takes each policy a given KL away from its reference.
+
+    Objectives price their moves differently, so at equal β they travel different distances; they are compared where
+    they have gone equally far.
+
+    Args:
+        optimum: the optimal policies `(…, n)` at coefficients β `(…)`; their KL is taken to fall as β grows.
+        ref_probs: `(…, n)`, π0.
+        nats: KL(π‖π0) to reach, > 0.
+        bracket: least and greatest β.
+        iterations: halvings of the bracket, in log β.
+
+    Returns:
+        `(…, n)`; NaN where the KL was not met within a hundredth: no β of the bracket goes so far.
+    """
+    low, high = (torch.full(ref_probs.shape[:-1], math.log(x), dtype=torch.float64) for x in bracket)
+    for _ in range(iterations):
+        middle = 0.5 * (low + high)
+        too_far = _kl(optimum(middle.exp()), ref_probs) > nats
+        low, high = torch.where(too_far, middle, low), torch.where(too_far, high, middle)
+    policy = optimum((0.5 * (low + high)).exp())
+    missed = (_kl(policy, ref_probs) - nats).abs() > 0.01 * nats
+    return policy.masked_fill(missed[..., None], torch.nan)
+
+
+def _kl(policy: Tensor, ref_probs: Tensor) -> Tensor:
+    return (torch.xlogy(policy, policy) - torch.xlogy(policy, ref_probs)).sum(-1)
 
 
 def _check_risk(true_reward: Tensor, sigma_diag: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_vapo.models.exported import same_place
 from lit_vapo.models.pretrained import Pretrained, disable_dropout, load_backbone
+
+CONFIG_NAME, WEIGHTS_NAME, TRUNK_NAME = "critic.json", "critic.safetensors", "trunk"
+HEAD = "value_head."
 
 
 @dataclass
@@ -62,15 +69,70 @@ class Critic(nn.Module):
 
 
 def own_trunk(spec: CriticSpec, policy_base: Pretrained, depth: int | None = None) -> PreTrainedModel:
-    """The trainable model of an `own` trunk, cut off after `depth` blocks.
+    """The trainable model of an `own` trunk, cut off after `depth` blocks: the policy's base, but never quantised.
 
     Raises:
-        ValueError: The model is quantised.
+        ValueError: Another model was chosen, and is quantised.
     """
-    base = spec.base or policy_base
-    if base.quantization is not None:
-        raise ValueError(f"model.critic.base: expected an unquantised model to train, got {base.quantization}")
+    if spec.base is not None and spec.base.quantization is not None:
+        raise ValueError(f"model.critic.base: expected an unquantised model to train, got {spec.base.quantization}")
     # Small updates of weights in bfloat16 would be rounded away.
-    trunk = load_backbone(base, depth).float()
+    trunk = load_backbone(replace(spec.base or policy_base, quantization=None), depth).float()
     disable_dropout(trunk)
     return trunk
+
+
+class Reads(NamedTuple):
+    """Which hidden states a critic reads.
+
+    Attributes:
+        trunk: As in `CriticSpec`.
+        base: Path of the model they come from.
+        layer: After this many blocks; `None` after the last.
+    """
+
+    trunk: str
+    base: str
+    layer: int | None
+
+    def same(self, other: Reads) -> bool:
+        """Whether two critics read the same states, before either was trained."""
+        return (self.trunk, self.layer) == (other.trunk, other.layer) and same_place(self.base, other.base)
+
+
+def save_critic(folder: Path, critic: Critic, adapters: dict[str, Tensor], reads: Reads) -> None:
+    """Write a critic: value head, its adapters by name, its own trunk, and what it reads."""
+    folder.mkdir(parents=True)
+    head = {f"{HEAD}{n}": p.detach() for n, p in critic.value_head.state_dict().items()}
+    save_file({**head, **adapters}, folder / WEIGHTS_NAME)
+    if critic.trunk is not None:
+        critic.trunk.save_pretrained(folder / TRUNK_NAME)
+    (folder / CONFIG_NAME).write_text(json.dumps(reads._asdict(), indent=2) + "\n")
+
+
+def saved_trunk(folder: Path, reads: Reads) -> Pretrained | None:
+    """The own trunk of a saved critic that reads these states."""
+    fits = _reads_same(folder, reads) and (folder / TRUNK_NAME / "config.json").is_file()
+    return Pretrained(str((folder / TRUNK_NAME).resolve()), dtype="float32") if fits else None
+
+
+@torch.no_grad()
+def load_critic(folder: Path, critic: Critic, adapters: dict[str, nn.Parameter], reads: Reads) -> bool:
+    """Take the weights of a saved critic, if there is one that reads these states and has these shapes; tell whether.
+
+    An own trunk is read when it is made (`saved_trunk`).
+    """
+    if not _reads_same(folder, reads):
+        return False
+    own = {**{f"{HEAD}{n}": p for n, p in critic.value_head.named_parameters()}, **adapters}
+    saved = load_file(folder / WEIGHTS_NAME)
+    if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in saved.items()}:
+        return False
+    for name, parameter in own.items():
+        parameter.copy_(saved[name])
+    return True
+
+
+def _reads_same(folder: Path, reads: Reads) -> bool:
+    path = folder / CONFIG_NAME
+    return path.is_file() and reads.same(Reads(**json.loads(path.read_text())))

@@ -1,46 +1,91 @@
-"""Sampling responses with transformers."""
+"""What responses are drawn from and by whom: the contract of all generators."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
 class Sampling:
     """How responses are drawn.
 
-    Only the temperature shapes the distribution: top-k, top-p, penalties and a minimum length would make the
-    log-probabilities of the sampled tokens differ from those PPO computes, so they are always off.
+    Only the temperature and the minimum length shape the distribution, and every log-probability and entropy of PPO is
+    taken under that same distribution. Top-k, top-p and penalties are always off: they would make the log-probabilities
+    of the sampled tokens differ from those PPO computes.
 
     Args:
         max_new_tokens: Longest response.
         temperature: The logits are divided by it, in sampling and in every log-probability alike.
         stop_token_ids: Tokens that end a response, besides the model's own end-of-sequence tokens.
+        num_responses: Responses to each prompt. They are rows of the batch, those of a prompt together.
+        stop_strings: Strings that end a response, with the token that completes one; the prompt does not count.
+        min_new_tokens: Stop tokens cannot be drawn as one of this many first tokens. Refused together with
+            `stop_strings`: what a string rules out depends on the tokens before, so no fixed set of tokens could be
+            held back in sampling and in the log-probabilities alike.
+
+    Raises:
+        ValueError: A number is out of its range, a stop string is empty, or stop strings meet a minimum length.
     """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     stop_token_ids: list[int] | None = None
+    num_responses: int = 1
+    stop_strings: list[str] | None = None
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(f"sampling.temperature: expected a positive number, got {self.temperature}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"sampling.max_new_tokens: expected at least 1, got {self.max_new_tokens}")
+        for name in ("max_new_tokens", "num_responses"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sampling.{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.min_new_tokens < self.max_new_tokens:
+            raise ValueError(
+                f"sampling.min_new_tokens: expected 0 … {self.max_new_tokens - 1} (below max_new_tokens: else no "
+                f"response could end by itself), got {self.min_new_tokens}"
+            )
+        if isinstance(self.stop_strings, str) or "" in (self.stop_strings or []):
+            raise ValueError(f"sampling.stop_strings: expected a list of non-empty strings, got {self.stop_strings!r}")
+        if self.stop_strings and self.min_new_tokens:
+            raise ValueError(
+                f"sampling.min_new_tokens: expected 0 with stop_strings, got {self.min_new_tokens}; a minimum length "
+                "holds back stop tokens only"
+            )
+
+    def shaping(self, stops: list[int]) -> Shaping:
+        """What this makes of the logits of a model that these tokens stop."""
+        return Shaping(self.temperature, self.min_new_tokens, tuple(stops))
+
+
+class Shaping(NamedTuple):
+    """What happens to the logits before a token is drawn: the same in sampling, log-probabilities and entropies.
+
+    Attributes:
+        temperature: The logits are divided by it.
+        min_new_tokens: Stop tokens cannot be drawn at this many first positions of a response.
+        stops: Tokens that end a response.
+    """
+
+    temperature: float = 1.0
+    min_new_tokens: int = 0
+    stops: tuple[int, ...] = ()
 
 
 class Generated(NamedTuple):
-    """Sampled responses.
+    """Sampled responses; n to each of B prompts, response j to prompt i in row i·n + j.
 
     Attributes:
-        response_ids: Token ids (B, T), anything after the end of a response.
-        response_lengths: Tokens of each response (B,), a stop token included.
-        stopped: Whether a stop token ended the response (B,).
+        response_ids: Token ids (B·n, T), anything after the end of a response.
+        response_lengths: Tokens of each response (B·n,), the token that ended it included.
+        stopped: Whether a stop token or a stop string ended the response (B·n,).
     """
 
     response_ids: Tensor
@@ -48,56 +93,49 @@ class Generated(NamedTuple):
     stopped: Tensor
 
 
+class Generator(ABC):
+    """Draws responses from a language model, exactly from the distribution that `Sampling` says.
+
+    Whoever calls it has switched the model's adapters to the role that answers; a generator that keeps weights of its
+    own has to take them from there. Results must be reproducible from torch's seed.
+    """
+
+    @abstractmethod
+    def __call__(
+        self,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Tensor,
+        prompt_lengths: Tensor,
+        sampling: Sampling,
+        stops: list[int],
+    ) -> Generated:
+        """Respond to each prompt.
+
+        Args:
+            lm: The language model, adapters switched as wanted.
+            tokenizer: Its tokenizer.
+            prompt_ids: Token ids (B, P), left-padded with anything.
+            prompt_lengths: Tokens of each prompt (B,), at least 1.
+            sampling: How to draw.
+            stops: Tokens that end a response (see `stop_ids`).
+
+        Returns:
+            `sampling.num_responses` responses to each prompt, none of them empty.
+        """
+
+
 def stop_ids(lm: PreTrainedModel, sampling: Sampling, eos_token_id: int | None) -> list[int]:
-    """All tokens that end a response: the model's, the tokenizer's and the user's."""
+    """All tokens that end a response: the model's, the tokenizer's and the user's.
+
+    Raises:
+        ValueError: There is none that a minimum length could hold back.
+    """
     configured = getattr(lm.generation_config, "eos_token_id", None)
     own = configured if isinstance(configured, list) else [configured]
-    ids = {i for i in (*own, eos_token_id, *(sampling.stop_token_ids or [])) if i is not None}
-    return sorted(ids)
-
-
-@torch.no_grad()
-def sample(
-    lm: PreTrainedModel,
-    prompt_ids: Tensor,
-    prompt_lengths: Tensor,
-    sampling: Sampling,
-    stops: list[int],
-    pad: int,
-) -> Generated:
-    """Sample one response for each prompt.
-
-    Args:
-        lm: The language model, adapters switched as wanted.
-        prompt_ids: Token ids (B, P), left-padded.
-        prompt_lengths: Tokens of each prompt (B,).
-        sampling: How to draw.
-        stops: Tokens that end a response.
-        pad: Token that fills the rest; it may equal a stop token.
-    """
-    size = prompt_ids.shape[1]
-    mask = torch.arange(size, device=prompt_ids.device) >= size - prompt_lengths[:, None]
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=stops or None,
-        pad_token_id=pad,
-        use_cache=True,
-    )
-    # transformers fills what `config` leaves open from the model's own settings, which may shape the distribution
-    # (min-p, suppressed tokens, a minimum length, …).
-    own, lm.generation_config = lm.generation_config, GenerationConfig()
-    try:
-        out = lm.generate(input_ids=prompt_ids, attention_mask=mask.long(), generation_config=config)
-    finally:
-        lm.generation_config = own
-    responses = cast("Tensor", out)[:, size:]
-    is_stop = torch.isin(responses, torch.tensor(stops, device=responses.device, dtype=responses.dtype))
-    stopped = is_stop.any(1)
-    first = is_stop.long().argmax(1) + 1
-    lengths = torch.where(stopped, first, torch.full_like(first, responses.shape[1]))
-    return Generated(responses, lengths, stopped)
+    ids = sorted({i for i in (*own, eos_token_id, *(sampling.stop_token_ids or [])) if i is not None})
+    if sampling.min_new_tokens and not ids:
+        raise ValueError(
+            f"sampling.min_new_tokens: expected 0 for a model without stop tokens, got {sampling.min_new_tokens}"
+        )
+    return ids

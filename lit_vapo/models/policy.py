@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, cast
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_vapo.functional import TokenLogprobs
-from lit_vapo.models.generation import Generated, Sampling, sample
+from lit_vapo.models.exported import is_adapter, load_adapter_weights
+from lit_vapo.models.generation import Shaping
 from lit_vapo.models.pretrained import (
     Lora,
     Pretrained,
@@ -36,17 +37,23 @@ class Policy(nn.Module):
     """A policy π and its frozen reference π0.
 
     With LoRA, one (possibly quantised) base serves both: the reference is the base with its adapters off, and
-    nothing is held twice. Without, the reference is a frozen copy.
+    nothing is held twice. Without, the reference is held beside it, frozen and quantised if the base is to be, while
+    the weights that train are whole. So it is, too, for a policy that starts from a whole model other than the base.
 
     Args:
-        base: The language model to start from.
+        base: The reference, which is also where the policy starts if nothing else is said.
         lora: Adapters to train, or `None` to train every weight.
         critic_adapter: Add a second set of adapters for the critic.
         critic_depth: The critic reads after this many blocks, so its adapters stop there; `None` for all.
-        keep_reference: Without LoRA, hold a frozen copy as the reference.
+        keep_reference: Without LoRA, hold a reference.
+        start: Folder of an exported policy to start from, an adapter of `base` (`lora` are its settings) or a whole
+            model.
+        lend: Called with the reference's backbone before any adapter of the policy is in place: whoever reads it later
+            (while the policy acts as the reference) hangs its own hooks in.
 
     Raises:
-        ValueError: A quantised base without adapters, or a critic adapter without LoRA.
+        ValueError: A quantised base without adapters or reference, a critic adapter without LoRA, or a start whose
+            weights do not fit.
     """
 
     def __init__(
@@ -56,21 +63,25 @@ class Policy(nn.Module):
         critic_adapter: bool = False,
         critic_depth: int | None = None,
         keep_reference: bool = True,
+        start: str | None = None,
+        lend: Callable[[PreTrainedModel], None] | None = None,
     ) -> None:
         super().__init__()
-        if lora is None and base.quantization is not None:
+        if lora is None and base.quantization is not None and not keep_reference:
             raise ValueError(f"model.lora: expected adapters for a {base.quantization} base, which is frozen, got null")
         if lora is None and critic_adapter:
             raise ValueError("model.critic.trunk: expected `reference` or `own` when model.lora is null, got `lora`")
-        lm = load_causal_lm(base)
+        whole = start is not None and not is_adapter(start)
+        self.start = replace(base, path=start, revision=None) if start is not None and whole else base
+        lm = load_causal_lm(self.start if lora is not None else replace(self.start, quantization=None, dtype="float32"))
         disable_dropout(lm)
         self.reference_lm: PreTrainedModel | None = None
         self.lm: PreTrainedModel | PeftModel
+        if whole or (lora is None and keep_reference):
+            self.reference_lm = _reference(base, lora)
+        if lend is not None:
+            lend(cast("PreTrainedModel", (self.reference_lm or lm).base_model))
         if lora is None:
-            # Small updates of weights in bfloat16 would be rounded away.
-            lm = lm.float()
-            if keep_reference:
-                self.reference_lm = cast("PreTrainedModel", freeze(copy.deepcopy(lm)))
             self.lm = cast("PreTrainedModel", lm.requires_grad_(True))
         else:
             keep_differentiable(freeze(lm))
@@ -79,6 +90,8 @@ class Policy(nn.Module):
             self.lm = get_peft_model(lm, actor, adapter_name="actor")
             if critic_adapter:
                 self.lm.add_adapter("critic", critic)
+            if start is not None and not whole:
+                load_adapter_weights(self.lm, "actor", start)
             # From the start: data-parallel strategies and checkpoints look at what trains when they meet the model.
             self._train_adapters()
         self.eval()
@@ -101,10 +114,11 @@ class Policy(nn.Module):
     @contextmanager
     def acting_as(self, role: Role) -> Iterator[PreTrainedModel]:
         """The language model in one of its roles, for the length of a block."""
-        if not isinstance(self.lm, PeftModel):
-            yield (self.reference_lm if role == "reference" and self.reference_lm is not None else self.causal_lm)
-            return
-        if role == "reference":
+        if role == "reference" and self.reference_lm is not None:
+            yield self.reference_lm
+        elif not isinstance(self.lm, PeftModel):
+            yield self.causal_lm
+        elif role == "reference":
             try:
                 with self.lm.disable_adapter():
                     yield self.causal_lm
@@ -114,6 +128,12 @@ class Policy(nn.Module):
             self.lm.set_adapter(role)
             self._train_adapters()
             yield self.causal_lm
+
+    @contextmanager
+    def reference_backbone(self) -> Iterator[PreTrainedModel]:
+        """The reference without its language-model head, for the length of a block."""
+        with self.acting_as("reference") as lm:
+            yield cast("PreTrainedModel", lm.base_model)
 
     def _train_adapters(self) -> None:
         # peft stops the gradients of adapters that are switched off; ours take turns within one optimiser.
@@ -143,28 +163,14 @@ class Policy(nn.Module):
         input_ids: Tensor,
         prompt_lengths: Tensor,
         response_mask: Tensor,
-        temperature: float,
+        shaping: Shaping,
     ) -> TokenLogprobs:
         """Log-probabilities and entropies (B, T) of the responses, from hidden states (B, L, H)."""
         size = response_mask.shape[1]
         states = response_states(hidden, prompt_lengths, size)
         targets = response_tokens(input_ids, prompt_lengths, size)
         with self.acting_as(role) as lm:
-            return head_logprobs(lm, states, targets, response_mask, temperature)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        role: Role,
-        prompt_ids: Tensor,
-        prompt_lengths: Tensor,
-        sampling: Sampling,
-        stops: list[int],
-        pad: int,
-    ) -> Generated:
-        """Sample one response for each left-padded prompt (B, P)."""
-        with self.acting_as(role) as lm:
-            return sample(lm, prompt_ids, prompt_lengths, sampling, stops, pad)
+            return head_logprobs(lm, states, targets, response_mask, shaping)
 
     def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
         """Write the actor: a peft adapter folder, or a whole transformers model.
@@ -172,7 +178,15 @@ class Policy(nn.Module):
         Args:
             folder: Where to.
             merge: Add the adapters to the weights; they stay so, since this is the end of a run.
+
+        Raises:
+            ValueError: Adapters of a quantised base are to be merged.
         """
+        if merge and isinstance(self.lm, PeftModel) and self.start.quantization is not None:
+            raise ValueError(
+                f"merge: expected adapters of an unquantised base, got those of a {self.start.quantization} base: "
+                "merged weights would be rounded anew, or be those of another policy. Export the adapter."
+            )
         if isinstance(self.lm, PeftModel) and merge:
             self.lm.set_adapter("actor")
             self.lm.merge_and_unload().save_pretrained(folder)
@@ -183,6 +197,14 @@ class Policy(nn.Module):
                 shutil.copytree(Path(scratch) / "actor", folder, dirs_exist_ok=True)
         else:
             self.lm.save_pretrained(folder)
+
+
+def _reference(base: Pretrained, lora: Lora | None) -> PreTrainedModel:
+    """A frozen model of the base; float32 beside weights that are trained in it, unless quantised."""
+    exact = replace(base, dtype="float32") if lora is None and base.quantization is None else base
+    lm = load_causal_lm(exact)
+    disable_dropout(lm)
+    return cast("PreTrainedModel", freeze(lm))
 
 
 def _parent(folder: str | Path) -> Path:

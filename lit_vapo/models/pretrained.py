@@ -131,13 +131,17 @@ def load_backbone(spec: Pretrained, num_layers: int | None = None) -> PreTrained
     return backbone
 
 
-def hidden_size(spec: Pretrained) -> int:
-    """Width H of the hidden states, from the model's configuration alone."""
+def model_config(spec: Pretrained) -> Any:
+    """The model's configuration, without its weights."""
     _require(spec)
-    config = AutoConfig.from_pretrained(
+    return AutoConfig.from_pretrained(
         spec.path, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
     )
-    return int(config.hidden_size)
+
+
+def hidden_size(spec: Pretrained) -> int:
+    """Width H of the hidden states, from the model's configuration alone."""
+    return int(model_config(spec).hidden_size)
 
 
 def load_tokenizer(spec: Pretrained) -> PreTrainedTokenizerBase:

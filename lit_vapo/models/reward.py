@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,10 @@ class RewardModel(nn.Module):
         spec: What the head reads.
         head: The head, already built.
         backbone: The backbone, cut off at `spec.layer` and attached to the head (`attach`), or `None`.
+
+    Attributes:
+        lender: Opens a block in which somebody else's backbone, to which the head is attached, is to be used; `None` if
+            nobody lends one. It stays theirs: it is no part of this module.
     """
 
     def __init__(self, spec: FeatureSpec, head: RewardHead, backbone: Any) -> None:
@@ -58,6 +63,7 @@ class RewardModel(nn.Module):
         self.spec = spec
         self.head = head
         self.backbone = backbone
+        self.lender: Callable[[], AbstractContextManager[PreTrainedModel]] | None = None
 
     def encode(self, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> Tensor:
         """Features (B, H) of right-padded sequences (B, L), or (B, K, H) where members differ in them."""
@@ -66,9 +72,13 @@ class RewardModel(nn.Module):
 
     def passes(self) -> Iterator[PreTrainedModel]:
         """The models to run, one after another."""
-        if self.backbone is None:
+        if self.lender is not None:
+            with self.lender() as backbone:
+                yield from self.head.passes(backbone)
+        elif self.backbone is None:
             raise ValueError("this reward model was loaded without its backbone: expected features, got token ids")
-        return self.head.passes(self.backbone)
+        else:
+            yield from self.head.passes(self.backbone)
 
     def forward(self, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> RewardEstimate:
         """Estimate of the normalised reward of right-padded sequences (B, L)."""
@@ -113,19 +123,23 @@ class RewardModel(nn.Module):
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, with_backbone: bool = True) -> RewardModel:
+    def from_pretrained(
+        cls, folder: str | Path, with_backbone: bool = True, lent: PreTrainedModel | None = None
+    ) -> RewardModel:
         """Load what `save_pretrained` wrote, in evaluation mode.
 
         Args:
             folder: The ensemble's folder.
             with_backbone: Load the backbone too; off if the caller brings features, which members must share.
+            lent: A frozen backbone of the same base to attach the members to in place of one of their own. The caller
+                keeps it, and says with `lender` when it may be used.
 
         Raises:
             ValueError: The folder holds no ensemble, one that this version cannot read, or one that lacks a member.
         """
         folder = Path(folder)
         config = read_config(folder)
-        spec = FeatureSpec(**{**config["spec"], "base": Pretrained(**config["spec"]["base"])})
+        spec = read_spec(config)
         head = build_head(config["head"]["class_path"], config["head"]["init_args"], config["hidden_size"])
         if len(config["members"]) < head.num_members:
             raise ValueError(
@@ -136,7 +150,11 @@ class RewardModel(nn.Module):
             raise ValueError(
                 f"with_backbone: expected true for {type(head).__name__}, whose members change the backbone"
             )
-        backbone = _load_backbone(folder, spec, head, config["own_backbone"]) if with_backbone else None
+        backbone = None
+        if lent is not None:
+            _attach(folder, spec, head, lent)
+        elif with_backbone:
+            backbone = _load_backbone(folder, spec, head, config["own_backbone"])
         _load_head(head, folder / WEIGHTS_NAME)
         return cls(spec, head, backbone).requires_grad_(False).eval()
 
@@ -153,7 +171,13 @@ def _load_backbone(folder: Path, spec: FeatureSpec, head: RewardHead, own: bool)
         readers = [partial(_load_saved, folder / f"member_{k}", spec) for k in range(head.num_members)]
         # Off the module's list of children where they are to be read anew at each call.
         return nn.ModuleList([read() for read in readers]) if head.resident else readers
-    backbone = _load_saved(folder / BACKBONE_NAME, spec) if own else load_backbone(spec.base, spec.layer)
+    return _attach(
+        folder, spec, head, _load_saved(folder / BACKBONE_NAME, spec) if own else load_backbone(spec.base, spec.layer)
+    )
+
+
+def _attach(folder: Path, spec: FeatureSpec, head: RewardHead, backbone: PreTrainedModel) -> Any:
+    """Make the head's members at home in a backbone, with the adapters they were saved with."""
     attached = head.attach(backbone, decoder_layers(backbone))
     count = len(head.adapters())
     if count:
@@ -188,6 +212,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {config.get('format_version')!r}")
     return config
+
+
+def read_spec(config: dict[str, Any]) -> FeatureSpec:
+    """What the head of a saved ensemble reads."""
+    return FeatureSpec(**{**config["spec"], "base": Pretrained(**config["spec"]["base"])})
 
 
 def build_head(class_path: str, init_args: dict[str, Any], hidden_size: int) -> RewardHead:

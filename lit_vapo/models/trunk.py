@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_vapo.functional import TokenLogprobs, token_logprobs
+from lit_vapo.models.generation import Shaping
 from lit_vapo.models.pretrained import decoder_layers, final_norm
 
 Pooling = Literal["last", "mean"]
@@ -125,7 +126,12 @@ def pool(hidden: Tensor, lengths: Tensor, prompt_lengths: Tensor, pooling: Pooli
 def join_rows(ids: Sequence[Tensor], lengths: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Several right-padded batches (B_i, L_i) as one (ΣB_i, max L_i), with their lengths."""
     size = max(x.shape[1] for x in ids)
-    return torch.cat([nn.functional.pad(x, (0, size - x.shape[1])) for x in ids]), torch.cat(list(lengths))
+    return torch.cat([widen(x, size) for x in ids]), torch.cat(list(lengths))
+
+
+def widen(x: Tensor, size: int) -> Tensor:
+    """Zeros appended along the second axis (B, T, …), up to `size`."""
+    return nn.functional.pad(x, (*(0, 0) * (x.ndim - 2), 0, size - x.shape[1]))
 
 
 def pooled(
@@ -156,7 +162,7 @@ def response_states(hidden: Tensor, prompt_lengths: Tensor, size: int) -> Tensor
 
 
 def head_logprobs(
-    lm: PreTrainedModel, states: Tensor, targets: Tensor, response_mask: Tensor, temperature: float
+    lm: PreTrainedModel, states: Tensor, targets: Tensor, response_mask: Tensor, shaping: Shaping
 ) -> TokenLogprobs:
     """Log-probabilities and entropies (B, T) of response tokens; zeros where the mask is False.
 
@@ -165,17 +171,23 @@ def head_logprobs(
         states: States that predict each response token (B, T, H).
         targets: Response tokens (B, T).
         response_mask: True where a token counts (B, T).
-        temperature: Sampling temperature; the logits are divided by it.
+        shaping: What happened to the logits when the tokens were drawn.
     """
     head = lm.get_output_embeddings()
     scale = _logit_scale(lm)
+    withheld = None
+    if shaping.min_new_tokens:
+        early = torch.arange(response_mask.shape[1], device=states.device) < shaping.min_new_tokens
+        stops = torch.tensor(shaping.stops, device=states.device, dtype=targets.dtype)
+        withheld = early.expand_as(response_mask)[response_mask], stops
     out = token_logprobs(
         states[response_mask],
         head.weight,
         targets[response_mask],
         bias=getattr(head, "bias", None),
-        temperature=temperature / scale,
+        temperature=shaping.temperature / scale,
         softcap=getattr(lm.config, "final_logit_softcapping", None),
+        withheld=withheld,
     )
     logprobs = torch.zeros(response_mask.shape, dtype=torch.float32, device=states.device)
     entropy = torch.zeros_like(logprobs)

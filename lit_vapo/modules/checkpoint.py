@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
 STAGE_KEY = "lit_vapo_stage"
+FIGURES_KEY = "lit_vapo_figures"
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
@@ -26,6 +27,11 @@ class TrainedWeightsModule(LightningModule):
 
     stage: str = ""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # What the run had logged when it was last saved, by key: a model card tells it.
+        self.figures: dict[str, float] = {}
+
     def kept_keys(self) -> set[str]:
         """Names in the state dict that a checkpoint keeps: trained parameters, and buffers outside frozen models."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -36,10 +42,20 @@ class TrainedWeightsModule(LightningModule):
         return False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drop frozen weights and note the stage."""
+        """Drop frozen weights, note the stage and the latest figures.
+
+        Raises:
+            ValueError: A trained weight is not finite; nothing is written, so that the checkpoint before it stays.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise ValueError(f"checkpoint: expected finite weights, got NaN or infinity in {name}; not saved")
         kept = self.kept_keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         checkpoint[STAGE_KEY] = self.stage
+        logged = {} if self._trainer is None else self.trainer.callback_metrics
+        self.figures.update({key: float(value) for key, value in logged.items() if "/" in key})
+        checkpoint[FIGURES_KEY] = dict(self.figures)
         settings = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
         if settings is not None and "_instantiator" not in settings:
             # Made in Python rather than from a config: write what the command line would have written.
@@ -54,6 +70,7 @@ class TrainedWeightsModule(LightningModule):
         stage = checkpoint.get(STAGE_KEY)
         if stage != self.stage:
             raise ValueError(f"checkpoint: expected one of stage {self.stage!r}, got one of stage {stage!r}")
+        self.figures = dict(checkpoint.get(FIGURES_KEY, {}))
         self._tell_differences(checkpoint)
         own = self.state_dict()
         saved = checkpoint["state_dict"]

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from lit_vapo.advantages.base import AdvantageEstimator, Reduce
 from lit_vapo.functional import (
-    Moments,
     approx_kl,
     explained_variance,
-    gae,
     masked_mean,
     masked_sum,
-    masked_whiten,
-    moments,
     policy_loss_terms,
     token_rewards,
     value_loss_terms,
 )
 from lit_vapo.models.actor_critic import ActorCritic, Rows
+from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.features import length_batches
+from lit_vapo.models.generation import Shaping
 from lit_vapo.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -40,15 +38,14 @@ class UpdateSettings:
         micro_batch_tokens: Tokens of one forward and backward pass, padding included; gradients accumulate over a
             minibatch, and the result does not depend on this number.
         clip_range: The ratio's gain ends outside 1 ± this.
-        value_clip_range: New values stay within this of the old ones; `null` to leave them free.
+        value_clip_range: New values stay within this of the old ones; `null` to leave them free. This and the next
+            matter only where the advantage needs a critic.
         value_coef: Weight of the value loss.
         entropy_coef: Weight of an entropy bonus.
-        gamma: Discount.
-        gae_lambda: λ of generalised advantage estimation.
-        whiten_advantages: Centre and scale the advantages over all response tokens of all processes.
         max_grad_norm: Gradients are scaled down to this norm.
-        max_approx_kl: Stop the passes once the policy has moved this many nats per token from the one that
-            sampled; `null` for never.
+        max_approx_kl: Stop the passes of an iteration once the policy has moved further than this from the one that
+            sampled: KL(π_old‖π_new) by k3 of tokens, in nats per token (`train/approx_kl`), unlike
+            `model.kl_target` and `model.kl_budget`, which are about the reference. `null` for never.
         critic_warmup: In this many first iterations only the critic learns.
     """
 
@@ -59,9 +56,6 @@ class UpdateSettings:
     value_clip_range: float | None = 0.2
     value_coef: float = 0.1
     entropy_coef: float = 0.0
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    whiten_advantages: bool = True
     max_grad_norm: float = 1.0
     max_approx_kl: float | None = None
     critic_warmup: int = 0
@@ -73,9 +67,26 @@ class UpdateSettings:
         for name in ("clip_range", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.update.{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"model.update.{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+
+
+def chosen_critic(
+    critic: CriticSpec | None, advantage: AdvantageEstimator, settings: UpdateSettings
+) -> CriticSpec | None:
+    """The critic to build, or `None` where the advantage needs none.
+
+    Raises:
+        ValueError: A critic or its warm-up is asked for and would not be used.
+    """
+    if advantage.needs_critic:
+        return critic or CriticSpec()
+    name = type(advantage).__name__
+    if critic is not None:
+        raise ValueError(f"model.critic: expected null, since {name} needs no critic, got {critic}")
+    if settings.critic_warmup:
+        raise ValueError(
+            f"model.update.critic_warmup: expected 0, since {name} needs no critic, got {settings.critic_warmup}"
+        )
+    return None
 
 
 class Experience(NamedTuple):
@@ -84,51 +95,61 @@ class Experience(NamedTuple):
     Attributes:
         rows: Prompts and responses.
         logprobs: Log-probabilities under the policy that sampled them (B, T).
-        values: Values then (B, T).
+        advantages: Advantages (B, T).
+        values: Values then (B, T), or `None` without a critic.
         value_states: Frozen states the critic reads (B, T, H), or `None`.
-        advantages: Advantages, whitened if asked (B, T).
-        returns: Targets of the critic (B, T).
+        returns: Targets of the critic (B, T), or `None` without one.
     """
 
     rows: Rows
     logprobs: Tensor
-    values: Tensor
-    value_states: Tensor | None
     advantages: Tensor
-    returns: Tensor
+    values: Tensor | None = None
+    value_states: Tensor | None = None
+    returns: Tensor | None = None
 
     def select(self, index: Tensor) -> Experience:
         """The rows of an index, cut to the longest response among them."""
         rows = self.rows.select(index)
         size = rows.response_mask.shape[1]
-        states = None if self.value_states is None else self.value_states[index, :size]
-        tensors = (self.logprobs, self.values, self.advantages, self.returns)
-        logprobs, values, advantages, returns = (x[index, :size] for x in tensors)
-        return Experience(rows, logprobs, values, states, advantages, returns)
+        # Those that may be None stand last, which the checker of types cannot see.
+        cut = (None if x is None else x[index, :size] for x in self[1:])
+        return Experience(rows, *cut)  # type: ignore[arg-type]
 
 
-def compute_advantages(
-    rollout: Rollout, kl_coef: float, settings: UpdateSettings, all_sum: Callable[[Tensor], Tensor]
-) -> Experience:
-    """Rewards per token, GAE, and whitening over all processes.
+def compute_advantages(rollout: Rollout, kl_coef: float, advantage: AdvantageEstimator, all_sum: Reduce) -> Experience:
+    """Rewards per token, and what an estimator makes of them.
+
+    Args:
+        rollout: Responses and their scores.
+        kl_coef: β, in units of reward per nat.
+        advantage: Turns rewards into advantages.
+        all_sum: Sum of a tensor over all processes.
 
     Raises:
-        ValueError: Rewards or advantages are not finite.
+        ValueError: Rewards, log-probabilities, values or advantages are not finite, in this process or another.
     """
     mask = rollout.response_mask
-    assert rollout.values is not None
+    made = {"reward": rollout.reward, "kl_weight": rollout.kl_weight}
+    for name in ("logprobs", "ref_logprobs", "values"):
+        if (x := getattr(rollout, name)) is not None:
+            made[name] = x[mask]
+    _check_finite(made, all_sum)
     log_ratio = rollout.logprobs - rollout.ref_logprobs
     weight = rollout.kl_weight
     shared = all_sum(weight.sum()) / all_sum(torch.ones_like(weight).sum())
     rewards = token_rewards(rollout.reward, log_ratio, weight, kl_coef, mask, shared)
-    advantages, returns = gae(rewards, rollout.values, mask, settings.gamma, settings.gae_lambda)
-    for name, x in (("rewards", rewards), ("advantages", advantages)):
-        if not torch.isfinite(x).all():
-            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
-    if settings.whiten_advantages:
-        total = Moments(*(all_sum(x) for x in moments(advantages, mask)))
-        advantages = masked_whiten(advantages, mask, total)
-    return Experience(rollout.rows, rollout.logprobs, rollout.values, rollout.value_states, advantages, returns)
+    advantages, returns = advantage(rewards, rollout.values, mask, rollout.num_responses, all_sum)
+    _check_finite({"advantages": advantages}, all_sum)
+    return Experience(rollout.rows, rollout.logprobs, advantages, rollout.values, rollout.value_states, returns)
+
+
+def _check_finite(tensors: dict[str, Tensor], all_sum: Reduce) -> None:
+    """Refuse NaN and infinity; counted over all processes, so that all stop and none waits for the others."""
+    for name, x in tensors.items():
+        bad = int(all_sum((~torch.isfinite(x)).sum()))
+        if bad:
+            raise ValueError(f"{name}: expected finite numbers, got {bad} that are NaN or infinite; no step was taken")
 
 
 class PPOUpdate:
@@ -138,16 +159,16 @@ class PPOUpdate:
         module: The LightningModule, for backward passes and reductions over processes.
         networks: Actor and critic.
         settings: How to learn.
-        temperature: Sampling temperature of the rollout.
+        shaping: How the rollout was sampled.
     """
 
     def __init__(
-        self, module: LightningModule, networks: ActorCritic, settings: UpdateSettings, temperature: float
+        self, module: LightningModule, networks: ActorCritic, settings: UpdateSettings, shaping: Shaping
     ) -> None:
         self.module = module
         self.networks = networks
         self.settings = settings
-        self.temperature = temperature
+        self.shaping = shaping
 
     def run(
         self, experience: Experience, optimizer: torch.optim.Optimizer, train_actor: bool = True
@@ -163,7 +184,7 @@ class PPOUpdate:
             Statistics of the update, by name; each a scalar, already over all processes.
 
         Raises:
-            ValueError: The loss or its gradient is not finite; nothing was stepped with it.
+            ValueError: The loss or its gradient is not finite; no step was taken with it.
         """
         rows = len(experience.rows.prompt_lengths)
         device = experience.logprobs.device
@@ -190,9 +211,10 @@ class PPOUpdate:
         summary["first_ratio_max"] = done[0]["ratio_max"]
         summary["updates"] = torch.tensor(float(updates), device=device)
         mask = experience.rows.response_mask
-        summary["explained_variance"] = explained_variance(experience.values, experience.returns, mask).to(device)
-        summary["value_mean"] = masked_mean(experience.values, mask)
-        summary["return_mean"] = masked_mean(experience.returns, mask)
+        if experience.values is not None and experience.returns is not None:
+            summary["explained_variance"] = explained_variance(experience.values, experience.returns, mask).to(device)
+            summary["value_mean"] = masked_mean(experience.values, mask)
+            summary["return_mean"] = masked_mean(experience.returns, mask)
         return summary
 
     def _accumulate(self, experience: Experience, train_actor: bool) -> dict[str, Tensor]:
@@ -206,17 +228,13 @@ class PPOUpdate:
             # Summed over tokens and divided by the global count, so that neither the number of microbatches nor
             # that of processes matters. Data-parallel strategies average gradients: undo that.
             loss = loss / tokens.to(loss) * self.module.trainer.world_size
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"loss: expected a finite number, got {loss.item()} at step {self.module.trainer.global_step}; "
-                    "no step was taken with it"
-                )
             self.module.manual_backward(loss)
             ratio_max = torch.maximum(ratio_max, terms.pop("ratio_max").double())
             for name, value in terms.items():
                 sums[name] = sums.get(name, tokens.new_zeros(())) + value.double()
         means = {name: (self._all_reduce(value, "sum") / tokens).float() for name, value in sums.items()}
         means["ratio_max"] = self._all_reduce(ratio_max, "max").float()
+        _check_scalars(means)
         return means
 
     def _micro_batches(self, rows: Rows) -> list[Tensor]:
@@ -231,44 +249,44 @@ class PPOUpdate:
     def _loss(self, part: Experience, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss summed over tokens, and sums of statistics."""
         settings, mask = self.settings, part.rows.response_mask
-        actor = self.networks.actor(part.rows, self.temperature)
+        actor = self.networks.actor(part.rows, self.shaping)
         policy = policy_loss_terms(actor.logprobs, part.logprobs, part.advantages, mask, settings.clip_range)
-        values = self.networks.values(part.rows, part.value_states)
-        value = value_loss_terms(values, part.values, part.returns, mask, settings.value_clip_range)
         actor_loss = policy.loss.sum()
         if settings.entropy_coef:
             actor_loss = actor_loss - settings.entropy_coef * masked_sum(actor.entropy, mask)
         # Times zero rather than left out: data-parallel strategies expect a gradient for every parameter.
-        loss = actor_loss * float(train_actor) + settings.value_coef * value.loss.sum()
-        with torch.no_grad():
-            count = mask.sum()
-            terms = {
-                "policy_loss": policy.loss.sum(),
-                "value_loss": value.loss.sum(),
-                "ratio": policy.ratio.sum(),
-                "ratio_max": policy.ratio.max(),
-                "clip_fraction": policy.clipped.sum(),
-                "value_clip_fraction": value.clipped.sum(),
-                "approx_kl": approx_kl(part.logprobs, actor.logprobs, mask) * count,
-            }
+        loss = actor_loss * float(train_actor)
+        terms = {
+            "policy_loss": policy.loss.sum(),
+            "ratio": policy.ratio.sum(),
+            "ratio_max": policy.ratio.max(),
+            "clip_fraction": policy.clipped.sum(),
+            "approx_kl": approx_kl(part.logprobs, actor.logprobs, mask) * mask.sum(),
+        }
+        if part.values is not None and part.returns is not None:
+            values = self.networks.values(part.rows, part.value_states)
+            value = value_loss_terms(values, part.values, part.returns, mask, settings.value_clip_range)
+            loss = loss + settings.value_coef * value.loss.sum()
+            terms.update(value_loss=value.loss.sum(), value_clip_fraction=value.clipped.sum())
         return loss, {name: x.detach() for name, x in terms.items()}
 
     def _step(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """One weight update; actor and critic are clipped apart, since their gradients have different units."""
         limit = self.settings.max_grad_norm
-        norms = {
-            "actor_grad_norm": torch.nn.utils.clip_grad_norm_(self.networks.actor_parameters(), limit),
-            "critic_grad_norm": torch.nn.utils.clip_grad_norm_(self.networks.critic_parameters(), limit),
-        }
-        for name, norm in norms.items():
-            if not torch.isfinite(norm):
-                step = self.module.trainer.global_step
-                raise ValueError(
-                    f"{name}: expected a finite number, got {norm.item()} at step {step}; no step was taken"
-                )
+        norms = {"actor_grad_norm": torch.nn.utils.clip_grad_norm_(self.networks.actor_parameters(), limit)}
+        if self.networks.critic is not None:
+            norms["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(self.networks.critic_parameters(), limit)
+        _check_scalars(norms)
         optimizer.step()
         torch.clear_autocast_cache()
         return norms
 
     def _all_reduce(self, x: Tensor, operation: str) -> Tensor:
         return cast("Tensor", self.module.trainer.strategy.reduce(x, reduce_op=operation))
+
+
+def _check_scalars(values: dict[str, Tensor]) -> None:
+    """Refuse a statistic of the loss or the gradient that is not finite; these are the same in all processes."""
+    for name, value in values.items():
+        if not torch.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value.item()}; no step was taken with it")

@@ -49,7 +49,8 @@ class StageCLI(LightningCLI):
     """`fit`, `validate` and `test` of one stage, and `predict` of the ppo stage.
 
     A run lives in `trainer.default_root_dir`: `checkpoints/`, `logs/version_N/` (metrics.csv, config.yaml),
-    samples, and `finished.json` once it ended. A folder that holds a run is not written over unless told to.
+    samples, evaluations, and `finished.json` once it ended. A folder that holds a run is not written over unless told
+    to.
 
     Args:
         model_class: The stage's module.
@@ -149,7 +150,8 @@ class StageCLI(LightningCLI):
                 f"Resume with --ckpt_path={checkpoints}/last.ckpt, replace it with --overwrite=true, or choose "
                 "another folder."
             )
-        self.replaced = [*held, *self.root.glob("samples_*.jsonl"), *self.root.glob("test")]
+        written = ("samples_*.jsonl", "evaluations.csv", "overoptimisation.png", "test")
+        self.replaced = [*held, *(path for pattern in written for path in self.root.glob(pattern))]
 
     @rank_zero_only
     def before_fit(self) -> None:

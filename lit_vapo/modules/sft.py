@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_vapo.data.collate import SFTBatch
+from lit_vapo.models.generation import Shaping
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.models.trunk import length_mask
@@ -63,7 +64,7 @@ class SFTModule(TrainedWeightsModule):
         sizes = batch.lengths - prompts
         mask = length_mask(sizes, int(sizes.max()))
         hidden = self.policy.hidden("actor", batch.input_ids, batch.lengths).last
-        out = self.policy.logprobs("actor", hidden, batch.input_ids, prompts, mask, temperature=1.0)
+        out = self.policy.logprobs("actor", hidden, batch.input_ids, prompts, mask, Shaping())
         tokens = mask.sum().clamp_min(1)
         loss = -out.logprobs.sum() / tokens
         self.log(f"{prefix}/loss", loss.detach(), prog_bar=True, sync_dist=prefix != "train", batch_size=int(tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,11 @@ class Objective(nn.Module, ABC):
 
     PPO then maximises the reward less β·w·Σ_t (log π(a_t) − log π0(a_t)) of each response. A subclass gives `forward`;
     if it uses the variance it sets `needs_variance`, and a single-member ensemble is refused for it.
+
+    Most objectives judge each response by itself, and `forward` is all of them. One that judges a response by what
+    else the policy does gives `observe` too, keeps what it learns there in buffers (checkpoints hold them), and
+    may log it by `statistics`. Training calls `observe` once for each rollout and uses its score; evaluation calls
+    `forward`, which changes nothing.
     """
 
     needs_variance: bool = False
@@ -56,9 +62,35 @@ class Objective(nn.Module, ABC):
                 f"got {num_members}. Train the ensemble with model.head.init_args.num_members of 2 or more."
             )
 
+    def check_responses(self, num_responses: int) -> None:
+        """Refuse a number of responses to each prompt that this objective cannot use.
+
+        Raises:
+            ValueError: It needs more.
+        """
+        return
+
     @abstractmethod
     def forward(self, estimate: RewardEstimate) -> Score:
-        """Score an estimate of B responses."""
+        """Score an estimate of B responses, and change nothing."""
+
+    def observe(
+        self, estimate: RewardEstimate, log_ratio: Tensor, num_responses: int, all_sum: Callable[[Tensor], Tensor]
+    ) -> Score:
+        """Score the responses of a training rollout, and learn from them what later ones are judged by.
+
+        Args:
+            estimate: The estimate of B responses; those to one prompt stand together, row i·n + j is response j to
+                prompt i.
+            log_ratio: Log π(y)/π0(y) of each response (B,).
+            num_responses: Responses n to each prompt.
+            all_sum: Sums a tensor over all processes, so that each learns from the whole batch.
+        """
+        return self(estimate)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What to log about the last training rollout as `train/…`: scalars, each defined in docs/metrics.md."""
+        return {}
 
 
 def ones_like_mean(estimate: RewardEstimate) -> Tensor:
@@ -77,12 +109,14 @@ def check_penalty(penalty: float) -> float:
     return penalty
 
 
-def select_member(estimate: RewardEstimate, member: int) -> Tensor:
-    """Reward of one member (B,).
+def all_members(estimate: RewardEstimate, objective: Objective) -> Tensor:
+    """Rewards of all members (B, K).
 
     Raises:
         ValueError: The estimator has no separate members.
     """
     if estimate.members is None:
-        raise ValueError(f"member {member}: expected an ensemble with separate members, got an estimate without them")
-    return estimate.members[:, member]
+        raise ValueError(
+            f"{type(objective).__name__}: expected an ensemble with separate members, got an estimate without them"
+        )
+    return estimate.members

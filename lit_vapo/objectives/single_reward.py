@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lit_vapo.objectives.base import Objective, Score, ones_like_mean, select_member
+from lit_vapo.objectives.base import Objective, Score, all_members, ones_like_mean
 from lit_vapo.types import RewardEstimate
 
 
@@ -31,4 +31,4 @@ class SingleReward(Objective):
 
     def forward(self, estimate: RewardEstimate) -> Score:
         """Score B responses by the chosen member."""
-        return Score(select_member(estimate, self.member), ones_like_mean(estimate))
+        return Score(all_members(estimate, self)[:, self.member], ones_like_mean(estimate))

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_vapo.objectives.base import Objective, Score, select_member
+from lit_vapo.objectives.base import Objective, Score, all_members
 from lit_vapo.types import RewardEstimate
 
 
@@ -69,5 +69,5 @@ class VarianceAware(Objective):
             # Where the reference's variance is zero the members always agree: no response is riskier than another.
             known = self.reference_variance > 0
             weight = torch.where(known, weight / self.reference_variance.clamp_min(1e-12), torch.ones_like(weight))
-        reward = estimate.mean if self.member is None else select_member(estimate, self.member)
+        reward = estimate.mean if self.member is None else all_members(estimate, self)[:, self.member]
         return Score(reward, weight.clamp(self.min_weight, self.max_weight))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lit_vapo.objectives.base import Objective, Score, ones_like_mean
+from lit_vapo.objectives.base import Objective, Score, all_members, ones_like_mean
 from lit_vapo.types import RewardEstimate
 
 
@@ -18,6 +18,4 @@ class WorstCase(Objective):
         Raises:
             ValueError: The estimator has no separate members.
         """
-        if estimate.members is None:
-            raise ValueError("WorstCase: expected an ensemble with separate members, got an estimate without them")
-        return Score(estimate.members.amin(dim=1), ones_like_mean(estimate))
+        return Score(all_members(estimate, self).amin(dim=1), ones_like_mean(estimate))

@@ -5,8 +5,9 @@ import torch
 from helpers import concrete_subclasses
 
 import lit_vapo.objectives
-from lit_vapo.functional import ensemble_estimate
+from lit_vapo.functional import ensemble_estimate, fit_normaliser, normalise_members
 from lit_vapo.objectives.base import Objective
+from lit_vapo.objectives.covariance_aware import CovarianceAware
 from lit_vapo.objectives.lower_confidence import LowerConfidence
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.single_reward import SingleReward
@@ -29,37 +30,89 @@ def prepared(kind, count=5, variance=0.5):
     return objective
 
 
+def in_evaluation(objective, estimate):
+    return objective(estimate)
+
+
+def in_training(objective, estimate):
+    return objective.observe(estimate, torch.zeros_like(estimate.mean), 1, lambda x: x)
+
+
+SCORED = pytest.mark.parametrize("scored", [in_evaluation, in_training])
+
+
 def test_all_are_discovered():
-    found = {MeanReward, SingleReward, VarianceAware, WorstCase, UncertaintyWeighted, LowerConfidence}
+    found = {MeanReward, SingleReward, VarianceAware, WorstCase, UncertaintyWeighted, LowerConfidence, CovarianceAware}
     assert found <= set(OBJECTIVES)
 
 
+@SCORED
 @pytest.mark.parametrize("kind", OBJECTIVES)
-def test_shapes_finiteness_and_sign_of_the_weight(kind):
-    score = prepared(kind)(ensemble_estimate(members()))
+def test_shapes_finiteness_and_sign_of_the_weight(kind, scored):
+    score = scored(prepared(kind), ensemble_estimate(members()))
     assert score.reward.shape == score.kl_weight.shape == (64,)
     assert torch.isfinite(score.reward).all()
     assert torch.isfinite(score.kl_weight).all()
     assert (score.kl_weight >= 0).all()
 
 
+@SCORED
 @pytest.mark.parametrize("kind", OBJECTIVES)
-def test_permuting_members_changes_nothing(kind):
+def test_permuting_members_changes_nothing(kind, scored):
     if kind is SingleReward:
         pytest.skip("chooses a member by its place")
     scores = members()
-    one = prepared(kind)(ensemble_estimate(scores))
-    two = prepared(kind)(ensemble_estimate(scores[:, [4, 2, 0, 1, 3]]))
+    one = scored(prepared(kind), ensemble_estimate(scores))
+    two = scored(prepared(kind), ensemble_estimate(scores[:, [4, 2, 0, 1, 3]]))
     torch.testing.assert_close(one, two)
 
 
+@SCORED
 @pytest.mark.parametrize("kind", OBJECTIVES)
-def test_equal_members_and_matching_variance_give_the_mean_reward(kind):
+def test_what_one_member_adds_to_every_response_changes_nothing_after_centring(kind, scored):
+    scores, reference = members(), members(seed=1)
+    both = []
+    for offset in (torch.zeros(5), torch.tensor([0.0, 7.0, 0.0, 0.0, -3.0])):
+        loc, scale = fit_normaliser(reference + offset)
+        both.append(scored(prepared(kind), ensemble_estimate(normalise_members(scores + offset, loc, scale))))
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
+
+
+@SCORED
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_equal_members_give_the_mean_reward(kind, scored):
     scores = members()[:, :1].expand(-1, 5)
-    objective = prepared(kind, variance=0.0)
-    score = objective(ensemble_estimate(scores))
-    plain = prepared(MeanReward)(ensemble_estimate(scores))
-    torch.testing.assert_close(score, plain)
+    score = scored(prepared(kind, variance=0.0), ensemble_estimate(scores))
+    torch.testing.assert_close(score, prepared(MeanReward)(ensemble_estimate(scores)))
+
+
+@SCORED
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_an_estimate_without_members_is_scored_or_refused_by_name(kind, scored):
+    estimate = ensemble_estimate(members())._replace(members=None)
+    try:
+        score = scored(prepared(kind), estimate)
+    except ValueError as error:
+        assert str(error).startswith(f"{kind.__name__}: expected an ensemble with separate members")  # noqa: PT017
+    else:
+        assert torch.isfinite(score.reward).all()
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_evaluation_leaves_no_trace(kind):
+    objective = prepared(kind)
+    in_training(objective, ensemble_estimate(members(seed=1)))
+    before = {name: x.clone() for name, x in objective.state_dict().items()}
+    estimate = ensemble_estimate(members())
+    torch.testing.assert_close(objective(estimate), objective(estimate))
+    torch.testing.assert_close(dict(objective.state_dict()), before)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_statistics_are_scalars(kind):
+    objective = prepared(kind)
+    in_training(objective, ensemble_estimate(members()))
+    assert all(x.shape == () and torch.isfinite(x) for x in objective.statistics().values())
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
@@ -73,11 +126,12 @@ def test_a_single_member_is_refused_where_a_variance_is_needed(kind):
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_state_survives_a_round_trip(kind):
-    objective = prepared(kind, variance=0.7)
-    again = kind()
+    objective, again = prepared(kind, variance=0.7), prepared(kind)
+    in_training(objective, ensemble_estimate(members()))
     again.load_state_dict(objective.state_dict())
     estimate = ensemble_estimate(members(seed=1))
     torch.testing.assert_close(objective(estimate), again(estimate))
+    torch.testing.assert_close(in_training(objective, estimate), in_training(again, estimate))
 
 
 def test_variance_aware_by_hand():
@@ -162,8 +216,10 @@ def test_a_members_reward_with_the_ensembles_variance():
         (lambda: VarianceAware(member=3).check_members(3), "expected an index below the 3 members, got 3"),
         (
             lambda: SingleReward(0)(RewardEstimate(torch.zeros(1), torch.zeros(1), None)),
-            "expected an ensemble with separate members",
+            "SingleReward: expected an ensemble with separate members",
         ),
+        (lambda: CovarianceAware(-1), "penalty: expected a number of 0 or more, got -1"),
+        (lambda: CovarianceAware(window=-1), "window: expected a number of 0 or more, got -1"),
     ],
 )
 def test_bad_settings_are_named(make, message):

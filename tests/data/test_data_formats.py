@@ -46,7 +46,7 @@ def test_reward_bench(tokenizer):
 def test_llmbar(tokenizer, label, chosen, rejected):
     values = {"input": "q", "output_1": "first", "output_2": "second", "label": label}
     assert read_preference(row(**values), tokenizer) == ("q", chosen, rejected, 0.0, False, 1.0, 1.0, None)
-    assert read_prompt(row(**values), tokenizer) == ("q", False)
+    assert read_prompt(row(**values), tokenizer) == ("q", False, None)
 
 
 @pytest.mark.parametrize("label", [None, 0, 3, "1", True])
@@ -101,7 +101,7 @@ def test_an_empty_prompt_is_a_prompt_for_preferences_only(tokenizer):
 )
 def test_conversations_in_every_shape_give_the_same_texts(tokenizer, values):
     assert read_preference(row(**values), tokenizer)[:5] == (ASKED, "7<eos>", "9<eos>", 0.0, True)
-    assert read_prompt(row(**values), tokenizer) == (ASKED, True)
+    assert read_prompt(row(**values), tokenizer) == (ASKED, True, [USER])
 
 
 def test_conversations_of_several_turns(tokenizer):

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from examples.sentiment.report import fluency, report, summarise
+from examples.sentiment.report import report, summarise
 
 COLUMNS = ("iteration", "gold", "reward_mean", "ensemble_sigma", "kl_k1", "kl_weighted_k3")
 
@@ -13,7 +13,7 @@ COLUMNS = ("iteration", "gold", "reward_mean", "ensemble_sigma", "kl_k1", "kl_we
 def demo(tmp_path):
     """The files of a finished demo, tiny and made up."""
     rng = np.random.default_rng(0)
-    for folder in ("ppo/logs/version_0", "ppo/logs/version_1", "reward", "judge"):
+    for folder in ("ppo/logs/version_0", "ppo/logs/version_1", "ppo/test", "reward", "judge"):
         (tmp_path / folder).mkdir(parents=True)
     lines = ["epoch,step," + ",".join(f"train/{name}" for name in COLUMNS)]
     lines += [f"0,{i},{i + 1}," + ",".join(f"{x:.3f}" for x in rng.random(len(COLUMNS) - 1)) for i in range(8)]
@@ -27,7 +27,7 @@ def demo(tmp_path):
             record = {"policy": who, "prompt": f"Review: film {i} <b>", "response": f" was & is {who} {i}"}
             record |= {"members": members.tolist(), "reward": members.mean(), "sigma": members.std(ddof=1)}
             records.append(record | {"kl": 3 * shift, "kl_weight": 1.0, "gold": 0.3 + shift})
-    (tmp_path / "ppo/samples_test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (tmp_path / "ppo/test/responses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     member = {"accuracy": 0.75, "nll": 0.5, "ece": 0.02}
     evaluation = {"mean": member, "members": [member] * 3, "num_pairs": 40}
     (tmp_path / "reward/test").mkdir(parents=True)
@@ -52,9 +52,9 @@ def test_the_report_stands_alone(demo, capsys):
 
 
 def test_a_missing_stage_is_named(demo):
-    (demo / "ppo/samples_test.jsonl").unlink()
+    (demo / "ppo/test/responses.jsonl").unlink()
 
-    with pytest.raises(ValueError, match=r"samples_test\.jsonl: run `lit-vapo ppo test` first"):
+    with pytest.raises(ValueError, match=r"responses\.jsonl: run `lit-vapo ppo test` first"):
         report(str(demo))
 
 
@@ -71,12 +71,3 @@ def test_summary_by_hand():
     assert summary["gold_gain_95"] == pytest.approx([-0.1, 0.4])
     assert summary["sequence_kl_k1"] == pytest.approx(np.log(2) / 2)
     assert summary["sequence_kl_k3"] == pytest.approx((np.log(2) - 0.5) / 2)
-
-
-def test_fluency_by_hand():
-    # Pairs: "a b", "b b", "a b": two distinct of three, one word said twice in a row.
-    found = fluency(["a b b", "a b", "word"])
-
-    assert found["distinct_2"] == pytest.approx(2 / 3)
-    assert found["immediate_repetition"] == pytest.approx(1 / 3)
-    assert found["words"] == pytest.approx(2)

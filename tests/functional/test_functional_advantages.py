@@ -1,10 +1,13 @@
-"""Generalised advantage estimation against a loop, and its limits."""
+"""Advantages against loops, enumeration and their limits."""
+
+import itertools
+import math
 
 import pytest
 import torch
 
 from lit_vapo.functional import advantages as module
-from lit_vapo.functional import gae
+from lit_vapo.functional import gae, group_normalise, leave_one_out, on_every_token
 
 NAN = float("nan")
 
@@ -116,3 +119,64 @@ def test_bad_arguments_are_refused(batch):
         gae(rewards, values[:, :12], mask)
     with pytest.raises(ValueError, match=r"expected rewards of shape \(B, T\), got \(13,\)"):
         gae(rewards[0], values[0], mask[0])
+
+
+def test_leave_one_out_by_hand():
+    # Prompt one: 4 - 2 and 2 - 4. Prompt two: -1 - 5 and 5 + 1.
+    out = leave_one_out(torch.tensor([4.0, 2.0, -1.0, 5.0]), 2)
+    torch.testing.assert_close(out, torch.tensor([2.0, -2.0, -6.0, 6.0]))
+
+
+def test_leave_one_out_against_a_loop():
+    rewards = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    out = leave_one_out(rewards, 4)
+    for i, reward in enumerate(rewards.tolist()):
+        group = range(i // 4 * 4, i // 4 * 4 + 4)
+        others = [rewards[j].item() for j in group if j != i]
+        assert out[i].item() == pytest.approx(reward - sum(others) / 3, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_leave_one_out_gives_the_exact_policy_gradient_on_average(count):
+    # All draws of `count` responses from three, each with its probability: the mean of A_i * grad log p(y_i), which is
+    # e_y - p for logits, must be the gradient of the expected reward, p * (r - p·r).
+    p = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    reward = torch.tensor([1.0, -2.0, 0.7], dtype=torch.float64)
+    mean = torch.zeros(3, dtype=torch.float64)
+    for draw in itertools.product(range(3), repeat=count):
+        index = torch.tensor(draw)
+        score = torch.eye(3, dtype=torch.float64)[index] - p
+        mean += p[index].prod() * (leave_one_out(reward[index], count)[:, None] * score).mean(0)
+    torch.testing.assert_close(mean, p * (reward - p @ reward))
+
+
+def test_group_normalise_by_hand():
+    # 1, 3: mean 2, unbiased std √2. 0, 10: mean 5, std √50.
+    out = group_normalise(torch.tensor([1.0, 3.0, 0.0, 10.0]), 2, eps=0.5)
+    one, two = 1 / (math.sqrt(2) + 0.5), 5 / (math.sqrt(50) + 0.5)
+    torch.testing.assert_close(out, torch.tensor([-one, one, -two, two]))
+
+
+def test_large_rewards_do_not_drown_their_differences():
+    rewards = torch.tensor([1e6, 1e6 + 1, 1e6 + 2])
+    torch.testing.assert_close(group_normalise(rewards, 3), torch.tensor([-1.0, 0.0, 1.0]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(leave_one_out(rewards, 3), torch.tensor([-1.5, 0.0, 1.5]))
+
+
+@pytest.mark.parametrize("compare", [leave_one_out, group_normalise])
+def test_groups_that_are_none_are_refused(compare):
+    with pytest.raises(ValueError, match="expected num_responses >= 2, got 1"):
+        compare(torch.zeros(4), 1)
+    with pytest.raises(ValueError, match="expected a multiple of 3 rewards, n for each prompt, got 4"):
+        compare(torch.zeros(4), 3)
+    with pytest.raises(ValueError, match=r"expected rewards of shape \(B,\), got \(2, 2\)"):
+        compare(torch.zeros(2, 2), 2)
+
+
+def test_bad_eps_and_bad_masks_are_refused():
+    with pytest.raises(ValueError, match="expected eps > 0, got 0"):
+        group_normalise(torch.zeros(2), 2, eps=0)
+    with pytest.raises(ValueError, match=r"expected x of shape \(3,\), got \(2,\)"):
+        on_every_token(torch.zeros(2), torch.ones(3, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"dtype torch.bool"):
+        on_every_token(torch.zeros(3), torch.ones(3, 4))

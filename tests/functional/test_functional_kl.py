@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lit_vapo.functional import bregman_kl, kl_k1, kl_k2, kl_k3, sequence_log_ratio, weighted_k3
+from lit_vapo.functional import adapt_kl_coef, bregman_kl, kl_k1, kl_k2, kl_k3, sequence_log_ratio, weighted_k3
 
 
 def random_case(seed, n=9):
@@ -103,3 +103,14 @@ def test_bad_shapes_are_refused():
         sequence_log_ratio(torch.zeros(2, 3), torch.zeros(2, 3), mask[:, :2])
     with pytest.raises(ValueError, match=r"expected weight of shape \(2,\), as log_ratio, got \(1,\)"):
         weighted_k3(torch.zeros(2), torch.zeros(1))
+
+
+def test_control_of_the_coefficient_by_hand():
+    # KL 1.1 of a target of 1: error 0.1. KL 5: error limited to 0.2. KL 0: to -0.2.
+    for kl, gain, expected in ((1.1, 0.1, 0.505), (5.0, 0.5, 0.55), (0.0, 1.0, 0.4), (1.0, 1.0, 0.5)):
+        out = adapt_kl_coef(torch.tensor(0.5), torch.tensor(kl), 1.0, gain)
+        torch.testing.assert_close(out, torch.tensor(expected))
+    with pytest.raises(ValueError, match="expected target > 0, got 0"):
+        adapt_kl_coef(torch.tensor(0.5), torch.tensor(1.0), 0, 0.1)
+    with pytest.raises(ValueError, match=r"expected gain in \(0, 1\], got 1.5"):
+        adapt_kl_coef(torch.tensor(0.5), torch.tensor(1.0), 1.0, 1.5)

@@ -21,13 +21,19 @@ def inputs():
     return hidden, weight, targets, bias
 
 
-def reference(hidden, weight, targets, bias=None, temperature=1.0, softcap=None):
-    """The same by log_softmax over all logits at once."""
+def reference(hidden, weight, targets, bias=None, temperature=1.0, softcap=None, withheld=None):
+    """The same by log_softmax over all logits at once, from which withheld tokens are taken out."""
     logits = hidden @ weight.T + (0 if bias is None else bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    distribution = torch.distributions.Categorical(logits=logits / temperature)
-    return distribution.log_prob(targets), distribution.entropy()
+    outcomes = []
+    for i, row in enumerate(logits / temperature):
+        taken = withheld[1].tolist() if withheld is not None and withheld[0][i] else []
+        left = [v for v in range(V) if v not in taken]
+        distribution = torch.distributions.Categorical(logits=row[left])
+        where = torch.tensor(left.index(int(targets[i])))
+        outcomes.append((distribution.log_prob(where), distribution.entropy()))
+    return tuple(torch.stack(column) for column in zip(*outcomes, strict=True))
 
 
 def gradients(function, tensors):
@@ -53,8 +59,26 @@ def test_temperature_hand_worked():
     torch.testing.assert_close(logprobs, torch.tensor([math.log(0.9)]))
 
 
+def test_withheld_tokens_hand_worked():
+    # Weights (0, log 3, log 4): odds 1 to 3 to 4. Without the last token 1/4 and 3/4, as above; the second row has all.
+    hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [math.log(3.0)], [math.log(4.0)]])
+    withheld = torch.tensor([True, False]), torch.tensor([2])
+    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([1, 1]), withheld=withheld)
+    torch.testing.assert_close(logprobs, torch.tensor([math.log(3 / 4), math.log(3 / 8)]))
+    whole = math.log(8.0) - (3 * math.log(3.0) + 4 * math.log(4.0)) / 8
+    torch.testing.assert_close(entropy, torch.tensor([math.log(4.0) - 0.75 * math.log(3.0), whole]))
+
+
 @pytest.mark.parametrize("chunk_size", [None, 1, 3, 7, 100])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"softcap": 2.0, "temperature": 1.3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7},
+        {"softcap": 2.0, "temperature": 1.3},
+        {"temperature": 0.7, "withheld": (torch.arange(N) % 3 == 0, torch.tensor([0, 3, 9]))},
+    ],
+)
 def test_equals_log_softmax_with_gradients_however_chunked(inputs, chunk_size, options):
     hidden, weight, targets, bias = inputs
     mine = token_logprobs(hidden, weight, targets, bias=bias, chunk_size=chunk_size, **options)
@@ -137,6 +161,8 @@ def test_bad_arguments_are_refused(inputs):
         token_logprobs(hidden, weight, targets[:6])
     with pytest.raises(ValueError, match=r"expected bias of shape \(11,\), got \(10,\)"):
         token_logprobs(hidden, weight, targets, bias=bias[:10])
+    with pytest.raises(ValueError, match=r"expected withheld positions of shape \(7,\) and type bool, got \(11,\) and"):
+        token_logprobs(hidden, weight, targets, withheld=(torch.zeros(11, dtype=torch.bool), targets))
     with pytest.raises(ValueError, match="expected temperature > 0, got 0"):
         token_logprobs(hidden, weight, targets, temperature=0.0)
     with pytest.raises(ValueError, match="expected chunk_size > 0, got 0"):

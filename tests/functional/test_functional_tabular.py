@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import optimize, stats
 
-from lit_vapo.functional import bregman_kl, objective, optimal_policy, risk_vanilla, risk_variance_aware
+from lit_vapo.functional import bregman_kl, match_kl, objective, optimal_policy, risk_vanilla, risk_variance_aware
 
 
 def random_case(seed, n=6):
@@ -196,6 +196,27 @@ def test_a_small_optimal_step_from_a_uniform_reference_is_along_m():
         torch.testing.assert_close(step * 6e5, direction, rtol=1e-3, atol=1e-4)
 
 
+def test_many_prompts_at_once_are_each_by_itself():
+    rewards, refs, weights = (torch.stack(x) for x in zip(*map(random_case, range(4)), strict=True))
+    kl_coef = torch.tensor([0.1, 0.5, 1.0, 4.0], dtype=torch.float64)
+    together = optimal_policy(rewards, refs, kl_coef, weights)
+    alone = [optimal_policy(r, p, b.item(), w) for r, p, b, w in zip(rewards, refs, kl_coef, weights, strict=True)]
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
+def test_matched_kl_is_met_or_said_to_be_out_of_reach():
+    rewards, refs, weights = (torch.stack(x) for x in zip(*map(random_case, range(4)), strict=True))
+    policy = match_kl(lambda b: optimal_policy(rewards, refs, b, weights), refs, 0.3)
+    torch.testing.assert_close(
+        torch.stack([bregman_kl(p, q) for p, q in zip(policy, refs, strict=True)]).mean(), torch.tensor(0.3).double()
+    )
+    # Nothing is further from (1/2, 1/2) than log 2.
+    even = torch.full((2,), 0.5, dtype=torch.float64)
+    assert match_kl(lambda b: optimal_policy(torch.tensor([1.0, 0.0]), even, b), even, 0.8).isnan().all()
+    near = match_kl(lambda b: optimal_policy(torch.tensor([1.0, 0.0]), even, b), even, 0.5)
+    torch.testing.assert_close(bregman_kl(near, even), torch.tensor(0.5).double())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -203,7 +224,7 @@ def test_a_small_optimal_step_from_a_uniform_reference_is_along_m():
         ({"weight": torch.tensor([1.0, 0.0])}, r"every weight > 0, got 0.5 and \[1.0, 0.0\]"),
         ({"ref_probs": torch.tensor([0.5, 0.6])}, "expected ref_probs >= 0 that sum to 1"),
         ({"reward": torch.tensor([0.0, math.nan])}, r"expected reward with finite entries, got \[0.0, nan\]"),
-        ({"reward": torch.zeros(1, 2)}, r"expected reward of shape \(n,\) with n >= 1, got \(1, 2\)"),
+        ({"reward": torch.zeros(())}, r"expected reward of shape \(…, n\) with n >= 1, got \(\)"),
         ({"weight": torch.ones(3)}, r"expected weight of shape \(2,\), as reward, got \(3,\)"),
     ],
 )

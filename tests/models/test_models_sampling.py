@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from lit_vapo.models.generation import Sampling, sample, stop_ids
+from lit_vapo.models.generation import Sampling, stop_ids
 from lit_vapo.models.pretrained import Pretrained, load_causal_lm
+from lit_vapo.models.transformers_generator import TransformersGenerator
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def lm(tmp_path_factory):
 
 def draw(lm, ids, lengths, sampling, stops, seed=0):
     torch.manual_seed(seed)
-    return sample(lm, ids, lengths, sampling, stops, 0)
+    return TransformersGenerator()(lm, None, ids, lengths, sampling, stops)
 
 
 def test_a_response_ends_at_its_first_stop_token(lm):

@@ -111,51 +111,13 @@ def test_learning_rate_ends_at_the_planned_number_of_updates(tiny_model_dir, rew
 
 @pytest.mark.parametrize(("target", "direction"), [(1e-4, 1), (1e4, -1)])
 def test_adaptive_kl_coefficient_moves_towards_its_target(tiny_model_dir, reward, tmp_path, target, direction):
-    # Error limited to a fifth, 4 responses of a horizon of 1024: a factor of 1 ± 0.2·4/1024 an iteration.
+    # Error limited to a fifth; 3 iterations are fewer than 10, so the gain is 1: a factor of 1 ± 0.2 an iteration.
     module = ppo_module(tiny_model_dir, reward, kl_coef=0.1, kl_target=target)
     rows = fit_ppo(module, prompt_data(tiny_model_dir, tmp_path), tmp_path, limit_train_batches=3)
     coefficients = [row["train/kl_coef"] for row in rows] + [float(module.kl_coef)]
     # In the first iteration policy and reference are the same: KL 0, below any target.
-    assert coefficients[1] / coefficients[0] == pytest.approx(1 - 0.2 * 4 / 1024, rel=1e-6)
-    assert coefficients[3] / coefficients[2] == pytest.approx(1 + direction * 0.2 * 4 / 1024, rel=1e-6)
-
-
-def test_evaluation_has_its_own_random_numbers(tiny_model_dir, reward, tmp_path):
-    module = ppo_module(tiny_model_dir, reward)
-    data = prompt_data(tiny_model_dir, tmp_path, validation_fraction=0.5)
-    texts = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        ppo_helpers.trainer(tmp_path).validate(module, data, verbose=False)
-        texts.append([record["response"] for record in module.samples])
-    assert texts[0] == texts[1] != []
-    assert len(set(texts[0])) > 1
-    module.log = lambda *args, **kwargs: None
-    batch = next(iter(data.val_dataloader()))
-    before = torch.get_rng_state()
-    module.validation_step(batch, 0)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_an_untrained_policy_answers_as_the_reference_does(tiny_model_dir, reward, tmp_path):
-    module = ppo_module(tiny_model_dir, reward)
-    data = prompt_data(tiny_model_dir, tmp_path, validation_fraction=0.5)
-    (result,) = ppo_helpers.trainer(tmp_path).test(module, data, verbose=False)
-    assert result["test/kl_k3"] == pytest.approx(0, abs=1e-6)
-    for name, value in result.items():
-        if name.startswith("test/"):
-            assert result[name.replace("test/", "test_reference/")] == pytest.approx(value, abs=1e-4), name
-    owners = {record["policy"] for record in module.samples}
-    assert owners == {"policy", "reference"}
-
-
-def test_prediction_returns_scored_texts(tiny_model_dir, reward, tmp_path):
-    data = prompt_data(tiny_model_dir, tmp_path, validation_fraction=0.5)
-    module = ppo_module(tiny_model_dir, reward)
-    batches = ppo_helpers.trainer(tmp_path).predict(module, data)
-    records = [record for batch in batches for record in batch]
-    assert len(records) == len(data.prompt_rows("test"))
-    assert {"prompt", "response", "members", "sigma", "kl"} <= set(records[0])
+    assert coefficients[1] / coefficients[0] == pytest.approx(0.8, rel=1e-6)
+    assert coefficients[3] / coefficients[2] == pytest.approx(1 + direction * 0.2, rel=1e-6)
 
 
 def test_a_run_longer_than_the_context_is_refused(tiny_model_dir, reward, tmp_path):

@@ -9,6 +9,7 @@ from ppo_helpers import fit_ppo, ppo_module, prompt_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_vapo.models.critic import CriticSpec
+from lit_vapo.models.generation import Shaping
 from lit_vapo.models.trunk import length_mask
 from lit_vapo.modules.export import export
 
@@ -66,7 +67,7 @@ def test_exported_policy_gives_the_same_logprobs(tiny_model_dir, reward, tmp_pat
     peft = PeftModel.from_pretrained(base, tmp_path / "policy").eval()
     rows = ppo_helpers.make_rollout(module.networks, tiny_model_dir).rows
     expected = full_logprobs(peft, rows)
-    actual = module.networks.actor(rows, 1.0).logprobs
+    actual = module.networks.actor(rows, Shaping()).logprobs
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     with peft.disable_adapter():
         assert (full_logprobs(peft, rows) - actual).abs().max() > 1e-3
@@ -85,7 +86,7 @@ def test_exported_full_model_gives_the_same_logprobs(tiny_model_dir, reward, tmp
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
     rows = ppo_helpers.make_rollout(module.networks, tiny_model_dir).rows
     torch.testing.assert_close(
-        module.networks.actor(rows, 1.0).logprobs, full_logprobs(loaded, rows), atol=1e-5, rtol=0
+        module.networks.actor(rows, Shaping()).logprobs, full_logprobs(loaded, rows), atol=1e-5, rtol=0
     )
 
 

@@ -1,53 +1,21 @@
 """Pictures of a reward ensemble: is it calibrated, does it know its errors, where do members disagree.
 
-Every function writes one PNG. Drawing goes to a `Figure` of its own, not through pyplot, so nothing global is left
-behind and no display is asked for.
+Every function writes one PNG.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import matplotlib as mpl
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from lit_vapo.evaluation.report import PreferenceReport
+from lit_vapo.figures.drawing import BLUE, GREY, ORANGE, drawing
 from lit_vapo.functional import reliability_curve
-
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8a8f98"
-# `Any`, since from 3.11 on matplotlib types the keys one by one, and before it did not.
-STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e8eb",
-    "axes.edgecolor": GREY,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "font.size": 9.5,
-    "figure.facecolor": "white",
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-}
-
-
-@contextmanager
-def _drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """An empty figure of this size in inches, written to `path` at the end."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
 
 
 def _check_pairs(report: PreferenceReport) -> None:
@@ -71,7 +39,7 @@ def reliability(report: PreferenceReport, path: str | Path) -> None:
     curves = [reliability_curve(margins) for margins in report.margins.T]
     mean = curves[-1]
     edges = torch.linspace(0, 1, len(mean.share) + 1).tolist()
-    with _drawing(path, 4.8, 5.2) as figure:
+    with drawing(path, 4.8, 5.2) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         top.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--", linewidth=1, label="calibrated")
         for k, curve in enumerate(curves[:-1]):
@@ -105,7 +73,7 @@ def risk_coverage(report: PreferenceReport, path: str | Path) -> None:
     rate = float(report.error.mean())
     # The first few pairs jump between nobody and everybody wrong, and would flatten the rest of the curve.
     top = 120 * max(rate, float(curve.risk[curve.coverage >= 0.05].max()))
-    with _drawing(path, 5.2, 3.8) as figure:
+    with drawing(path, 5.2, 3.8) as figure:
         axis = figure.subplots()
         x = 100 * curve.coverage
         by_sigma = f"by σ of the margin: {float(curve.area):.3f}"
@@ -150,7 +118,7 @@ def sigma_histogram(
     # The farthest hundredth shares the last bin: one far response would squeeze all others into the first.
     top = max(float(torch.quantile(values.double(), 0.99)) for values in given) or 1.0
     edges = torch.linspace(0, top, 41).tolist()
-    with _drawing(path, 5.6, 3.4) as figure:
+    with drawing(path, 5.6, 3.4) as figure:
         axis = figure.subplots()
         for values, name, color in zip(given, names, (BLUE, ORANGE), strict=False):
             weights = torch.full_like(values, 100 / len(values))
@@ -196,7 +164,7 @@ def member_scores(
     scores, sigma = scores[order], sigma[order]
     shown = [shorten(" ".join(labels[i].split()), width, placeholder=" …") for i in order.tolist()]
     rows = torch.arange(len(scores))
-    with _drawing(path, 9, 1.5 + 0.34 * len(scores)) as figure:
+    with drawing(path, 9, 1.5 + 0.34 * len(scores)) as figure:
         axis = figure.subplots()
         axis.hlines(rows, scores.amin(1), scores.amax(1), color=GREY, linewidth=1.2, zorder=2)
         dots = rows[:, None].expand_as(scores).flatten()

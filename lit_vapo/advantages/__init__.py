@@ -1,0 +1,1 @@
+"""Estimators of the advantage: what each token is better than."""

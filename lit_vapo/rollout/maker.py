@@ -1,0 +1,223 @@
+"""Makes rollouts: generates and scores."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_vapo.data.collate import PromptBatch
+from lit_vapo.data.formats import Messages
+from lit_vapo.data.tokenise import PairEncoder, pair_encoder
+from lit_vapo.functional import clip_rewards, sequence_log_ratio
+from lit_vapo.models.actor_critic import ActorCritic, Rows
+from lit_vapo.models.features import compute_features, length_batches
+from lit_vapo.models.generation import Generated, Generator, Sampling, stop_ids
+from lit_vapo.models.policy import Role
+from lit_vapo.models.transformers_generator import TransformersGenerator
+from lit_vapo.models.trunk import widen
+from lit_vapo.objectives.base import Objective
+from lit_vapo.rollout.rollout import Rollout, assemble_rows
+from lit_vapo.types import RewardEstimate, TextReward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class _Scored(NamedTuple):
+    logprobs: Tensor
+    entropy: Tensor
+    ref_logprobs: Tensor
+    values: Tensor | None
+    value_states: Tensor | None
+    features: Tensor | None
+
+
+class RolloutMaker:
+    """Makes rollouts with fixed models, objective and sampling.
+
+    Args:
+        networks: Actor, critic, reference and reward.
+        tokenizer: The policy's tokenizer.
+        sampling: How responses are drawn.
+        gold: A judge that training never sees, or `None`.
+        reward_clip: Largest absolute terminal reward, or `None`.
+        missing_eos_penalty: Taken off the reward of a response that no stop token ended.
+        tokens_per_batch: Tokens of a scoring pass, padding included.
+        generator: Who draws the responses; transformers, unless said otherwise.
+    """
+
+    def __init__(
+        self,
+        networks: ActorCritic,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        gold: TextReward | None = None,
+        reward_clip: float | None = None,
+        missing_eos_penalty: float = 0.0,
+        tokens_per_batch: int = 4096,
+        generator: Generator | None = None,
+    ) -> None:
+        self.networks = networks
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.gold = gold
+        self.reward_clip = reward_clip
+        self.missing_eos_penalty = missing_eos_penalty
+        self.tokens_per_batch = tokens_per_batch
+        self.stops = stop_ids(networks.policy.causal_lm, sampling, tokenizer.eos_token_id)
+        self.shaping = sampling.shaping(self.stops)
+        self.generator = generator or TransformersGenerator()
+        self._warned = False
+        self._reward_encoder: PairEncoder | None = None
+
+    @torch.no_grad()
+    def make(
+        self,
+        batch: PromptBatch,
+        objective: Objective,
+        role: Role = "actor",
+        values: bool = True,
+        all_sum: Callable[[Tensor], Tensor] | None = None,
+    ) -> Rollout:
+        """Sample responses to each prompt as actor or reference, and score them.
+
+        Args:
+            batch: Prompts, left-padded.
+            objective: Turns the ensemble's estimate into reward and KL weight.
+            role: Who answers.
+            values: Whether the critic is asked.
+            all_sum: Sums over all processes; given in training, where the objective may learn from the responses.
+
+        Raises:
+            ValueError: A response is empty, or a reward is not finite.
+        """
+        started = time.perf_counter()
+        generated = self._generate(batch, role, self.sampling)
+        self._warn_if_all_are_cut_off(generated.stopped)
+        rows = assemble_rows(batch, generated)
+        prompts = [prompt for prompt in batch.prompts for _ in range(self.sampling.num_responses)]
+        messages = [turns for turns in _messages(batch) for _ in range(self.sampling.num_responses)]
+        responses = self._decode(rows)
+        generated_at = time.perf_counter()
+        scored = self._score(rows, role, values)
+        features = scored.features
+        if features is None:
+            features = self._own_features(prompts, messages, responses, generated.stopped)
+        estimate: RewardEstimate = self.networks.reward_model.head(features)
+        _check_finite(estimate, prompts)
+        if all_sum is None:
+            score = objective(estimate)
+        else:
+            log_ratio = sequence_log_ratio(scored.logprobs, scored.ref_logprobs, rows.response_mask)
+            score = objective.observe(estimate, log_ratio, self.sampling.num_responses, all_sum)
+        reward = clip_rewards(score.reward, self.reward_clip)
+        reward = torch.where(generated.stopped, reward, reward - self.missing_eos_penalty)
+        gold = None
+        if self.gold is not None:
+            gold = self.gold(prompts, responses).to(reward)
+        return Rollout(
+            rows,
+            prompts,
+            responses,
+            generated.stopped,
+            scored.logprobs,
+            scored.ref_logprobs,
+            scored.entropy,
+            scored.values,
+            scored.value_states,
+            estimate,
+            reward,
+            score.kl_weight,
+            gold,
+            {"generate": generated_at - started, "score": time.perf_counter() - generated_at},
+            self.sampling.num_responses,
+        )
+
+    def reference_features(self, batches: list[PromptBatch]) -> Tensor:
+        """Features (N, H) of responses of the reference, one to each prompt, to calibrate an ensemble on."""
+        features = []
+        for batch in batches:
+            out = self._generate(batch, "reference", replace(self.sampling, num_responses=1))
+            rows = assemble_rows(batch, out)
+            if self.networks.shares_base:
+                scored = self._score(rows, "reference", values=False)
+                assert scored.features is not None
+                features.append(scored.features)
+            else:
+                features.append(self._own_features(batch.prompts, _messages(batch), self._decode(rows), out.stopped))
+        return torch.cat(features)
+
+    @torch.no_grad()
+    def _generate(self, batch: PromptBatch, role: Role, sampling: Sampling) -> Generated:
+        with self.networks.policy.acting_as(role) as lm:
+            return self.generator(lm, self.tokenizer, batch.input_ids, batch.lengths, sampling, self.stops)
+
+    def _warn_if_all_are_cut_off(self, stopped: Tensor) -> None:
+        can_stop = bool(self.stops or self.sampling.stop_strings)
+        if can_stop and not self._warned and not stopped.any():
+            self._warned = True
+            warnings.warn(
+                f"0 of {len(stopped)} responses (0%) ended by themselves, all were cut off at "
+                f"{self.sampling.max_new_tokens} tokens: their rewards are those of unfinished texts. Give them more "
+                "room (model.sampling.max_new_tokens) or more to end with (stop_token_ids, stop_strings).",
+                stacklevel=3,
+            )
+
+    def _decode(self, rows: Rows) -> list[str]:
+        bounds = zip(rows.input_ids, rows.prompt_lengths, rows.lengths, strict=True)
+        return [self.tokenizer.decode(ids[start:end], skip_special_tokens=True) for ids, start, end in bounds]
+
+    def _score(self, rows: Rows, role: Role, values: bool) -> _Scored:
+        """Log-probabilities, values and features in batches of similar length."""
+        size = rows.response_mask.shape[1]
+        parts: list[Tensor] = []
+        outputs: list[_Scored] = []
+        for chosen in length_batches(rows.lengths.tolist(), self.tokens_per_batch):
+            index = torch.tensor(chosen, device=rows.input_ids.device)
+            part = rows.select(index)
+            reference = self.networks.reference(part, self.shaping)
+            sampler = self.networks.actor(part, self.shaping) if role == "actor" else reference
+            outputs.append(
+                _Scored(
+                    widen(sampler.logprobs, size),
+                    widen(sampler.entropy, size),
+                    widen(reference.logprobs, size),
+                    widen(self.networks.values(part, reference.value_states), size) if values else None,
+                    None if reference.value_states is None or not values else widen(reference.value_states, size),
+                    reference.features,
+                )
+            )
+            parts.append(index)
+        order = torch.cat(parts).argsort()
+        columns = [torch.cat(c)[order] if c[0] is not None else None for c in zip(*outputs, strict=True)]
+        return _Scored(*columns)  # type: ignore[arg-type]
+
+    def _own_features(
+        self, prompts: list[str], messages: list[Messages | None], responses: list[str], stopped: Tensor
+    ) -> Tensor:
+        """Features by the ensemble's own backbone, re-tokenised with its own tokenizer and chat template."""
+        model = self.networks.reward_model
+        if self._reward_encoder is None:
+            self._reward_encoder = pair_encoder(model.load_tokenizer())
+        encode = self._reward_encoder
+        rows = zip(prompts, messages, responses, stopped.tolist(), strict=True)
+        sequences = [encode(prompt, response, ended, turns) for prompt, turns, response, ended in rows]
+        return compute_features(model, sequences, stopped.device).to(stopped.device)
+
+
+def _messages(batch: PromptBatch) -> list[Messages | None]:
+    """The messages of each prompt, where there are any."""
+    return batch.messages or [None] * len(batch.prompts)
+
+
+def _check_finite(estimate: RewardEstimate, prompts: list[str]) -> None:
+    bad = ~torch.isfinite(estimate.mean)
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        raise ValueError(f"expected finite rewards, got {float(estimate.mean[row])} for prompt {prompts[row]!r}")

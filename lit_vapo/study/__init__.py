@@ -1,0 +1,1 @@
+"""Studies of repeated runs: is the return less variable, and the risk of ending worse lower?"""

@@ -1,0 +1,166 @@
+"""What a study repeats: the contract of all experiments, and the record of one run."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Repetition(NamedTuple):
+    """One independent repetition of a setting.
+
+    Attributes:
+        number: Counted from 0.
+        seed: Where all its random numbers come from, in [0, 2⁶³). All methods of the repetition share it.
+    """
+
+    number: int
+    seed: int
+
+
+def seed_of(seed: int, setting: str, repetition: int) -> int:
+    """The seed of a repetition: another for each study, setting and repetition, and the same on every machine.
+
+    Args:
+        seed: The study's seed.
+        setting: Name of the setting.
+        repetition: Counted from 0.
+
+    Returns:
+        A number in [0, 2⁶³).
+    """
+    digest = hashlib.sha256(f"{seed}/{setting}/{repetition}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """How one run of one method went.
+
+    Attributes:
+        method: Name of the method.
+        setting: Name of the setting.
+        repetition: Number of the repetition.
+        seed: Its seed.
+        kl: KL divergence from the reference along the run, in nats. The reference itself, at zero, need not be among
+            them.
+        true_return: True return of the policy at each of these, in units of the true reward.
+        reference_return: True return of the reference, the same for all methods of the repetition.
+        extra: Further figures of the run.
+        final: Index of the policy that the run is judged by, as a list counts: the last point, if none is said.
+    """
+
+    method: str
+    setting: str
+    repetition: int
+    seed: int
+    kl: list[float]
+    true_return: list[float]
+    reference_return: float
+    extra: dict[str, float] = field(default_factory=dict)
+    final: int = -1
+
+    def __post_init__(self) -> None:
+        where = f"{self.setting}, {self.method}, repetition {self.repetition}"
+        if not self.kl or len(self.kl) != len(self.true_return):
+            sizes = f"{len(self.kl)} and {len(self.true_return)}"
+            raise ValueError(f"{where}: expected kl and true_return of the same length >= 1, got {sizes}")
+        if not -len(self.kl) <= self.final < len(self.kl):
+            raise ValueError(f"{where}: expected final to be one of {len(self.kl)} points, got {self.final}")
+        numbers = [*self.kl, *self.true_return, self.reference_return, *self.extra.values()]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{where}: expected finite numbers, got kl {self.kl}, true_return {self.true_return}")
+
+    @property
+    def gain(self) -> float:
+        """True return of the final policy less the reference's."""
+        return self.true_return[self.final] - self.reference_return
+
+    def gain_at(self, level: float) -> float | None:
+        """True return less the reference's where the run first reaches a KL, or None where it never does.
+
+        Between its points, and between the reference (KL 0, gain 0) and the first, a run is taken to be straight over
+        √KL, as small steps are: their gain is proportional to their length, and the KL to its square.
+
+        Args:
+            level: KL in nats, > 0.
+        """
+        # Sampled estimates of a KL may fall below zero.
+        kl = [0.0, *(max(0.0, value) for value in self.kl)]
+        gain = [0.0, *(value - self.reference_return for value in self.true_return)]
+        for i in range(1, len(kl)):
+            if kl[i] >= level > kl[i - 1]:
+                before, here, after = kl[i - 1] ** 0.5, level**0.5, kl[i] ** 0.5
+                share = (here - before) / (after - before)
+                return gain[i - 1] + share * (gain[i] - gain[i - 1])
+        return None
+
+
+class Experiment(ABC):
+    """What is repeated. A subclass says what the settings are and runs all methods of one repetition.
+
+    The methods of a repetition are paired: they start from the same policy and see the same random numbers wherever
+    that is possible, so that what differs between them is the method.
+
+    Attributes:
+        block_size: How many repetitions are computed at once and kept in one file. 1 where a repetition takes long.
+    """
+
+    block_size: int = 1
+
+    @property
+    @abstractmethod
+    def settings(self) -> Mapping[str, Mapping[str, Any]]:
+        """What is known of each setting, by name; names are words without slashes."""
+
+    @abstractmethod
+    def run(self, setting: str, repetition: Repetition) -> list[Record]:
+        """Run every method once, from random numbers of the repetition's seed alone.
+
+        Args:
+            setting: Name of the setting.
+            repetition: Which repetition.
+
+        Returns:
+            One record for each method.
+        """
+
+    def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
+        """Run several repetitions. Override where they can be computed together; the records must be the same."""
+        return [record for repetition in repetitions for record in self.run(setting, repetition)]
+
+
+class Joined(Experiment):
+    """Several experiments in one study. A setting's name begins with the experiment's.
+
+    Args:
+        experiments: The experiments by name.
+
+    Raises:
+        ValueError: There are none.
+    """
+
+    def __init__(self, experiments: dict[str, Experiment]) -> None:
+        if not experiments:
+            raise ValueError("experiments: expected at least one, got none")
+        self.experiments = experiments
+        self.block_size = min(e.block_size for e in experiments.values())
+
+    @property
+    def settings(self) -> dict[str, Mapping[str, Any]]:
+        """Settings of all experiments."""
+        return {f"{name}:{key}": value for name, e in self.experiments.items() for key, value in e.settings.items()}
+
+    def run(self, setting: str, repetition: Repetition) -> list[Record]:
+        """Run the repetition in the experiment that the setting belongs to."""
+        return self.run_block(setting, [repetition])
+
+    def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
+        """Run the repetitions in the experiment that the setting belongs to."""
+        name, _, inner = setting.partition(":")
+        records = self.experiments[name].run_block(inner, repetitions)
+        return [Record(**(vars(record) | {"setting": setting})) for record in records]

@@ -1,0 +1,233 @@
+"""The report of a study: one HTML page, one Markdown page, and `summary.json`."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_vapo.folders import write_whole
+from lit_vapo.study.execution import Results, Study, part_versions
+from lit_vapo.study.figures import distributions, effects, mean_risk, return_against_kl
+from lit_vapo.study.statistics import Interval
+from lit_vapo.study.summary import Outcome, compare, formulas, outcomes, sentences
+
+CSS = """
+:root { color-scheme: light dark; --line: #8884 }
+body { font: 15px/1.55 system-ui, sans-serif; max-width: 1100px; margin: 2.5rem auto; padding: 0 1.2rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+img { max-width: 100%; height: auto; background: white; border-radius: 6px; display: block; margin: .6rem 0 }
+table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums }
+div.table { overflow-x: auto; max-height: 30rem; overflow-y: auto }
+th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
+"""
+READING = (
+    "Gain is the true return of the policy less the reference's; risk is the share of repetitions in which it is below "
+    "zero. Intervals are at 95%. A claim holds where its test, corrected by Holm's method for all comparisons of this "
+    "study, rejects at 5%; it does not hold where the effect goes the other way by the same test, or where the whole "
+    "interval lies below the smallest effect worth having; else it is undecided. `needs` is how many repetitions would "
+    "show the seen effect with a power of 80% at the level of the strictest step of the correction; it takes the seen "
+    "effect for the true one."
+)
+
+
+class Section(NamedTuple):
+    """A part of the page.
+
+    Attributes:
+        title: Its heading.
+        text: Paragraphs; a line that begins with `- ` is a point of a list.
+        table: Rows of cells, the header first; empty for none.
+        pictures: Titles and files.
+    """
+
+    title: str
+    text: list[str]
+    table: list[list[str]]
+    pictures: Mapping[str, Path]
+
+
+def report(study: Study, config: Mapping[str, Any], results: Results) -> list[str]:
+    """Write `report.html`, `report.md`, `pictures/` and `summary.json` into the study's folder.
+
+    Args:
+        study: The study.
+        config: Its configuration.
+        results: What is known of it.
+
+    Returns:
+        A sentence for each claim.
+
+    Raises:
+        ValueError: No repetition is finished.
+    """
+    if not results.records:
+        raise ValueError(
+            f"output: {study.output!r} has no finished repetition, but {len(results.failures)} that failed"
+        )
+    found = outcomes(results.records, study.analysis)
+    rows, exact = compare(found, study.analysis), formulas(results.records)
+    claims = sentences(rows, exact)
+    state = _state(study, results)
+    summary = {
+        "config": config,
+        "versions": part_versions(study),
+        "state": state,
+        "claims": claims,
+        "methods": [outcome.row() for outcome in found],
+        "comparisons": rows,
+        "formulas": exact,
+        "failures": results.failures,
+    }
+    folder = Path(study.output)
+    write_whole(folder / "summary.json", _json(_plain(summary)))
+    pictures = _draw(results, found, rows, folder / "pictures")
+    sections = [
+        Section("What is claimed, and does it hold", [READING, "", *(f"- {claim}" for claim in claims)], [], {}),
+        Section("State of the study", [f"- {line}" for line in state], [], {}),
+        *([Section("Risk formulas beside simulation", [], _table(exact), {})] if exact else []),
+        *(Section(title, [], [], shown) for title, shown in pictures.items()),
+        Section("Every method", [], _table([outcome.row() for outcome in found]), {}),
+        Section("Every comparison", [], _table(rows), {}),
+        Section("Configuration", [f"    {line}" for line in json.dumps(config, indent=2).splitlines()], [], {}),
+    ]
+    write_whole(folder / "report.md", _markdown(folder.name, sections))
+    write_whole(folder / "report.html", _html(folder.name, sections))
+    return claims
+
+
+def _state(study: Study, results: Results) -> list[str]:
+    """What is finished, what failed and what is missing, in words."""
+    total = study.repetitions * len(study.experiment.settings)
+    missing = {setting: n for setting, n in results.missing.items() if n}
+    finished = total - len(results.failures) - sum(missing.values())
+    lines = [f"{finished} of {total} repetitions finished ({study.repetitions} in each setting), seed {study.seed}."]
+    if missing:
+        lines.append(f"Missing: {', '.join(f'{n} of {setting}' for setting, n in missing.items())}.")
+    lines += [f"Failed: {f['setting']}, repetition {f['repetition']}: {f['error']}" for f in results.failures]
+    made_with = part_versions(study)
+    if len(made_with) > 1:
+        lines.append(f"Made with {len(made_with)} different sets of package versions: see summary.json.")
+    return lines
+
+
+def _draw(
+    results: Results, found: Sequence[Outcome], rows: Sequence[dict[str, Any]], folder: Path
+) -> dict[str, dict[str, Path]]:
+    """Draw all pictures; titles and files by section."""
+    shown: dict[str, dict[str, Path]] = {"Distributions of the true return": {}, "Effects by setting": {}}
+    runs = [record for record in results.records if len(record.kl) > 1]
+    lone = {r.setting for r in results.records} - {r.setting for r in runs}
+    for point in dict.fromkeys(o.point for o in found):
+        here = [o for o in found if o.point == point and o.gains]
+        name = re.sub(r"\W+", "_", point).lower()
+        # A run of one point is no trajectory: it stands beside the other settings' final policies nowhere.
+        for title, there in (("", [o for o in here if o.setting not in lone]), (", single steps", _in(here, lone))):
+            if not there:
+                continue
+            path = folder / f"distributions_{name}{'_steps' if title else ''}.png"
+            distributions(there, path)
+            shown["Distributions of the true return"][f"{point}{title}"] = path
+            compared = [r for r in rows if r["point"] == point and (r["setting"] in lone) == bool(title)]
+            for i, baseline in enumerate(dict.fromkeys(r["baseline"] for r in compared)):
+                path = folder / f"effects_{name}{'_steps' if title else ''}_{i}.png"
+                effects(there, [r for r in compared if r["baseline"] == baseline], baseline, path)
+                shown["Effects by setting"][f"{point}{title}, against {baseline}"] = path
+    plane = [o for o in found if o.setting not in lone] or list(found)
+    mean_risk(plane, folder / "mean_risk.png")
+    shown["Mean against risk"] = {"a mark for each setting": folder / "mean_risk.png"}
+    if runs:
+        return_against_kl(runs, folder / "return_against_kl.png")
+        shown["Return against KL"] = {"all runs": folder / "return_against_kl.png"}
+    return shown
+
+
+def _in(found: Sequence[Outcome], settings: set[str]) -> list[Outcome]:
+    return [outcome for outcome in found if outcome.setting in settings]
+
+
+def _cell(value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return "–"
+    if isinstance(value, Interval):
+        return f"{value.value:.3g} ({value.low:.3g} to {value.high:.3g})"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return [[name.replace("_", " ") for name in names], *([_cell(row.get(name)) for name in names] for row in rows)]
+
+
+def _markdown(title: str, sections: Sequence[Section]) -> str:
+    lines = [f"# Study: {title}", ""]
+    for section in sections:
+        lines += [f"## {section.title}", "", *section.text, ""]
+        if section.table:
+            header, *body = section.table
+            lines += [f"| {' | '.join(header)} |", f"| {' | '.join('---' for _ in header)} |"]
+            lines += [f"| {' | '.join(row)} |" for row in body]
+            lines.append("")
+        for caption, path in section.pictures.items():
+            lines += [f"{caption}:", "", f"![{caption}](pictures/{path.name})", ""]
+    return "\n".join(lines)
+
+
+def _html(title: str, sections: Sequence[Section]) -> str:
+    parts = []
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.title)}</h2>")
+        for line in section.text:
+            if not line or line.startswith("    "):
+                continue
+            words = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(line.removeprefix("- ")))
+            parts.append(f"<li>{words}</li>" if line.startswith("- ") else f"<p>{words.replace('`', '')}</p>")
+        code = "\n".join(line[4:] for line in section.text if line.startswith("    "))
+        parts += [f"<details><summary>show</summary><pre>{html.escape(code)}</pre></details>"] if code else []
+        if section.table:
+            rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in section.table]
+            body = "".join(f"<tr>{row}</tr>" for row in rows[1:])
+            parts.append(f'<div class="table"><table><tr>{rows[0].replace("td>", "th>")}</tr>{body}</table></div>')
+        for caption, path in section.pictures.items():
+            image = base64.b64encode(path.read_bytes()).decode()
+            text = html.escape(caption)
+            parts.append(f'<p>{text}</p><img alt="{text}" src="data:image/png;base64,{image}">')
+    page = html.escape(title)
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>lit-vapo study: {page}</title><style>{CSS}</style>
+<h1>Study: {page}</h1>
+{"".join(parts)}
+</html>
+"""
+
+
+def _json(summary: Mapping[str, Any]) -> str:
+    """A line for each row of a table: short, and a change shows where it is."""
+    lines = []
+    for key, value in summary.items():
+        if isinstance(value, list) and value:
+            rows = ",\n  ".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in value)
+            lines.append(f" {json.dumps(key)}: [\n  {rows}\n ]")
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _plain(value: Any) -> Any:
+    """Intervals as objects, so that JSON says what its numbers are; numbers to four digits, null for no end."""
+    if isinstance(value, Interval):
+        return _plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,255 @@
+"""Level 1: one prompt with n responses, where every policy, return and divergence is exact.
+
+Source: Banerjee, Saha, Gopalan, "Towards Reliable, Uncertainty-Aware Alignment", arXiv 2507.15906.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_vapo.functional import risk_vanilla, risk_variance_aware
+from lit_vapo.functional.optima import optimal_policies, policy_kl
+from lit_vapo.objectives.base import Objective
+from lit_vapo.study.experiment import Experiment, Record, Repetition
+from lit_vapo.study.variance import Draws, Honest, ToldVariance
+from lit_vapo.types import RewardEstimate
+
+HALVINGS = range(-7, 5)  # of β at the points of a run
+
+
+@dataclass
+class Method:
+    """One method of the study.
+
+    Args:
+        objective: What the policy maximises, as in PPO.
+        told: Which variance the objective is told; the members' own if left out.
+    """
+
+    objective: Objective
+    told: ToldVariance | None = None
+
+
+@dataclass
+class World:
+    """One prompt, its responses and how noisy their rewards are.
+
+    The true rewards are drawn once from N(0, 1). The noise's standard deviations are evenly spaced in the logarithm,
+    dealt to the responses at random, and scaled so that their mean square is `noise`²: settings differ in how
+    unequal the noise is and not in how much there is of it. The reference is uniform, as in the theory.
+
+    Args:
+        responses: n.
+        noise: Root mean square over responses of the noise of one member, in standard deviations of the true reward.
+    """
+
+    responses: int
+    noise: float
+
+    def __post_init__(self) -> None:
+        if self.responses < 3 or not self.noise > 0:
+            raise ValueError(f"world: expected responses >= 3 and noise > 0, got {self.responses} and {self.noise}")
+
+    def draw(self, number: int, ratio: float) -> tuple[Tensor, Tensor]:
+        """True rewards `(n,)` and standard deviations of one member's noise `(n,)`, float64.
+
+        Args:
+            number: Which world: another draw of the true rewards and of who gets which noise.
+            ratio: The largest standard deviation over the smallest, >= 1.
+        """
+        rng = np.random.default_rng(number)
+        reward = rng.standard_normal(self.responses)
+        sigma = rng.permutation(np.geomspace(1, ratio, self.responses))
+        return torch.from_numpy(reward), torch.from_numpy(sigma * self.noise / np.sqrt(np.mean(sigma**2)))
+
+
+class SmallSteps(Experiment):
+    """Small steps along P·R̂ (plain) and M·R̂ (variance-aware), R̂ ~ N(R*, Σ): is the risk what the formulas say?
+
+    Every record carries the formula's risk as `exact_risk`.
+
+    Args:
+        noise_ratio: Ratios of the largest noise to the smallest, one setting each.
+        worlds: How many draws of true rewards, each a setting with every ratio.
+        responses: n, the number of responses.
+        noise: Root mean square of the noise of one member, in standard deviations of the true reward.
+        kl: Length of the steps: their KL divergence to second order, in nats.
+        block_size: Repetitions in one file.
+    """
+
+    def __init__(
+        self,
+        noise_ratio: list[float],
+        worlds: int = 1,
+        responses: int = 10,
+        noise: float = 4.0,
+        kl: float = 1e-4,
+        block_size: int = 500,
+    ) -> None:
+        self.world = World(responses, noise)
+        self.kl = kl
+        self.block_size = block_size
+        self._settings = _grid(noise_ratio=noise_ratio, world=list(range(worlds)))
+
+    @property
+    def settings(self) -> Mapping[str, Mapping[str, Any]]:
+        """The ratio and the world of each setting."""
+        return self._settings
+
+    def run(self, setting: str, repetition: Repetition) -> list[Record]:
+        """One estimate, two steps."""
+        return self.run_block(setting, [repetition])
+
+    def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
+        """All estimates at once."""
+        params = self.settings[setting]
+        true, sigma = self.world.draw(params["world"], params["noise_ratio"])
+        n = len(true)
+        reference = torch.full((n,), 1 / n, dtype=torch.float64)
+        z = np.stack([np.random.default_rng(r.seed).standard_normal(n) for r in repetitions])
+        estimate = true + torch.from_numpy(z) * sigma
+        ways = {
+            "small step, plain": (torch.ones_like(sigma), risk_vanilla(true, sigma.square())),
+            "small step, variance-aware": (sigma.square(), risk_variance_aware(true, sigma.square())),
+        }
+        records = []
+        for method, (weight, risk) in ways.items():
+            centre = (estimate / weight).sum(1, keepdim=True) / (1 / weight).sum()
+            step = (estimate - centre) / weight
+            # KL(π0 + d ‖ π0) = n/2 · ‖d‖² to second order for a uniform π0.
+            step = step * (2 * self.kl / n) ** 0.5 / step.norm(dim=1, keepdim=True)
+            gain, kl = step @ true, policy_kl(reference + step, reference)
+            base = float(reference @ true)
+            for i, repetition in enumerate(repetitions):
+                at, value, exact = [float(kl[i])], [base + float(gain[i])], {"exact_risk": float(risk)}
+                records.append(Record(method, setting, *repetition, at, value, base, exact))
+        return records
+
+
+class Optima(Experiment):
+    """The exact optimum of each objective, with reward models that err: R̂_k = R* + noise.
+
+    The noise of member k on response y is σ(y) · (√ρ · common(y) + √(1 − ρ) · own_k(y)), with standard normal draws
+    that all methods share. A run's points are the optima at coefficients that fall from 128 β to β/16 by halves. The
+    one at β is the final policy, which is compared at equal β.
+
+    Args:
+        methods: The methods by name. Their objectives depend on the estimate of each response alone.
+        noise_ratio: Ratios of the largest noise to the smallest. Settings are all combinations of the lists.
+        members: Numbers of members K.
+        correlation: Shares ρ of the noise's variance that all members have in common, in [0, 1).
+        kl_coef: Coefficients β, in units of reward per nat.
+        worlds: How many draws of true rewards.
+        responses: n, the number of responses.
+        noise: Root mean square of the noise of one member, in standard deviations of the true reward.
+        block_size: Repetitions in one file.
+
+    Raises:
+        ValueError: No methods, or a list without entries.
+    """
+
+    def __init__(
+        self,
+        methods: dict[str, Method],
+        noise_ratio: list[float],
+        members: list[int],
+        correlation: list[float],
+        kl_coef: list[float],
+        worlds: int = 1,
+        responses: int = 10,
+        noise: float = 4.0,
+        block_size: int = 500,
+    ) -> None:
+        if not methods:
+            raise ValueError("methods: expected at least one, got none")
+        self.methods = methods
+        self.world = World(responses, noise)
+        self.block_size = block_size
+        self._settings = _grid(
+            noise_ratio=noise_ratio,
+            members=members,
+            correlation=correlation,
+            kl_coef=kl_coef,
+            world=list(range(worlds)),
+        )
+
+    @property
+    def settings(self) -> Mapping[str, Mapping[str, Any]]:
+        """Ratio, members, correlation, coefficient and world of each setting."""
+        return self._settings
+
+    def run(self, setting: str, repetition: Repetition) -> list[Record]:
+        """One ensemble, every method."""
+        return self.run_block(setting, [repetition])
+
+    def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
+        """All ensembles at once."""
+        params = self.settings[setting]
+        true, sigma = self.world.draw(params["world"], params["noise_ratio"])
+        n = len(true)
+        reference = torch.full((n,), 1 / n, dtype=torch.float64)
+        base = float(reference @ true)
+        members, draws = _ensembles(true, sigma, params["members"], params["correlation"], repetitions)
+        coefs = params["kl_coef"] * torch.tensor([2.0**-k for k in HALVINGS], dtype=torch.float64)[:, None, None]
+        records = []
+        for name, method in self.methods.items():
+            reward, weight = _scores(method, members, draws, reference)
+            policy = optimal_policies(reward, reference, coefs * weight)
+            # Eight decimals: the files would be twice as large with all of them.
+            kl, value = (x.T.round(decimals=8).tolist() for x in (policy_kl(policy, reference), policy @ true))
+            for i, repetition in enumerate(repetitions):
+                records.append(Record(name, setting, *repetition, kl[i], value[i], base, final=HALVINGS.index(0)))
+        return records
+
+
+def _grid(**lists: list[Any]) -> dict[str, dict[str, Any]]:
+    """All combinations, named by what is not the same in all of them (or by everything where there is but one)."""
+    for name, values in lists.items():
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{name}: expected a list of different values, got {values}")
+    shown = [name for name, values in lists.items() if len(values) > 1] or list(lists)[:1]
+    found = {}
+    for combination in product(*lists.values()):
+        params = dict(zip(lists, combination, strict=True))
+        found[",".join(f"{name}={params[name]:g}" for name in shown)] = params
+    return found
+
+
+def _ensembles(
+    true: Tensor, sigma: Tensor, num_members: int, correlation: float, repetitions: Sequence[Repetition]
+) -> tuple[Tensor, Draws]:
+    """Members' rewards `(R, n, K)` and what is known of their variance, each repetition from its own seed."""
+    n = len(true)
+    common, own, normal, order = [], [], [], []
+    for repetition in repetitions:
+        rng = np.random.default_rng(repetition.seed)
+        common.append(rng.standard_normal((n, 1)))
+        normal.append(rng.standard_normal(n))
+        order.append(rng.permutation(n))
+        # Last, so that further members leave everything else as it was.
+        own.append(rng.standard_normal((num_members, n)).T)
+    noise = correlation**0.5 * np.stack(common) + (1 - correlation) ** 0.5 * np.stack(own)
+    rewards = true[:, None] + sigma[:, None] * torch.from_numpy(noise)
+    variance = rewards.var(-1, correction=1) if num_members > 1 else torch.zeros(len(repetitions), n).double()
+    spoiled = torch.from_numpy(np.stack(normal)), torch.from_numpy(np.stack(order))
+    return rewards, Draws(variance, sigma.square(), *spoiled)
+
+
+def _scores(method: Method, members: Tensor, draws: Draws, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """The objective's reward and weight of every response, both `(R, n)`."""
+    told = (method.told or Honest())(draws)
+    rewards, weights = [], []
+    for estimate, variance in zip(members, told, strict=True):
+        # The mean over the reference's responses, which training measures by sampling, is known here.
+        method.objective.prepare(members.shape[-1], (reference * variance).sum())
+        score = method.objective(RewardEstimate(estimate.mean(-1), variance, estimate))
+        rewards.append(score.reward)
+        weights.append(score.kl_weight)
+    return torch.stack(rewards), torch.stack(weights)

@@ -1,0 +1,165 @@
+"""Every estimator of the advantage passes this suite; a new file under lit_vapo/advantages/ is tested unasked."""
+
+import inspect
+
+import pytest
+import torch
+from helpers import concrete_subclasses
+
+import lit_vapo.advantages
+from lit_vapo.advantages.base import AdvantageEstimator, GroupBaseline
+from lit_vapo.advantages.gae import Gae
+from lit_vapo.advantages.grpo import Grpo
+from lit_vapo.advantages.rloo import Rloo
+from lit_vapo.functional import token_rewards
+
+ESTIMATORS = concrete_subclasses(lit_vapo.advantages, AdvantageEstimator)
+GROUPS = [kind for kind in ESTIMATORS if issubclass(kind, GroupBaseline)]
+N = 3
+MASK = torch.arange(7)[None] < torch.tensor([7, 1, 4, 6, 2, 5])[:, None]
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def alone(x):
+    return x
+
+
+def estimate(kind, score=None, padding=0.0, kl_weight=None, rows=slice(None), all_sum=alone):
+    """Advantages of six responses, three to each of two prompts."""
+    score = draw(6, seed=1) if score is None else score
+    kl_weight = torch.ones(6) if kl_weight is None else kl_weight
+    rewards = token_rewards(score, draw(6, 7, seed=2), kl_weight, 0.1, MASK)
+    values = draw(6, 7, seed=3)
+    rewards, values = (torch.where(MASK, x, padding)[rows] for x in (rewards, values))
+    return kind()(rewards, values if kind.needs_critic else None, MASK[rows], N, all_sum)
+
+
+def test_all_are_discovered():
+    assert {Gae, Rloo, Grpo} <= set(ESTIMATORS)
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_shapes_and_masks(kind):
+    out = estimate(kind)
+    assert out.advantages.shape == (6, 7)
+    assert out.advantages.dtype == torch.float32
+    assert out.advantages[~MASK].abs().max() == 0
+    assert out.advantages[MASK].abs().min() > 0
+    assert (out.returns is not None) == kind.needs_critic
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_padding_never_leaks(kind):
+    for padding in (float("nan"), 1e9):
+        torch.testing.assert_close(estimate(kind, padding=padding), estimate(kind))
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_prompts_may_be_permuted(kind):
+    order = [3, 4, 5, 0, 1, 2]
+    out, again = estimate(kind), estimate(kind, rows=order)
+    torch.testing.assert_close(out.advantages[order], again.advantages)
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_two_processes_estimate_what_one_does(kind):
+    whole, halves = estimate(kind).advantages, (slice(0, 3), slice(3, 6))
+    sums = []
+    for rows in halves:
+        seen = []
+        estimate(kind, rows=rows, all_sum=lambda x, seen=seen: seen.append(x) or x)
+        sums.append(seen)
+    for rows in halves:
+        totals = iter([a + b for a, b in zip(*sums, strict=True)])
+        part = estimate(kind, rows=rows, all_sum=lambda x, totals=totals: next(totals))
+        torch.testing.assert_close(part.advantages, whole[rows])
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_a_higher_score_never_lowers_its_own_advantage(kind):
+    score = draw(6, seed=1)
+    before = estimate(kind, score).advantages[0, 6]
+    score[0] += 1.0
+    assert estimate(kind, score).advantages[0, 6] > before
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_the_weighted_penalty_takes_part(kind):
+    weight = torch.tensor([1.0, 1.0, 5.0, 1.0, 1.0, 1.0])
+    assert not torch.allclose(estimate(kind, kl_weight=weight).advantages[2], estimate(kind).advantages[2])
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_settings_can_be_read_back(kind):
+    # Checkpoints write them by these names.
+    names = set(inspect.signature(kind.__init__).parameters) - {"self", "args", "kwargs"}
+    assert all(hasattr(kind(), name) for name in names)
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_a_shift_of_a_prompt_s_scores_changes_nothing(kind):
+    shift = torch.tensor([5.0, 5.0, 5.0, -2.0, -2.0, -2.0])
+    one, two = estimate(kind), estimate(kind, draw(6, seed=1) + shift)
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_equal_rewards_have_no_advantage(kind):
+    # The same reward of each response, however many tokens share it.
+    rewards = torch.where(MASK, torch.tensor([0.7] * 3 + [-4.0] * 3)[:, None] / MASK.sum(1, keepdim=True), 0.0)
+    out = kind()(rewards, None, MASK, N, alone)
+    assert out.advantages.abs().max() < 0.01  # rounding of the sums, 1e-7, is divided by ε = 1e-4 at worst
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_every_token_has_its_response_s_advantage(kind):
+    out = estimate(kind).advantages
+    for row, mask in zip(out, MASK, strict=True):
+        assert (row[mask] == row[0]).all()
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_too_few_responses_are_refused(kind):
+    kind().check_responses(kind.min_responses)
+    if kind.min_responses > 1:
+        message = f"model.sampling.num_responses: expected at least 2, since {kind.__name__} compares .* got 1"
+        with pytest.raises(ValueError, match=message):
+            kind().check_responses(1)
+        with pytest.raises(ValueError, match=message):
+            kind()(torch.zeros(6, 7), None, MASK, 1, alone)
+
+
+def test_rloo_by_hand():
+    # Two responses to a prompt: rewards of tokens 1, 2 → 3, and 5 → 5; each against the other.
+    rewards = torch.tensor([[1.0, 2.0], [5.0, float("nan")]])
+    mask = torch.tensor([[True, True], [True, False]])
+    out = Rloo()(rewards, None, mask, 2, alone)
+    torch.testing.assert_close(out.advantages, torch.tensor([[-2.0, -2.0], [2.0, 0.0]]))
+
+
+def test_gae_whitens_if_asked():
+    raw = Gae(whiten=False)
+    rewards, values = draw(6, 7, seed=4), draw(6, 7, seed=5)
+    plain = raw(rewards, values, MASK, 1, alone)
+    whitened = Gae()(rewards, values, MASK, 1, alone)
+    chosen = plain.advantages[MASK].double()
+    expected = (chosen - chosen.mean()) / chosen.std()
+    torch.testing.assert_close(whitened.advantages[MASK].double(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(whitened.returns, plain.returns)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Gae(gamma=1.5), "model.advantage.gamma: expected a number from 0 to 1, got 1.5"),
+        (lambda: Gae(gae_lambda=-0.1), "model.advantage.gae_lambda: expected a number from 0 to 1, got -0.1"),
+        (lambda: Grpo(eps=0.0), "model.advantage.eps: expected a number above 0, got 0.0"),
+        (lambda: Gae()(torch.zeros(6, 7), None, MASK, 1, alone), "Gae: expected the values of a critic, got None"),
+    ],
+)
+def test_bad_settings_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
