@@ -23,12 +23,12 @@ times of whole iterations. Runs that are in `work` already are not repeated.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from ppo_job import Answer, Job  # noqa: E402
 from ppo_task import PROMPT, RESPONSE, Judge, Judged, Language, make_policy, make_reward, texts, write_rows  # noqa: E402
 
 from lit_vapo.models.pretrained import quiet  # noqa: E402
+from lit_vapo.study.experiment import Record  # noqa: E402
 
 SAVED = [1, 2, 4, 7, 11, 17, 24]
 SIDES = {"ours": "ours", "trl": "TRL 1.12.0", "default": "ours, critic on the reference"}
@@ -69,71 +70,63 @@ def run(python: str, worker: str, job: Job) -> Answer:
     return Answer(**json.loads(answer.read_text()))
 
 
-Curve = list[Judged]
-
-
-def judged(judge: Judge, job: Job, start: Judged) -> Curve:
-    """Every saved policy of a run, from the one it started with."""
+def judged(judge: Judge, job: Job, side: str, start: Judged) -> Record:
+    """Gold and KL of every saved policy of a run."""
     kept = Path(job.output) / "judged.json"
     if not kept.is_file():
         kept.write_text(json.dumps([judge(Path(job.output) / str(i)) for i in job.saved]))
-    return [start, *(Judged(*x) for x in json.loads(kept.read_text()))]
+    points = [Judged(*x) for x in json.loads(kept.read_text())]
+    kl, gold, lengths = [p.k1 for p in points], [p.gold for p in points], [p.length for p in points]
+    further = {"k3": points[-1].k3, "length": lengths[-1]}
+    return Record(side, "", job.seed, job.seed, kl, gold, start.gold, further)
 
 
-def gold_at(curve: Curve, kl: float) -> float:
-    """Gold where a run first reaches this KL, between two of its saved policies; NaN if it never does."""
-    for one, two in itertools.pairwise(curve):
-        if one.k1 < kl <= two.k1:
-            return one.gold + (two.gold - one.gold) * (kl - one.k1) / (two.k1 - one.k1)
-    return float("nan")
-
-
-def interval(differences: np.ndarray) -> str:
-    """Mean with its 95% interval, by Student's t."""
-    mean = differences.mean()
-    half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
-    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
-
-
-def table(curves: dict[str, list[Curve]], targets: list[float]) -> None:
-    """Gold at equal KL: mean ± standard deviation over seeds, and paired differences to the peer's."""
+def compare(records: dict[str, list[Record]], targets: list[float]) -> None:
+    """Gain in gold at equal KL: mean ± standard deviation over seeds, and paired differences to the peer's."""
     for kl in targets:
-        gold = {side: np.array([gold_at(curve, kl) for curve in runs]) for side, runs in curves.items()}
-        cells = [f"{SIDES[side]} {x.mean():.3f} ± {x.std(ddof=1) if len(x) > 1 else 0:.3f}" for side, x in gold.items()]
-        if "trl" in gold and len(gold["trl"]) > 1:
-            cells += [f"{side} − trl {interval(gold[side] - gold['trl'])}" for side in gold if side != "trl"]
-        print(f"gold at {kl:g} nats: " + "; ".join(cells), flush=True)
+        gains = {side: np.array([r.gain_at(kl) or np.nan for r in runs]) for side, runs in records.items()}
+        print(f"gain in gold at {kl:g} nats")
+        for side, gain in gains.items():
+            there = gain[~np.isnan(gain)]
+            shown = f"  {SIDES[side]:28} {there.mean():.3f} ± {there.std(ddof=1) if len(there) > 1 else 0:.3f}"
+            if side != "trl" and "trl" in gains:
+                pairs = ~np.isnan(gain) & ~np.isnan(gains["trl"])
+                low, high = stats.ttest_rel(gain[pairs], gains["trl"][pairs]).confidence_interval()
+                difference = (gain - gains["trl"])[pairs].mean()
+                shown += f", less TRL's {difference:+.3f} (95% {low:+.3f} to {high:+.3f}; {pairs.sum()} pairs)"
+            print(shown, flush=True)
 
 
 def cost(answers: dict[str, list[Answer]]) -> None:
-    """Median time of an iteration, memory, and the peer's over ours, run by run."""
+    """Median time of an iteration and memory, and the peer's over ours, run by run."""
+    quantities: dict[str, Callable[[Answer], float]] = {
+        "s an iteration": lambda a: statistics.median(a.seconds),
+        "MB": lambda a: a.peak_mb,
+        "MB above what the imports take": lambda a: a.peak_mb - a.base_mb,
+    }
     for side, runs in answers.items():
-        seconds = [statistics.median(a.seconds) for a in runs]
-        memory = [a.peak_mb - a.base_mb for a in runs]
-        shown = f"{SIDES[side]}: {statistics.median(seconds):.2f} s an iteration, "
-        shown += (
-            f"{statistics.median(memory):.0f} MB over imports ({statistics.median(a.base_mb for a in runs):.0f} MB)"
-        )
-        if "trl" in answers and side != "trl":
-            peer = answers["trl"]
-            times = [statistics.median(b.seconds) / x for b, x in zip(peer, seconds, strict=True)]
-            sizes = [(b.peak_mb - b.base_mb) / x for b, x in zip(peer, memory, strict=True)]
-            shown += f"; TRL takes {statistics.median(times):.2f} ({min(times):.2f}–{max(times):.2f}) times as long"
-            shown += f" and {statistics.median(sizes):.2f} ({min(sizes):.2f}–{max(sizes):.2f}) times the memory"
-        print(shown, flush=True)
+        print(SIDES[side])
+        for unit, quantity in quantities.items():
+            shown = f"  {statistics.median(map(quantity, runs)):.3g} {unit}"
+            if side != "trl" and "trl" in answers:
+                ratios = [quantity(b) / quantity(a) for a, b in zip(runs, answers["trl"], strict=True)]
+                shown += f"; TRL {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}) times as much"
+            print(shown, flush=True)
 
 
-def draw(curves: dict[str, list[Curve]], path: Path) -> None:
-    """Gold against KL, every run and the mean over seeds at each saved iteration."""
+def draw(records: dict[str, list[Record]], path: Path) -> None:
+    """Gain in gold against KL: every run, and the mean over seeds at each saved iteration."""
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
-    for side, runs in curves.items():
-        values = np.array([[(p.k1, p.gold) for p in curve] for curve in runs])
-        for run_ in values:
-            axes.plot(*run_.T, color=COLOURS[side], alpha=0.25, linewidth=1)
-        axes.plot(*values.mean(0).T, color=COLOURS[side], linewidth=2, marker="o", markersize=4, label=SIDES[side])
+    for side, runs in records.items():
+        points = np.array(
+            [[(0.0, 0.0), *zip(r.kl, np.array(r.true_return) - r.reference_return, strict=True)] for r in runs]
+        )
+        for one in points:
+            axes.plot(*one.T, color=COLOURS[side], alpha=0.25, linewidth=1)
+        axes.plot(*points.mean(0).T, color=COLOURS[side], linewidth=2, marker="o", markersize=4, label=SIDES[side])
     axes.set_xlabel("KL(π‖π₀) of whole responses, nats (k1)")
-    axes.set_ylabel("gold reward")
+    axes.set_ylabel("gain in gold reward over the reference")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
@@ -185,13 +178,14 @@ def main(
     start = judge(policy)
     print(f"the policy to start from: gold {start.gold:.3f}, {start.length:.1f} tokens a response", flush=True)
     answers: dict[str, list[Answer]] = {}
-    curves: dict[str, list[Curve]] = {}
+    records: dict[str, list[Record]] = {}
+    shape = (iterations, batch_size, PROMPT, RESPONSE, epochs, minibatches, learning_rate, kl_coef)
+    saved = [i for i in SAVED if i <= iterations]
+    updates = iterations * epochs * minibatches
     for seed in range(seeds or (5 if peer_python else 1)):
         reward = root / f"reward_{seed}"
         if not (reward / "classifier").is_dir():
             make_reward(reward, policy, language, pairs, seed)
-        shape = (iterations, batch_size, PROMPT, RESPONSE, epochs, minibatches, learning_rate, kl_coef)
-        saved = [i for i in SAVED if i <= iterations]
         job = Job(str(policy), f"{reward}/ensemble", f"{reward}/classifier", prompts, "", saved, *shape, seed=seed)
         jobs = {
             "ours": (sys.executable, "ppo_ours.py", replace(job, critic="own")),
@@ -204,19 +198,20 @@ def main(
                 continue
             one = replace(one, output=f"{root}/{side}_{seed}")
             answer = run(python, worker, one)
-            if answer.updates != iterations * epochs * minibatches:
-                raise SystemExit(f"{side}: expected {iterations * epochs * minibatches} updates, got {answer.updates}")
+            if answer.updates != updates:
+                raise SystemExit(f"{SIDES[side]}: expected {updates} weight updates, got {answer.updates}")
+            record = judged(judge, one, side, start)
             answers.setdefault(side, []).append(answer)
-            curves.setdefault(side, []).append(judged(judge, one, start))
-            end = curves[side][-1][-1]
+            records.setdefault(side, []).append(record)
             print(
-                f"seed {seed}, {SIDES[side]}: reward {answer.rewards[0]:.2f} to {answer.rewards[-1]:.2f}, "
-                f"gold {end.gold:.3f} at k1 {end.k1:.2f}, k3 {end.k3:.2f}, {end.length:.1f} tokens",
+                f"seed {seed}, {SIDES[side]}: reward {answer.rewards[0]:.2f} to {answer.rewards[-1]:.2f}, gain in gold "
+                f"{record.gain:.3f} at {record.kl[-1]:.2f} nats (k3 {record.extra['k3']:.2f}), "
+                f"{record.extra['length']:.1f} tokens",
                 flush=True,
             )
-    table(curves, targets)
+    compare(records, targets)
     cost(answers)
-    draw(curves, root / "gold_kl.png")
+    draw(records, root / "gold_kl.png")
     if peer_python is None:
         print("The peer was left out: --peer_python wants the interpreter of an environment with TRL.")
 

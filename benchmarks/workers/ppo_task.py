@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from lit_vapo.cli import main as lit_vapo
-from lit_vapo.data.collate import PromptBatch, pad
-from lit_vapo.functional import kl_k1, kl_k3, sequence_log_ratio
-from lit_vapo.models.generation import Sampling
-from lit_vapo.models.policy import Policy
-from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.rollout import assemble_rows
 
 TOPICS, WORDS_PER_TOPIC = 16, 12
 PAD, EOS, FIRST = 0, 1, 3
@@ -68,9 +70,6 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def make_policy(folder: Path, language: Language, steps: int) -> None:
     """Teach a Llama of two million parameters the language."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     special = ["<pad>", "<eos>", "<unk>"]
     names = [*special, *(f"w{i}" for i in range(TOPICS * WORDS_PER_TOPIC))]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
@@ -114,33 +113,40 @@ class Judged(NamedTuple):
 
 
 class Judge:
-    """The one evaluator: KL of whole responses and gold, with the same prompts and random numbers for all policies."""
+    """The one evaluator: gold and KL of whole responses, with the same prompts and random numbers for all policies.
+
+    It is plain transformers, and shares no code with either side.
+    """
 
     def __init__(self, reference: Path, language: Language, count: int) -> None:
         self.language = language
-        self.reference = Policy(Pretrained(str(reference)), None, keep_reference=False)
-        prompts = language.write(count, PROMPT, torch.Generator().manual_seed(99)).tolist()
-        ids, lengths = pad(prompts, PAD, left=True)
-        self.batch = PromptBatch(ids, lengths, [""] * count, torch.arange(count))
+        self.reference = load(reference)
+        self.prompts = language.write(count, PROMPT, torch.Generator().manual_seed(99))
 
     @torch.no_grad()
     def __call__(self, folder: Path) -> Judged:
         """Judge the policy in a folder."""
-        policy = Policy(Pretrained(str(folder)), None, keep_reference=False)
+        policy = load(folder)
         torch.manual_seed(0)
-        batch = self.batch
-        out = policy.generate("actor", batch.input_ids, batch.lengths, Sampling(RESPONSE), [EOS], PAD)
-        rows = assemble_rows(batch, out)
-        logprobs = []
-        for model in (policy, self.reference):
-            hidden = model.hidden("actor", rows.input_ids, rows.lengths).last
-            arguments = (rows.input_ids, rows.prompt_lengths, rows.response_mask, 1.0)
-            logprobs.append(model.logprobs("actor", hidden, *arguments).logprobs)
-        ratio = sequence_log_ratio(*logprobs, rows.response_mask)
-        responses = zip(out.response_ids.tolist(), out.response_lengths.tolist(), strict=True)
-        gold = statistics.fmean(self.language.gold(ids[:length]) for ids, length in responses)
-        length = float(out.response_lengths.float().mean())
-        return Judged(float(kl_k1(ratio).mean()), float(kl_k3(ratio).mean()), gold, length)
+        sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "max_new_tokens": RESPONSE}
+        mask = torch.ones_like(self.prompts)
+        ids = policy.generate(self.prompts, attention_mask=mask, eos_token_id=EOS, pad_token_id=PAD, **sampling)
+        responses = ids[:, PROMPT:]
+        ended = responses == EOS
+        counts = ended.cumsum(1) - ended.long() == 0
+        chosen = [
+            model(input_ids=ids).logits[:, PROMPT - 1 : -1].log_softmax(-1).gather(2, responses[..., None])[..., 0]
+            for model in (policy, self.reference)
+        ]
+        ratio = torch.where(counts, chosen[0] - chosen[1], 0.0).double().sum(1)
+        k3 = (-ratio).exp() - 1 + ratio
+        gold = statistics.fmean(self.language.gold(row[row > 0].tolist()) for row in torch.where(counts, responses, 0))
+        return Judged(float(ratio.mean()), float(k3.mean()), gold, float(counts.sum(1).double().mean()))
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """The language model in a folder."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def make_reward(folder: Path, policy: Path, language: Language, pairs: int, seed: int) -> None:
