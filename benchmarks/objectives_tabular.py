@@ -97,7 +97,7 @@ def by_class(make: Callable[[], Objective], at: Landscape, true_variance: bool =
         rewards.append(score.reward)
         weights.append(score.kl_weight)
     reward, weight = torch.stack(rewards), torch.stack(weights)
-    return lambda kl_coef: optimal_policy(reward, at.ref_probs, kl_coef, weight, iterations=35)
+    return lambda kl_coef: optimal_policy(reward, at.ref_probs, kl_coef, weight)
 
 
 def by_covariance(penalty: float, form: str, at: Landscape) -> Solver:

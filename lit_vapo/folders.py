@@ -57,7 +57,7 @@ def write_whole(path: str | Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name that no other process has, and that no pattern of results matches.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("w", newline="", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

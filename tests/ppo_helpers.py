@@ -40,6 +40,15 @@ def networks(model, reward, lora=True, critic="reference", **kwargs):
     return ActorCritic(Pretrained(model), Lora(4, 16.0) if lora else None, spec, reward)
 
 
+def moved_networks(model, reward):
+    """The same with a policy that differs from its reference."""
+    found = networks(model, reward)
+    for name, parameter in found.policy.lm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    return found
+
+
 def prompt_batch(model, prompts=None):
     """Left-padded prompts."""
     prompts = prompts or PROMPTS

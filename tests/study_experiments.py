@@ -29,9 +29,10 @@ class Toy(Experiment):
 
     def run_block(self, setting, repetitions):
         # In another order than the results have.
-        return sorted(super().run_block(setting, repetitions), key=lambda record: record.method)
+        records = [record for repetition in repetitions for record in self.repeat(setting, repetition)]
+        return sorted(records, key=lambda record: record.method)
 
-    def run(self, setting, repetition):
+    def repeat(self, setting, repetition):
         if setting == "b" and repetition.number in self.fails:
             raise RuntimeError(f"no luck with {repetition.number}")
         time.sleep(self.seconds)

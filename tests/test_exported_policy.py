@@ -32,9 +32,10 @@ def exported(tmp_path_factory, ppo_run):
 
     def get(kind):
         if kind not in made:
-            made[kind] = tmp_path_factory.mktemp("policies") / kind
+            folder = tmp_path_factory.mktemp("policies") / kind
             options = ["--merge=true"] if kind == "merged" else []
-            main(["export", f"--checkpoint={last(ppo_run)}", f"--output={made[kind]}", *options])
+            main(["export", f"--checkpoint={last(ppo_run)}", f"--output={folder}", *options])
+            made[kind] = folder
         return made[kind]
 
     return get
@@ -175,8 +176,10 @@ def test_a_whole_policy_keeps_the_base_as_its_reference(tiny_model_dir, reward, 
 
 
 @pytest.fixture
-def light(monkeypatch):
-    """Nothing heavy may be loaded."""
+def light(monkeypatch, exported):
+    """Nothing heavy may be loaded (after the exports, which a test may ask for later)."""
+    for kind in ("adapter", "merged"):
+        exported(kind)
 
     def forbidden(*args, **kwargs):
         raise AssertionError("a model was loaded")

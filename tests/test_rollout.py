@@ -28,12 +28,7 @@ def reward(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def nets(tiny_model_dir, reward):
-    networks = ppo_helpers.networks(tiny_model_dir, reward)
-    # A policy that differs from its reference.
-    for name, parameter in networks.policy.lm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-    return networks
+    return ppo_helpers.moved_networks(tiny_model_dir, reward)
 
 
 @pytest.fixture(scope="module")

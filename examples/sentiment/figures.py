@@ -14,6 +14,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from lit_vapo.figures.drawing import COLOURS
+
 POLICY, REFERENCE, REWARD = "#2563a8", "#8a8f98", "#c4701c"
 STYLE = {
     "axes.spines.top": False,
@@ -28,7 +30,6 @@ STYLE = {
     "figure.facecolor": "white",
     "savefig.dpi": 150,
 }
-COLORS = ("#0072B2", "#D55E00", "#8a8f98", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 Records = list[dict[str, Any]]
 Series = dict[str, np.ndarray]
 
@@ -49,6 +50,19 @@ def read_metrics(path: Path) -> dict[str, Series]:
         names = [n for n in (rows[0] if rows else {}) if n.startswith(f"{split}/")]
         out[split] = {n.split("/")[1]: np.array([float(r[n]) if r[n] else np.nan for r in own]) for n in names}
     return out
+
+
+def trained_metrics(folder: Path) -> Series:
+    """What a run of PPO logged in its iterations, by its newest fit: tests and validations leave a metrics.csv too.
+
+    Raises:
+        ValueError: There is no fit.
+    """
+    logs = sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1]))
+    trained = [series for log in logs if "iteration" in (series := read_metrics(log)["train"])]
+    if not trained:
+        raise ValueError(f"expected metrics of a ppo fit below {folder / 'logs'}, got none")
+    return trained[-1]
 
 
 def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
@@ -157,7 +171,7 @@ def curves_at_kl(
     fine = tuple(np.linspace(min(levels) / 2, max(levels), 25))
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
     for axis, key, title in ((axes[0], "gold", "Gold: P(positive)"), (axes[1], "reward_mean", "Mean of the ensemble")):
-        for (name, series), color in zip(runs.items(), COLORS, strict=False):
+        for (name, series), color in zip(runs.items(), COLOURS, strict=False):
             found = np.array([at_kl(r["kl_k1"], r[key], fine) for r in series])
             # A mean over other seeds at one KL than at the next would draw steps that no run took.
             known = ~np.isnan(found).any(0)

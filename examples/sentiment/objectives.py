@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 from jsonargparse import auto_cli
-from scipy import stats
 
-from examples.sentiment.figures import Series, curves_at_kl, read_metrics
+from examples.sentiment.figures import curves_at_kl, trained_metrics
+from lit_vapo.study.statistics import mean_interval
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # The demo's own objective, and the configs that replace it.
@@ -126,12 +126,6 @@ def align(
     run(["ppo", "fit", *words], folder, threads)
 
 
-def metrics(folder: Path) -> Series:
-    """What a run of PPO logged in its iterations."""
-    logs = sorted((folder / "logs").glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1]))
-    return read_metrics(logs[-1])["train"]
-
-
 def at_kl(kl: np.ndarray, value: np.ndarray, levels: tuple[float, ...] = LEVELS) -> np.ndarray:
     """The value at each KL: a straight line fitted to the points around it, near ones counting more.
 
@@ -162,9 +156,8 @@ def table(gold: dict[str, np.ndarray]) -> str:
         if name == BASELINE:
             cells.append("")
         else:
-            half = stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference)
-            mean = difference.mean()
-            cells.append(f"{mean:+.3f} ({mean - half:+.3f} … {mean + half:+.3f})")
+            mean, low, high = mean_interval(difference)
+            cells.append(f"{mean:+.3f} ({low:+.3f} … {high:+.3f})")
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -198,7 +191,7 @@ def main(
         objective, seed = job
         folder = root / f"seed-{seed}" / objective
         align(source, folder, root / f"seed-{seed}" / "ensemble", objective, seed, options, threads)
-        series = metrics(folder)
+        series = trained_metrics(folder)
         print(
             f"{objective} {seed}: KL {series['kl_k1'][-3:].mean():.2f}, gold {series['gold'][-3:].mean():.3f}",
             flush=True,
@@ -210,7 +203,7 @@ def main(
             # One after another within a seed's start: the ensemble is what all its runs wait for.
             train_ensemble(source, folder, pairs, flipped, seed, threads * workers)
             list(pool.map(one, [(objective, seed) for objective in objectives]))
-    runs = {o: [metrics(root / f"seed-{s}" / o) for s in range(seeds)] for o in objectives}
+    runs = {o: [trained_metrics(root / f"seed-{s}" / o) for s in range(seeds)] for o in objectives}
     gold = {o: np.array([at_kl(r["kl_k1"], r["gold"]) for r in series]) for o, series in runs.items()}
     result = table(gold)
     (root / "table.md").write_text(result + "\n")

@@ -16,7 +16,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from examples.sentiment.figures import Records, read_metrics, save_all
+from examples.sentiment.figures import Records, save_all, trained_metrics
 from lit_vapo.functional import repetition
 
 SHOWN = 10
@@ -169,11 +169,7 @@ def report(output: str) -> None:
     by_prompt = {who: {r["prompt"]: r for r in records if r["policy"] == who} for who in ("reference", "policy")}
     prompts = [p for p in by_prompt["reference"] if p in by_prompt["policy"]]
     reference, policy = ([by_prompt[who][p] for p in prompts] for who in ("reference", "policy"))
-    # The newest version that trained: tests and validations leave a metrics.csv too.
-    logs = sorted((root / "ppo" / "logs").glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1]))
-    trained = [m for m in map(read_metrics, logs) if "iteration" in m["train"]]
-    if not trained:
-        raise ValueError(f"expected metrics of a ppo fit below {root / 'ppo' / 'logs'}, got none")
+    trained = trained_metrics(root / "ppo")
     summary = summarise(
         reference,
         policy,
@@ -181,7 +177,7 @@ def report(output: str) -> None:
         _read_json(root / "reward" / "test" / "evaluation.json"),
     )
     (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    pictures = save_all(root / "figures", trained[-1]["train"], reference, policy)
+    pictures = save_all(root / "figures", trained, reference, policy)
     (root / "report.html").write_text(page(summary, pictures, reference, policy), encoding="utf-8")
     print_table(summary)
     print(

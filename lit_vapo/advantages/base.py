@@ -42,8 +42,8 @@ class AdvantageEstimator(ABC):
         """Estimate the advantages of B responses of up to T tokens.
 
         Args:
-            rewards: Reward of each token (B, T): the weighted KL penalty, and the score at the last one. The rows of a
-                prompt stand together: row i·n + j is response j to prompt i.
+            rewards: Reward of each token (B, T), from `functional.token_rewards`; a row sums to the score less the
+                weighted KL penalty. The rows of a prompt stand together: row i·n + j is response j to prompt i.
             values: Values before each token (B, T), or `None` without a critic.
             response_mask: bool (B, T), True = counts.
             num_responses: Responses n to each prompt.

@@ -1,8 +1,9 @@
-"""An evaluation as files: figures as JSON and CSV, pairs as CSV."""
+"""An evaluation as files, each written whole or not at all: figures as JSON and CSV, pairs as CSV."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_vapo.evaluation.report import PreferenceReport
+from lit_vapo.folders import write_whole
 from lit_vapo.types import RewardEstimate
 
 FIGURES = ("accuracy", "nll", "ece", "brier")
@@ -72,7 +74,6 @@ def write_report(folder: str | Path, report: PreferenceReport, record: Mapping[s
         The three paths.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("evaluation.json", "evaluation.csv", "pairs.csv")]
     write_json(paths[0], record)
 
@@ -110,8 +111,7 @@ def write_scores(
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record; what is not defined (NaN) is null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_without_nan(dict(record)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(_without_nan(dict(record)), indent=2, allow_nan=False) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
@@ -125,9 +125,10 @@ def _without_nan(value: Any) -> Any:
 
 def write_csv(path: Path, header: list[str], rows: Any) -> None:
     """Write a table; numbers to seven digits, which is what single precision holds."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        for row in rows:
-            cells = (_without_nan(cell) for cell in row)
-            writer.writerow([f"{cell:.7g}" if isinstance(cell, float) else cell for cell in cells])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for row in rows:
+        cells = (_without_nan(cell) for cell in row)
+        writer.writerow([f"{cell:.7g}" if isinstance(cell, float) else cell for cell in cells])
+    write_whole(path, text.getvalue())

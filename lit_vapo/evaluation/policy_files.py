@@ -33,12 +33,8 @@ def write_evaluations(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> No
     A figure that a row does not have, or that is not defined, is an empty field.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Put in place whole: a run that is killed here must find its former evaluations when it is resumed.
-    partial = path.with_name(f"{path.name}.partial")
-    write_csv(partial, names, [[row.get(name, math.nan) for name in names] for row in rows])
-    partial.replace(path)
+    # Whole: a run that is killed here must find its former evaluations when it is resumed.
+    write_csv(Path(path), names, [[row.get(name, math.nan) for name in names] for row in rows])
 
 
 def read_evaluations(path: str | Path) -> list[dict[str, Any]]:

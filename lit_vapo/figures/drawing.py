@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8a8f98"
+COLOURS = ("#000000", BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # `Any`, since from 3.11 on matplotlib types the keys one by one, and before it did not.
 STYLE: Any = {
     "axes.spines.top": False,

@@ -52,8 +52,8 @@ def token_rewards(
     A row sums to R - β * w * log ρ whatever v is. But w is known only once the response has ended: with v = w, as
     one would write it down first, a token would not hear of the price it puts on the tokens before it, since
     advantages look ahead; the gradient and the optimum would be others wherever w varies. With one v for all rows
-    the gradient is right for any v. The mean of w is used: it leaves least to the last token, and gives the usual
-    per-token penalty where w does not vary.
+    the gradient is right for any v that does not depend on the response. The mean of w is used, of which a response
+    is one part in B: it leaves least to the last token, and gives the usual per-token penalty where w does not vary.
 
     Args:
         terminal: `(B,)`, R, the score of each whole response, in units of reward.

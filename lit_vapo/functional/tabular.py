@@ -13,6 +13,9 @@ from torch import Tensor
 
 from lit_vapo.functional.masked import check_same_shape
 
+# Newton's steps to an optimum; a dozen are usual.
+MAX_STEPS = 200
+
 
 def _check_finite(name: str, x: Tensor) -> None:
     """Raise ValueError unless all entries of `x` are finite."""
@@ -36,12 +39,12 @@ def bregman_kl(policy: Tensor, ref_probs: Tensor, weight: Tensor | None = None) 
     neither.
 
     Args:
-        policy: `(n,)`, π, differentiable where positive.
-        ref_probs: `(n,)`, π0.
-        weight: `(n,)`, w >= 0; None for 1, which gives the KL divergence.
+        policy: `(…, n)`, π, differentiable where positive.
+        ref_probs: `(…, n)`, π0.
+        weight: `(…, n)`, w >= 0; None for 1, which gives the KL divergence.
 
     Returns:
-        `()`, in nats times the unit of w; infinite where π > 0 = π0.
+        `(…)`, in nats times the unit of w; infinite where π > 0 = π0.
 
     Raises:
         ValueError: if the shapes differ.
@@ -54,9 +57,9 @@ def bregman_kl(policy: Tensor, ref_probs: Tensor, weight: Tensor | None = None) 
     check_same_shape(policy=policy, ref_probs=ref_probs)
     terms = torch.xlogy(policy, policy) - torch.xlogy(policy, ref_probs) - policy + ref_probs
     if weight is None:
-        return terms.sum()
+        return terms.sum(-1)
     check_same_shape(policy=policy, weight=weight)
-    return (weight * terms).sum()
+    return (weight * terms).sum(-1)
 
 
 def objective(
@@ -65,38 +68,36 @@ def objective(
     """The objective J(π) = E_π[R] - β * D_w(π || π0).
 
     Args:
-        policy: `(n,)`, π.
-        reward: `(n,)`, R, in units of reward.
-        ref_probs: `(n,)`, π0.
+        policy: `(…, n)`, π.
+        reward: `(…, n)`, R, in units of reward.
+        ref_probs: `(…, n)`, π0.
         kl_coef: β, in units of reward per nat.
-        weight: `(n,)`, w >= 0; None for 1, which is standard RLHF.
+        weight: `(…, n)`, w >= 0; None for 1, which is standard RLHF.
 
     Returns:
-        `()`, in units of reward.
+        `(…)`, in units of reward.
 
     Raises:
         ValueError: if the shapes differ.
     """
     check_same_shape(policy=policy, reward=reward)
-    return (policy * reward).sum() - kl_coef * bregman_kl(policy, ref_probs, weight)
+    return (policy * reward).sum(-1) - kl_coef * bregman_kl(policy, ref_probs, weight)
 
 
-def optimal_policy(
-    reward: Tensor, ref_probs: Tensor, kl_coef: float | Tensor, weight: Tensor | None = None, iterations: int = 200
-) -> Tensor:
+def optimal_policy(reward: Tensor, ref_probs: Tensor, kl_coef: float | Tensor, weight: Tensor | None = None) -> Tensor:
     """The policy that maximises `objective`, for one prompt or for many at once.
 
         π*(y) = π0(y) * exp( (R(y) - c) / (β * w(y)) ),    c such that it sums to 1
 
-    The sum falls as c grows, so c is found by bisection between the least and the greatest reward, in
-    logarithms and float64. w = 1 gives the Gibbs policy; β to infinity gives π0.
+    log Σ_y π0 exp((R - c) / (β * w)) is convex in c and falls, so Newton's steps from its left climb to the zero
+    without passing it. They start at c = E_π0[R/w] / E_π0[1/w], where by Jensen's inequality it is not negative; for
+    a constant weight the first step is exact. w = 1 gives the Gibbs policy; β to infinity gives π0.
 
     Args:
         reward: `(…, n)`, R, in units of reward.
         ref_probs: `(…, n)`, π0 >= 0, summing to 1.
-        kl_coef: β > 0, in units of reward per nat; a number, or `(…)` with one for each prompt.
+        kl_coef: β > 0, in units of reward per nat; a number, or a tensor that broadcasts to `(…)`.
         weight: `(…, n)`, w > 0; None for 1.
-        iterations: halvings of the bracket.
 
     Returns:
         `(…, n)` float64; zero where π0 is.
@@ -122,19 +123,20 @@ def optimal_policy(
         raise ValueError(f"expected ref_probs >= 0 that sum to 1, got {ref_probs.tolist()}")
     w = torch.ones_like(r) if weight is None else weight.double()
     price = torch.as_tensor(kl_coef, dtype=r.dtype)[..., None] * w
-    if not bool((price > 0).all()):
-        raise ValueError(f"expected kl_coef > 0 and every weight > 0, got {kl_coef} and {w.tolist()}")
-    log_p0 = (p0 / p0.sum(-1, keepdim=True)).log()
-    # Distances below the best reward in reach: a bracket that starts at 0 keeps its relative precision as it
-    # narrows.
+    if not bool(((price > 0) & price.isfinite()).all()):
+        raise ValueError(f"expected finite kl_coef > 0 and every weight > 0, got {kl_coef} and {w.tolist()}")
+    log_p0, slope = (p0 / p0.sum(-1, keepdim=True)).log(), 1 / price
+    # Distances below the best reward in reach, so that c stands near 0 and keeps its relative precision.
     best = r.masked_fill(p0 <= 0, -torch.inf).amax(-1, keepdim=True)
     below = torch.where(p0 > 0, r - best, 0.0)
-    low, high = torch.zeros_like(best), -below.amin(-1, keepdim=True)
-    for _ in range(iterations):
-        middle = 0.5 * (low + high)
-        too_much = torch.logsumexp(log_p0 + (below + middle) / price, dim=-1, keepdim=True) > 0
-        low, high = torch.where(too_much, low, middle), torch.where(too_much, middle, high)
-    return torch.softmax(log_p0 + (below + low) / price, dim=-1)
+    c = (p0 * slope * below).sum(-1, keepdim=True) / (p0 * slope).sum(-1, keepdim=True)
+    for _ in range(MAX_STEPS):
+        logits = log_p0 + (below - c) * slope
+        excess = logits.logsumexp(-1, keepdim=True)
+        if bool((excess.abs() <= 1e-12).all()):
+            break
+        c = c + excess / (logits.softmax(-1) * slope).sum(-1, keepdim=True)
+    return torch.softmax(log_p0 + (below - c) * slope, dim=-1)
 
 
 def match_kl(
@@ -162,15 +164,11 @@ def match_kl(
     low, high = (torch.full(ref_probs.shape[:-1], math.log(x), dtype=torch.float64) for x in bracket)
     for _ in range(iterations):
         middle = 0.5 * (low + high)
-        too_far = _kl(optimum(middle.exp()), ref_probs) > nats
+        too_far = bregman_kl(optimum(middle.exp()), ref_probs) > nats
         low, high = torch.where(too_far, middle, low), torch.where(too_far, high, middle)
     policy = optimum((0.5 * (low + high)).exp())
-    missed = (_kl(policy, ref_probs) - nats).abs() > 0.01 * nats
+    missed = (bregman_kl(policy, ref_probs) - nats).abs() > 0.01 * nats
     return policy.masked_fill(missed[..., None], torch.nan)
-
-
-def _kl(policy: Tensor, ref_probs: Tensor) -> Tensor:
-    return (torch.xlogy(policy, policy) - torch.xlogy(policy, ref_probs)).sum(-1)
 
 
 def _check_risk(true_reward: Tensor, sigma_diag: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from lit_vapo.folders import new_folder
 from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.critic import Critic, CriticSpec, Reads, load_critic, own_trunk, save_critic, saved_trunk
-from lit_vapo.models.exported import generation_config
-from lit_vapo.models.generation import Sampling, Shaping, stop_ids
+from lit_vapo.models.generation import Sampling, Shaping, generation_config, stop_ids
 from lit_vapo.models.policy import Policy, Role
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.models.reward import RewardModel, head_class, read_config, read_spec
@@ -224,14 +223,14 @@ class ActorCritic(nn.Module):
         """
         tokenizer = load_tokenizer(self.base)
         stops = stop_ids(self.policy.causal_lm, sampling, tokenizer.eos_token_id)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+        pad = {} if tokenizer.pad_token_id is None else {"pad_token_id": int(tokenizer.pad_token_id)}
         # Before adapters are merged, if they are to be: that takes the critic's away.
         adapters = {n: p.detach().contiguous() for n, p in self._critic_adapters().items()}
         with new_folder(folder, "--output") as target:
             self.policy.save_pretrained(target, merge)
             tokenizer.save_pretrained(target)
             # After the model's own, which transformers writes beside whole weights.
-            generation_config(sampling, stops, int(pad)).save_pretrained(target)
+            generation_config(sampling, stops, **pad).save_pretrained(target)
             if self.critic is not None:
                 save_critic(target / CRITIC_NAME, self.critic, adapters, self.reads)
 

@@ -8,9 +8,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import GenerationConfig
 
-from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained, model_config
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -121,21 +119,6 @@ def load_adapter_weights(lm: PeftModel, name: str, folder: str | Path) -> None:
             f"{_shape(saved[first].shape if first in saved else None)} in {str(folder)!r} ({len(differing)} differ)"
         )
     set_peft_model_state_dict(lm, saved, adapter_name=name)
-
-
-def generation_config(sampling: Sampling, stops: list[int], pad: int) -> GenerationConfig:
-    """How the policy was sampled in training, as transformers writes it down."""
-    return GenerationConfig(
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=sampling.max_new_tokens,
-        min_new_tokens=sampling.min_new_tokens or None,
-        stop_strings=sampling.stop_strings,
-        eos_token_id=stops or None,
-        pad_token_id=pad,
-    )
 
 
 def same_place(one: Any, other: Any) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
+from transformers import GenerationConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,3 +140,26 @@ def stop_ids(lm: PreTrainedModel, sampling: Sampling, eos_token_id: int | None) 
             f"sampling.min_new_tokens: expected 0 for a model without stop tokens, got {sampling.min_new_tokens}"
         )
     return ids
+
+
+def generation_config(sampling: Sampling, stops: list[int], **others: Any) -> GenerationConfig:
+    """The sampling, as transformers writes it down.
+
+    Args:
+        sampling: How responses are drawn.
+        stops: Tokens that end a response (see `stop_ids`).
+        others: Further settings, and others in place of these.
+    """
+    settings: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": sampling.max_new_tokens,
+        "min_new_tokens": sampling.min_new_tokens or None,
+        "stop_strings": sampling.stop_strings,
+        "eos_token_id": stops or None,
+        # Lengths tell where a response ends, so any token will do.
+        "pad_token_id": (stops or [0])[0],
+    }
+    return GenerationConfig(**settings | others)

@@ -19,7 +19,7 @@ from transformers import (
     StopStringCriteria,
 )
 
-from lit_vapo.models.generation import Generated, Generator, Sampling
+from lit_vapo.models.generation import Generated, Generator, Sampling, generation_config
 
 _NEVER = torch.iinfo(torch.long).max
 
@@ -111,16 +111,13 @@ class _StopSearch(StoppingCriteria):
 
 def _config(sampling: Sampling, stops: list[int], done: int, until: int) -> GenerationConfig:
     """How to go on from `done` tokens of the responses to `until`."""
-    return GenerationConfig(
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_k=0,
-        top_p=1.0,
+    return generation_config(
+        sampling,
+        stops,
         repetition_penalty=1.0,
         max_new_tokens=until - done,
         min_new_tokens=max(0, min(sampling.min_new_tokens, until) - done) or None,
-        eos_token_id=stops or None,
-        pad_token_id=(stops or [0])[0],  # lengths tell where a response ends, so any token will do
+        stop_strings=None,  # `_StopSearch` looks for them in the responses alone
         use_cache=True,
         return_dict_in_generate=True,
     )

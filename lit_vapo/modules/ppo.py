@@ -232,11 +232,6 @@ class PPOModule(EvaluatedPolicy):
         cast("Any", self.lr_schedulers()).step()
         return learned
 
-    @property
-    def iteration(self) -> int:
-        """Number of the iteration, from 1, over all runs that one checkpoint continues."""
-        return self.trainer.fit_loop.total_batch_idx + 1
-
     def _sum(self, x: Tensor) -> Tensor:
         """Sum over all processes."""
         return cast("Tensor", self.trainer.strategy.reduce(x.clone(), reduce_op="sum"))

@@ -55,7 +55,7 @@ class EvaluatedPolicy(TrainedWeightsModule):
 
     def on_train_start(self) -> None:
         """Take up the evaluations of the run that is resumed, as far as it had come."""
-        done = self.trainer.fit_loop.total_batch_idx + 1
+        done = self.iteration
         found = read_evaluations(self._root / COURSE) if self.trainer.is_global_zero and done else []
         self.evaluations = [row for row in found if row["iteration"] <= done]
 
@@ -131,6 +131,11 @@ class EvaluatedPolicy(TrainedWeightsModule):
     # What all of them need.
 
     @property
+    def iteration(self) -> int:
+        """Number of the iteration under way or just over, from 1, in all runs that one checkpoint continues."""
+        return self.trainer.fit_loop.total_batch_idx + 1
+
+    @property
     def _root(self) -> Path:
         return Path(self.trainer.default_root_dir)
 
@@ -156,9 +161,8 @@ class EvaluatedPolicy(TrainedWeightsModule):
 
     def _write_course(self, reference: dict[str, float], policy: dict[str, float]) -> None:
         """Add this evaluation to the table and the picture of the run."""
-        iteration = self.trainer.fit_loop.total_batch_idx + 1
-        former = [row for row in self.evaluations if row["policy"] == POLICY and row["iteration"] != iteration]
-        row = evaluation_row(POLICY, iteration, self.trainer.global_step, policy)
+        former = [row for row in self.evaluations if row["policy"] == POLICY and row["iteration"] != self.iteration]
+        row = evaluation_row(POLICY, self.iteration, self.trainer.global_step, policy)
         self.evaluations = [evaluation_row(REFERENCE, 0, 0, reference), *former, row]
         write_evaluations(self._root / COURSE, self.evaluations)
         self._draw(PICTURE, "val", self.evaluations)

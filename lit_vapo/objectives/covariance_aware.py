@@ -86,7 +86,8 @@ class CovarianceAware(Objective):
         members = all_members(estimate, self)
         seen = torch.cat([members.sum(0), estimate.variance.sum()[None], members.new_full((1,), len(members))])
         seen = all_sum(seen)
-        self.totals.mul_(self.window / (self.window + seen[-1])).add_(seen)
+        batch = seen[-1]
+        self.totals.mul_(self.window / (self.window + batch)).add_(seen)
         gain, count = self.totals[:-2] / self.totals[-1], self.totals[-1]
         # The error of a mean over `count` responses whose members disagree by σ.
         noise = self.totals[-2] / count.square()
@@ -94,7 +95,8 @@ class CovarianceAware(Objective):
             gain, share = prompt_gains(members, log_ratio, num_responses, gain)
             noise = share.square() * estimate.variance / (num_responses - 1) + (1 - share).square() * noise
         weights = member_weights(gain, self.penalty, self.form == "bound", noise)
-        self.weights.copy_(weights.mean(0) if self.per_prompt else weights)
+        # Evaluation and the log have one weight for each member, the same in all processes.
+        self.weights.copy_(all_sum(weights.sum(0)) / batch if self.per_prompt else weights)
         return self._score(estimate, weights)
 
     def statistics(self) -> dict[str, Tensor]:

@@ -23,8 +23,7 @@ from joblib import Parallel, delayed
 from rich.progress import track
 
 from lit_vapo.folders import write_whole
-from lit_vapo.study.experiment import Experiment, Record, Repetition, seed_of
-from lit_vapo.study.summary import Analysis
+from lit_vapo.study.experiment import Analysis, Experiment, Record, Repetition, seed_of
 
 VERSIONS = ("lit-vapo", "torch", "numpy", "scipy", "statsmodels", "lightning", "transformers", "peft")
 FAILED = ".failed.json"
@@ -72,11 +71,13 @@ class Results(NamedTuple):
         records: Records of all finished repetitions, in order.
         failures: `setting`, `repetition`, `seed` and `error` of those that failed.
         missing: How many repetitions have neither yet, by setting.
+        versions: The different sets of versions that they were made with: more than one after an upgrade half-way.
     """
 
     records: list[Record]
     failures: list[dict[str, Any]]
     missing: dict[str, int]
+    versions: list[dict[str, str]]
 
 
 def run(
@@ -159,12 +160,15 @@ def merge(study: Study) -> Results:
     """Read all parts and write `results.jsonl`: a line for each record or failed repetition, in order."""
     records: list[Record] = []
     failures: list[dict[str, Any]] = []
+    made_with: list[dict[str, str]] = []
     missing = {}
     for setting in study.experiment.settings:
         there: set[int] = set()
         for path in _files(study, setting):
             part = json.loads(path.read_text(encoding="utf-8"))
             there.update(n for n in _span(path) if n < study.repetitions)
+            if part["versions"] not in made_with:
+                made_with.append(part["versions"])
             records += [r for r in (Record(**r) for r in part["records"]) if r.repetition < study.repetitions]
             failures += [f for f in part["failures"] if f["repetition"] < study.repetitions]
         missing[setting] = study.repetitions - len(there)
@@ -174,7 +178,7 @@ def merge(study: Study) -> Results:
     failures.sort(key=lambda f: (order[f["setting"]], f["repetition"]))
     lines = [json.dumps(line, sort_keys=True) for line in [*map(vars, records), *failures]]
     write_whole(Path(study.output) / "results.jsonl", "".join(f"{line}\n" for line in lines))
-    return Results(records, failures, missing)
+    return Results(records, failures, missing, made_with)
 
 
 def versions() -> dict[str, str]:
@@ -185,17 +189,6 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
-
-
-def part_versions(study: Study) -> list[dict[str, str]]:
-    """The different sets of versions that the parts were made with: more than one after an upgrade half-way."""
-    found: list[dict[str, str]] = []
-    for setting in study.experiment.settings:
-        for path in _files(study, setting):
-            made_with = json.loads(path.read_text(encoding="utf-8"))["versions"]
-            if made_with not in found:
-                found.append(made_with)
     return found
 
 

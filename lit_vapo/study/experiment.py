@@ -1,4 +1,7 @@
-"""What a study repeats: the contract of all experiments, and the record of one run."""
+"""What a study repeats and compares: the contract of all experiments, the record of one run, what is asked.
+
+Nothing here needs scipy or statsmodels, so that the processes of a study need not load them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, NamedTuple
 
 
@@ -101,37 +105,51 @@ class Record:
 
 
 class Experiment(ABC):
-    """What is repeated. A subclass says what the settings are and runs all methods of one repetition.
+    """What is repeated. A subclass says what the settings are and runs all methods of one or several repetitions.
 
     The methods of a repetition are paired: they start from the same policy and see the same random numbers wherever
     that is possible, so that what differs between them is the method.
 
     Attributes:
+        settings: What is known of each setting, by name; names are words without slashes.
         block_size: How many repetitions are computed at once and kept in one file. 1 where a repetition takes long.
     """
 
+    settings: Mapping[str, Mapping[str, Any]]
     block_size: int = 1
 
-    @property
     @abstractmethod
-    def settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """What is known of each setting, by name; names are words without slashes."""
-
-    @abstractmethod
-    def run(self, setting: str, repetition: Repetition) -> list[Record]:
-        """Run every method once, from random numbers of the repetition's seed alone.
+    def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
+        """Run every method once in each repetition, from random numbers of the repetition's seed alone.
 
         Args:
             setting: Name of the setting.
-            repetition: Which repetition.
+            repetitions: Which repetitions; the records of one must not depend on the others.
 
         Returns:
-            One record for each method.
+            One record for each method and repetition.
         """
 
-    def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
-        """Run several repetitions. Override where they can be computed together; the records must be the same."""
-        return [record for repetition in repetitions for record in self.run(setting, repetition)]
+    def run(self, setting: str, repetition: Repetition) -> list[Record]:
+        """Run one repetition."""
+        return self.run_block(setting, [repetition])
+
+
+def settings_grid(**lists: list[Any]) -> dict[str, dict[str, Any]]:
+    """All combinations, named by what is not the same in all of them (or by everything where there is but one).
+
+    Raises:
+        ValueError: A list is empty, or holds a value twice.
+    """
+    for name, values in lists.items():
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{name}: expected a list of different values, got {values}")
+    shown = [name for name, values in lists.items() if len(values) > 1] or list(lists)[:1]
+    found = {}
+    for combination in product(*lists.values()):
+        params = dict(zip(lists, combination, strict=True))
+        found[",".join(f"{name}={params[name]:g}" for name in shown)] = params
+    return found
 
 
 class Joined(Experiment):
@@ -148,19 +166,33 @@ class Joined(Experiment):
         if not experiments:
             raise ValueError("experiments: expected at least one, got none")
         self.experiments = experiments
+        self.settings = {f"{name}:{key}": x for name, e in experiments.items() for key, x in e.settings.items()}
         self.block_size = min(e.block_size for e in experiments.values())
-
-    @property
-    def settings(self) -> dict[str, Mapping[str, Any]]:
-        """Settings of all experiments."""
-        return {f"{name}:{key}": value for name, e in self.experiments.items() for key, value in e.settings.items()}
-
-    def run(self, setting: str, repetition: Repetition) -> list[Record]:
-        """Run the repetition in the experiment that the setting belongs to."""
-        return self.run_block(setting, [repetition])
 
     def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
         """Run the repetitions in the experiment that the setting belongs to."""
         name, _, inner = setting.partition(":")
         records = self.experiments[name].run_block(inner, repetitions)
         return [Record(**(vars(record) | {"setting": setting})) for record in records]
+
+
+@dataclass
+class Analysis:
+    """What is compared.
+
+    Args:
+        baselines: Methods that all others are compared with; the first of each setting's, by name, if none is said.
+        kl: KL divergences in nats at which methods are compared beside their final policies.
+        smallest_ratio: A variance ratio (baseline over method) below this is not worth having: where the whole interval
+            lies below it, a lower variance does not hold.
+        smallest_risk: The same for a risk reduction, in [0, 1].
+    """
+
+    baselines: list[str] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    smallest_ratio: float = 1.1
+    smallest_risk: float = 0.01
+
+    def __post_init__(self) -> None:
+        if any(level <= 0 for level in self.kl):
+            raise ValueError(f"analysis.kl: expected levels > 0, got {self.kl}")

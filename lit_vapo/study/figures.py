@@ -11,12 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lit_vapo.figures import GREY, _drawing
+from lit_vapo.figures.drawing import COLOURS, GREY, drawing
 from lit_vapo.study.experiment import Record
 from lit_vapo.study.summary import Outcome
-
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:
@@ -65,7 +62,7 @@ def distributions(found: Sequence[Outcome], path: str | Path) -> None:
     """
     settings, methods = _names(found, "setting"), _names(found, "method")
     colour = colours(methods)
-    with _drawing(path, *_size(settings, 0.7 + 0.26 * len(methods))) as figure:
+    with drawing(path, *_size(settings, 0.7 + 0.26 * len(methods))) as figure:
         for i, (axis, setting) in enumerate(zip(_panels(figure, settings, sharex=True), settings, strict=True)):
             here = [o for o in found if o.setting == setting and len(o.gains) > 1]
             for row, outcome in enumerate(reversed(here)):
@@ -97,7 +94,7 @@ def mean_risk(found: Sequence[Outcome], path: str | Path) -> None:
     """
     points, methods = _names(found, "point"), _names(found, "method")
     colour = colours(methods)
-    with _drawing(path, *_size(points, 3.1)) as figure:
+    with drawing(path, *_size(points, 3.1)) as figure:
         for axis, point in zip(_panels(figure, points), points, strict=True):
             for method in methods:
                 rows = [o.row() for o in found if o.point == point and o.method == method and o.gains]
@@ -126,7 +123,7 @@ def return_against_kl(records: Sequence[Record], path: str | Path) -> None:
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.setting, record.method), []).append(record)
-    with _drawing(path, *_size(settings, 2.4)) as figure:
+    with drawing(path, *_size(settings, 2.4)) as figure:
         for axis, setting in zip(_panels(figure, settings, sharey=True), settings, strict=True):
             for method in methods:
                 runs = groups.get((setting, method), [])
@@ -160,7 +157,7 @@ def effects(found: Sequence[Outcome], rows: Sequence[dict[str, Any]], baseline: 
     methods = _names(found, "method")
     colour = colours(methods)
     step = 0.7 / len(methods)
-    with _drawing(path, 10.5, 1.5 + len(settings) * (0.16 + 0.13 * len(methods))) as figure:
+    with drawing(path, 10.5, 1.5 + len(settings) * (0.16 + 0.13 * len(methods))) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         for row in rows:
             y = settings.index(row["setting"]) + step * (methods.index(row["method"]) - (len(methods) - 1) / 2)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_vapo.folders import write_whole
-from lit_vapo.study.execution import Results, Study, part_versions
+from lit_vapo.study.execution import Results, Study
 from lit_vapo.study.figures import distributions, effects, mean_risk, return_against_kl
 from lit_vapo.study.statistics import Interval
 from lit_vapo.study.summary import Outcome, compare, formulas, outcomes, sentences
@@ -71,15 +71,15 @@ def report(study: Study, config: Mapping[str, Any], results: Results) -> list[st
             f"output: {study.output!r} has no finished repetition, but {len(results.failures)} that failed"
         )
     found = outcomes(results.records, study.analysis)
-    rows, exact = compare(found, study.analysis), formulas(results.records)
+    methods, rows, exact = [o.row() for o in found], compare(found, study.analysis), formulas(results.records)
     claims = sentences(rows, exact)
     state = _state(study, results)
     summary = {
         "config": config,
-        "versions": part_versions(study),
+        "versions": results.versions,
         "state": state,
         "claims": claims,
-        "methods": [outcome.row() for outcome in found],
+        "methods": methods,
         "comparisons": rows,
         "formulas": exact,
         "failures": results.failures,
@@ -92,7 +92,7 @@ def report(study: Study, config: Mapping[str, Any], results: Results) -> list[st
         Section("State of the study", [f"- {line}" for line in state], [], {}),
         *([Section("Risk formulas beside simulation", [], _table(exact), {})] if exact else []),
         *(Section(title, [], [], shown) for title, shown in pictures.items()),
-        Section("Every method", [], _table([outcome.row() for outcome in found]), {}),
+        Section("Every method", [], _table(methods), {}),
         Section("Every comparison", [], _table(rows), {}),
         Section("Configuration", [f"    {line}" for line in json.dumps(config, indent=2).splitlines()], [], {}),
     ]
@@ -110,9 +110,8 @@ def _state(study: Study, results: Results) -> list[str]:
     if missing:
         lines.append(f"Missing: {', '.join(f'{n} of {setting}' for setting, n in missing.items())}.")
     lines += [f"Failed: {f['setting']}, repetition {f['repetition']}: {f['error']}" for f in results.failures]
-    made_with = part_versions(study)
-    if len(made_with) > 1:
-        lines.append(f"Made with {len(made_with)} different sets of package versions: see summary.json.")
+    if len(results.versions) > 1:
+        lines.append(f"Made with {len(results.versions)} different sets of package versions: see summary.json.")
     return lines
 
 

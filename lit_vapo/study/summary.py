@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_vapo.study.experiment import Record
+from lit_vapo.study.experiment import Analysis, Record
 from lit_vapo.study.statistics import (
     ALPHA,
     Comparison,
@@ -26,28 +25,6 @@ from lit_vapo.study.statistics import (
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided at this sample size"
 FINAL = "final"
-
-
-@dataclass
-class Analysis:
-    """What is compared.
-
-    Args:
-        baselines: Methods that all others are compared with; the first of each setting's, by name, if none is said.
-        kl: KL divergences in nats at which methods are compared beside their final policies.
-        smallest_ratio: A variance ratio (baseline over method) below this is not worth having: where the whole interval
-            lies below it, a lower variance does not hold.
-        smallest_risk: The same for a risk reduction, in [0, 1].
-    """
-
-    baselines: list[str] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    smallest_ratio: float = 1.1
-    smallest_risk: float = 0.01
-
-    def __post_init__(self) -> None:
-        if any(level <= 0 for level in self.kl):
-            raise ValueError(f"analysis.kl: expected levels > 0, got {self.kl}")
 
 
 class Outcome(NamedTuple):

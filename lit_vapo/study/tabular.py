@@ -5,19 +5,16 @@ Source: Banerjee, Saha, Gopalan, "Towards Reliable, Uncertainty-Aware Alignment"
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lit_vapo.functional import risk_vanilla, risk_variance_aware
-from lit_vapo.functional.optima import optimal_policies, policy_kl
+from lit_vapo.functional import bregman_kl, optimal_policy, risk_vanilla, risk_variance_aware
 from lit_vapo.objectives.base import Objective
-from lit_vapo.study.experiment import Experiment, Record, Repetition
+from lit_vapo.study.experiment import Experiment, Record, Repetition, settings_grid
 from lit_vapo.study.variance import Draws, Honest, ToldVariance
 from lit_vapo.types import RewardEstimate
 
@@ -96,16 +93,7 @@ class SmallSteps(Experiment):
         self.world = World(responses, noise)
         self.kl = kl
         self.block_size = block_size
-        self._settings = _grid(noise_ratio=noise_ratio, world=list(range(worlds)))
-
-    @property
-    def settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """The ratio and the world of each setting."""
-        return self._settings
-
-    def run(self, setting: str, repetition: Repetition) -> list[Record]:
-        """One estimate, two steps."""
-        return self.run_block(setting, [repetition])
+        self.settings = settings_grid(noise_ratio=noise_ratio, world=list(range(worlds)))
 
     def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
         """All estimates at once."""
@@ -125,7 +113,7 @@ class SmallSteps(Experiment):
             step = (estimate - centre) / weight
             # KL(π0 + d ‖ π0) = n/2 · ‖d‖² to second order for a uniform π0.
             step = step * (2 * self.kl / n) ** 0.5 / step.norm(dim=1, keepdim=True)
-            gain, kl = step @ true, policy_kl(reference + step, reference)
+            gain, kl = step @ true, bregman_kl(reference + step, reference.expand_as(step))
             base = float(reference @ true)
             for i, repetition in enumerate(repetitions):
                 at, value, exact = [float(kl[i])], [base + float(gain[i])], {"exact_risk": float(risk)}
@@ -172,22 +160,13 @@ class Optima(Experiment):
         self.methods = methods
         self.world = World(responses, noise)
         self.block_size = block_size
-        self._settings = _grid(
+        self.settings = settings_grid(
             noise_ratio=noise_ratio,
             members=members,
             correlation=correlation,
             kl_coef=kl_coef,
             world=list(range(worlds)),
         )
-
-    @property
-    def settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """Ratio, members, correlation, coefficient and world of each setting."""
-        return self._settings
-
-    def run(self, setting: str, repetition: Repetition) -> list[Record]:
-        """One ensemble, every method."""
-        return self.run_block(setting, [repetition])
 
     def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
         """All ensembles at once."""
@@ -197,29 +176,19 @@ class Optima(Experiment):
         reference = torch.full((n,), 1 / n, dtype=torch.float64)
         base = float(reference @ true)
         members, draws = _ensembles(true, sigma, params["members"], params["correlation"], repetitions)
-        coefs = params["kl_coef"] * torch.tensor([2.0**-k for k in HALVINGS], dtype=torch.float64)[:, None, None]
+        coefs = params["kl_coef"] * torch.tensor([2.0**-k for k in HALVINGS], dtype=torch.float64)[:, None]
         records = []
         for name, method in self.methods.items():
             reward, weight = _scores(method, members, draws, reference)
-            policy = optimal_policies(reward, reference, coefs * weight)
+            reward, weight, start = (x.expand(len(coefs), *reward.shape) for x in (reward, weight, reference))
+            policy = optimal_policy(reward, start, coefs, weight)
+            # Rounding may leave a small divergence below zero.
+            divergence = bregman_kl(policy, start).clamp_min(0)
             # Eight decimals: the files would be twice as large with all of them.
-            kl, value = (x.T.round(decimals=8).tolist() for x in (policy_kl(policy, reference), policy @ true))
+            kl, value = (x.T.round(decimals=8).tolist() for x in (divergence, policy @ true))
             for i, repetition in enumerate(repetitions):
                 records.append(Record(name, setting, *repetition, kl[i], value[i], base, final=HALVINGS.index(0)))
         return records
-
-
-def _grid(**lists: list[Any]) -> dict[str, dict[str, Any]]:
-    """All combinations, named by what is not the same in all of them (or by everything where there is but one)."""
-    for name, values in lists.items():
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"{name}: expected a list of different values, got {values}")
-    shown = [name for name, values in lists.items() if len(values) > 1] or list(lists)[:1]
-    found = {}
-    for combination in product(*lists.values()):
-        params = dict(zip(lists, combination, strict=True))
-        found[",".join(f"{name}={params[name]:g}" for name in shown)] = params
-    return found
 
 
 def _ensembles(

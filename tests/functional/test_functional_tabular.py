@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import optimize, stats
+from scipy.special import logsumexp
 
 from lit_vapo.functional import bregman_kl, match_kl, objective, optimal_policy, risk_vanilla, risk_variance_aware
 
@@ -200,16 +201,40 @@ def test_many_prompts_at_once_are_each_by_itself():
     rewards, refs, weights = (torch.stack(x) for x in zip(*map(random_case, range(4)), strict=True))
     kl_coef = torch.tensor([0.1, 0.5, 1.0, 4.0], dtype=torch.float64)
     together = optimal_policy(rewards, refs, kl_coef, weights)
-    alone = [optimal_policy(r, p, b.item(), w) for r, p, b, w in zip(rewards, refs, kl_coef, weights, strict=True)]
-    torch.testing.assert_close(together, torch.stack(alone))
+    cases = list(zip(rewards, refs, kl_coef.tolist(), weights, strict=True))
+    torch.testing.assert_close(together, torch.stack([optimal_policy(*case) for case in cases]))
+    alone = [bregman_kl(policy, ref) for policy, ref in zip(together, refs, strict=True)]
+    torch.testing.assert_close(bregman_kl(together, refs), torch.stack(alone))
+    values = [objective(p, r, ref, 0.5, w) for p, (r, ref, _, w) in zip(together, cases, strict=True)]
+    torch.testing.assert_close(objective(together, rewards, refs, 0.5, weights), torch.stack(values))
+
+
+def bisected(reward, ref, weight):
+    """π* with c between the least and the greatest reward, by a bracketing solver of scipy."""
+
+    def excess(c):
+        return logsumexp(np.log(ref) + (reward - c) / weight)
+
+    c = optimize.brentq(excess, reward.min(), reward.max(), xtol=1e-14, rtol=1e-14)
+    return ref * np.exp((reward - c) / weight)
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_optimum_against_bisection(spread):
+    # At a spread of 4 weights run from about e⁻¹² to e¹²: one response is free and the next one frozen.
+    draw = torch.Generator().manual_seed(0)
+    rewards = 3 * torch.randn(40, 7, generator=draw, dtype=torch.float64)
+    refs = torch.randn(40, 7, generator=draw, dtype=torch.float64).softmax(-1)
+    weights = (spread * torch.randn(40, 7, generator=draw, dtype=torch.float64)).exp()
+    found = optimal_policy(rewards, refs, 1.0, weights)
+    for row, *case in zip(found.numpy(), rewards.numpy(), refs.numpy(), weights.numpy(), strict=True):
+        np.testing.assert_allclose(row, bisected(*case), rtol=1e-6, atol=1e-9)
 
 
 def test_matched_kl_is_met_or_said_to_be_out_of_reach():
     rewards, refs, weights = (torch.stack(x) for x in zip(*map(random_case, range(4)), strict=True))
     policy = match_kl(lambda b: optimal_policy(rewards, refs, b, weights), refs, 0.3)
-    torch.testing.assert_close(
-        torch.stack([bregman_kl(p, q) for p, q in zip(policy, refs, strict=True)]).mean(), torch.tensor(0.3).double()
-    )
+    torch.testing.assert_close(bregman_kl(policy, refs), torch.full((4,), 0.3, dtype=torch.float64))
     # Nothing is further from (1/2, 1/2) than log 2.
     even = torch.full((2,), 0.5, dtype=torch.float64)
     assert match_kl(lambda b: optimal_policy(torch.tensor([1.0, 0.0]), even, b), even, 0.8).isnan().all()
@@ -220,7 +245,8 @@ def test_matched_kl_is_met_or_said_to_be_out_of_reach():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kl_coef": 0.0}, "expected kl_coef > 0 and every weight > 0, got 0.0"),
+        ({"kl_coef": 0.0}, "expected finite kl_coef > 0 and every weight > 0, got 0.0"),
+        ({"kl_coef": math.inf}, "expected finite kl_coef > 0 and every weight > 0, got inf"),
         ({"weight": torch.tensor([1.0, 0.0])}, r"every weight > 0, got 0.5 and \[1.0, 0.0\]"),
         ({"ref_probs": torch.tensor([0.5, 0.6])}, "expected ref_probs >= 0 that sum to 1"),
         ({"reward": torch.tensor([0.0, math.nan])}, r"expected reward with finite entries, got \[0.0, nan\]"),

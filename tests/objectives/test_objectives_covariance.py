@@ -65,15 +65,18 @@ def test_two_processes_are_one(per_prompt):
     members, log_ratio = random_members(0), torch.randn(8, generator=torch.Generator().manual_seed(2))
     whole = prepared(per_prompt=per_prompt)
     expected = observe(whole, members, log_ratio, 4)
-    parts = []
-    halves = [(members[:4], log_ratio[:4]), (members[4:], log_ratio[4:])]
-    for half in halves:  # what each process would send
-        observe(prepared(per_prompt=per_prompt), *half, 4, all_sum=lambda x: parts.append(x) or x)
-    both = [prepared(per_prompt=per_prompt) for _ in halves]
-    scores = [observe(o, *half, 4, all_sum=lambda x: sum(parts)) for o, half in zip(both, halves, strict=True)]
+    halves, totals = [(members[:4], log_ratio[:4]), (members[4:], log_ratio[4:])], []
+    for _ in range(3):  # the second sum depends on the first: each round knows one more
+        both, scores, sent = [prepared(per_prompt=per_prompt) for _ in halves], [], []
+        for objective, half in zip(both, halves, strict=True):
+            known, calls = iter(totals), []
+            scores.append(observe(objective, *half, 4, lambda x, k=known, c=calls: c.append(x) or next(k, x)))
+            sent.append(calls)
+        totals = [sum(x) for x in zip(*sent, strict=True)]
     torch.testing.assert_close(torch.cat([s.reward for s in scores]), expected.reward)
-    torch.testing.assert_close(both[0].totals, whole.totals)
-    torch.testing.assert_close(sum(o.weights for o in both) / 2, whole.weights)
+    for objective in both:
+        torch.testing.assert_close(objective.totals, whole.totals)
+        torch.testing.assert_close(objective.weights, whole.weights)
 
 
 @pytest.mark.parametrize("form", ["bound", "variance"])

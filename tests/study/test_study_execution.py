@@ -64,9 +64,11 @@ def test_a_second_start_does_only_what_is_missing(tmp_path, monkeypatch):
 
 def test_a_killed_study_ends_like_one_that_was_not(tmp_path):
     start(tmp_path / "whole", repetitions=20, seconds=0)
+    # Two parts at once, and in threads: each process would have to load torch first.
     code = (
         "from study_experiments import Toy; from test_study_execution import start; "
-        f"start({str(tmp_path / 'killed')!r}, repetitions=20, seconds=0.05, options={{'jobs': 2}})"
+        f"start({str(tmp_path / 'killed')!r}, repetitions=20, seconds=0.05, "
+        "options={'jobs': 2, 'backend': 'threading'})"
     )
     path = os.pathsep.join(map(str, [HERE, HERE.parent, HERE.parents[1]]))
     process = subprocess.Popen(

@@ -1,0 +1,1 @@
+"""A language model of half a million parameters, for studies that repeat PPO hundreds of times."""

@@ -1,0 +1,225 @@
+"""Level 2: a small language model, PPO as it is, and a true reward that only the study sees."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from lit_vapo.advantages.base import AdvantageEstimator
+from lit_vapo.advantages.rloo import Rloo
+from lit_vapo.data.datamodule import PromptDataModule
+from lit_vapo.models.generation import Sampling
+from lit_vapo.models.pretrained import Lora, Pretrained, quiet
+from lit_vapo.models.reward import FeatureSpec, RewardModel
+from lit_vapo.modules.ppo import PPOModule
+from lit_vapo.modules.ppo_update import UpdateSettings
+from lit_vapo.modules.run import NOISE
+from lit_vapo.objectives.base import Objective
+from lit_vapo.study.experiment import Experiment, Record, Repetition
+from lit_vapo.study.true_reward import TrueReward
+from lit_vapo.uncertainty.base import RewardHead
+
+# A run of a study is one of hundreds.
+UNHEARD = (
+    ".*does not have many workers.*",
+    ".*responses \\(0%\\) ended by themselves.*",
+    ".*`?isinstance\\(treespec, LeafSpec\\)`? is deprecated.*",
+)
+# What of its last iteration a run's record tells.
+SHOWN = ("train/objective_reward", "train/ensemble_sigma", "train/kl_weight_mean", "train/kl_coef", "train/entropy")
+
+
+@dataclass
+class Training:
+    """How every method of a study trains: options of the ppo stage, with defaults for a small model from scratch.
+
+    Args:
+        iterations: Rollouts; each is a point of the run, and the last is what the run is judged by (the update that
+            follows it is not).
+        batch_size: Prompts of a rollout.
+        max_prompt_length: Most tokens of a prompt.
+        sampling: How responses are drawn.
+        advantage: What a token is better than.
+        update: How PPO learns from a rollout.
+        lora: Adapters to train; `null` trains all weights.
+        learning_rate: Peak learning rate of the actor.
+        kl_coef: β, in units of reward per nat.
+        kl_target: Plain KL in nats that β is adapted to reach, or `null` for a fixed β.
+    """
+
+    iterations: int = 20
+    batch_size: int = 64
+    max_prompt_length: int = 32
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=12, num_responses=4))
+    advantage: AdvantageEstimator = field(default_factory=Rloo)
+    update: UpdateSettings = field(default_factory=lambda: UpdateSettings(epochs=1))
+    lora: Lora | None = None
+    learning_rate: float = 1e-3
+    kl_coef: float = 0.3
+    kl_target: float | None = None
+
+
+class LanguageModelStudy(Experiment):
+    """Methods that align one language model against the same ensemble, in every repetition a new one.
+
+    A subclass says what the ensemble of a repetition is; the ordinary `PPOModule` then trains every method against it,
+    from the same start, with the same prompts and the same random numbers. A run's points are its rollouts, on prompts
+    that it has not seen before.
+
+    Args:
+        prepared: Folder with `base` (the language model), `data/prompts.jsonl` and `true_reward` (`TrueReward`).
+        methods: What each method maximises, by name.
+        training: How all of them train.
+
+    Raises:
+        ValueError: There are no methods.
+    """
+
+    def __init__(self, prepared: str, methods: dict[str, Objective], training: Training | None = None) -> None:
+        if not methods:
+            raise ValueError("methods: expected at least one, got none")
+        self.prepared = Path(prepared)
+        self.methods = methods
+        self.training = training or Training()
+
+    @abstractmethod
+    def ensemble(self, params: Mapping[str, Any], seed: int) -> RewardHead:
+        """The ensemble of a repetition: a head on the features of the true reward, calibrated.
+
+        Args:
+            params: What is known of the setting.
+            seed: Where all its random numbers come from.
+        """
+
+    @cached_property
+    def true(self) -> TrueReward:
+        """The true reward."""
+        return TrueReward.load(self.prepared / "true_reward")
+
+    @cached_property
+    def features(self) -> FeatureSpec:
+        """What true reward and ensembles read."""
+        return FeatureSpec(Pretrained(str(self.prepared / "base")), pooling="mean")
+
+    @cached_property
+    def prompts(self) -> PromptDataModule:
+        """The prompts of all runs, read once.
+
+        Raises:
+            ValueError: There are too few for a run that sees each but once.
+        """
+        training, file = self.training, self.prepared / "data" / "prompts.jsonl"
+        data = PromptDataModule(
+            str(self.prepared / "base"),
+            prompts=str(file),
+            batch_size=training.batch_size,
+            max_prompt_length=training.max_prompt_length,
+            validation_fraction=0.0,
+        )
+        needed, there = training.iterations * training.batch_size, len(data.prompt_rows("train"))
+        if there < needed:
+            raise ValueError(f"{file}: expected at least {needed} prompts (iterations · batch_size), got {there}")
+        return data
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to other processes: not what is read from files."""
+        return {n: x for n, x in vars(self).items() if not isinstance(getattr(type(self), n, None), cached_property)}
+
+    def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
+        """One ensemble for each repetition, every method."""
+        return [record for repetition in repetitions for record in self._repeat(setting, repetition)]
+
+    def _repeat(self, setting: str, repetition: Repetition) -> list[Record]:
+        head = self.ensemble(self.settings[setting], repetition.seed)
+        records = []
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "ensemble"
+            RewardModel(self.features, head, None).save_pretrained(folder)
+            base = float(self.true(self.true.reference).mean())
+            for name, objective in self.methods.items():
+                seen = self._train(copy.deepcopy(objective), folder, repetition.seed)
+                records.append(Record(name, setting, *repetition, seen.kl, seen.true_return, base, seen.last))
+        return records
+
+    def _train(self, objective: Objective, ensemble: Path, seed: int) -> Watch:
+        """One run of one method."""
+        training = self.training
+        watch = Watch(self.true)
+        quiet()
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            for message in (*NOISE, *UNHEARD):
+                warnings.filterwarnings("ignore", message=message)
+            module = PPOModule(
+                self.features.base,
+                str(ensemble),
+                objective,
+                lora=training.lora,
+                sampling=training.sampling,
+                advantage=training.advantage,
+                update=training.update,
+                learning_rate=training.learning_rate,
+                kl_coef=training.kl_coef,
+                kl_target=training.kl_target,
+            )
+            trainer = Trainer(
+                accelerator="cpu",
+                devices=1,
+                max_epochs=1,
+                limit_train_batches=training.iterations,
+                limit_val_batches=0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=[watch],
+                default_root_dir=ensemble.parent,
+            )
+            torch.manual_seed(seed)
+            trainer.fit(module, self.prompts)
+        return watch
+
+
+class Watch(Callback):
+    """Notes KL and true return of every rollout; training knows nothing of it.
+
+    Args:
+        true: The true reward.
+
+    Attributes:
+        kl: KL to the reference at each rollout, nats (k1: the mean log-ratio of whole responses).
+        true_return: Mean true reward of each rollout.
+        last: Some statistics of the last one.
+    """
+
+    def __init__(self, true: TrueReward) -> None:
+        self.true = true
+        self.kl: list[float] = []
+        self.true_return: list[float] = []
+        self.last: dict[str, float] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the features that the ensemble is given, once an iteration."""
+        networks: Any = pl_module.networks
+        networks.reward_model.head.register_forward_hook(self._note)
+
+    def _note(self, head: nn.Module, given: tuple[Tensor], estimate: object) -> None:
+        self.true_return.append(float(self.true(given[0]).mean()))
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Note the rest of the iteration."""
+        logged = {name: float(x) for name, x in trainer.callback_metrics.items()}
+        self.kl.append(logged["train/kl_k1"])
+        self.last = {name.partition("/")[2]: logged[name] for name in SHOWN}

@@ -1,0 +1,103 @@
+"""Level 2 with learned rewards: an ensemble that learns from few preferences, some of them the wrong way round."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_vapo.modules.checkpoint import linear_decay, seeded
+from lit_vapo.objectives.base import Objective
+from lit_vapo.study.experiment import settings_grid
+from lit_vapo.study.language import LanguageModelStudy, Training
+from lit_vapo.study.true_reward import TrueReward
+from lit_vapo.types import FeaturePairs, PairLabels
+from lit_vapo.uncertainty.base import RewardHead
+from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
+
+
+class LearnedEnsemble(LanguageModelStudy):
+    """PPO against an ensemble that learned from preferences between responses of the reference.
+
+    Every repetition draws its own pairs of responses and turns round each preference with the probability `flipped`;
+    the members' initialisation and bootstrap are new as well.
+
+    Args:
+        prepared: Folder with language model, prompts and true reward (see `LanguageModelStudy`).
+        methods: What each method maximises, by name.
+        pairs: Numbers of preferences. Settings are all combinations of the lists.
+        flipped: Probabilities that a preference is stated the wrong way round, in [0, 0.5].
+        head: The estimator; its seed is the repetition's.
+        training: How all methods train.
+        steps: Steps of the estimator's optimiser, each on all pairs.
+        head_learning_rate: Its first learning rate (AdamW, linear decay, as in the reward stage).
+    """
+
+    def __init__(
+        self,
+        prepared: str,
+        methods: dict[str, Objective],
+        pairs: list[int],
+        flipped: list[float],
+        head: RewardHead | None = None,
+        training: Training | None = None,
+        steps: int = 200,
+        head_learning_rate: float = 0.01,
+    ) -> None:
+        super().__init__(prepared, methods, training)
+        self.settings = settings_grid(pairs=pairs, flipped=flipped)
+        self.head = head or HeadEnsemble()
+        self.steps = steps
+        self.head_learning_rate = head_learning_rate
+
+    def ensemble(self, params: Mapping[str, Any], seed: int) -> RewardHead:
+        """An ensemble that learned from preferences of its own."""
+        head = copy.deepcopy(self.head)
+        head.seed = seed
+        with seeded(seed):  # for estimators that draw from the common generator
+            head.build(self.true.reference.shape[1])
+            learn(head, draw_pairs(self.true, seed=seed, **params), self.steps, self.head_learning_rate)
+        head.requires_grad_(False).calibrate(self.true.reference)
+        return head
+
+
+def draw_pairs(true: TrueReward, pairs: int, flipped: float, seed: int) -> FeaturePairs:
+    """Preferences between responses of the reference, no response in two of them.
+
+    Args:
+        true: The true reward, and the responses.
+        pairs: N.
+        flipped: Probability that a preference is stated the wrong way round.
+        seed: Where they come from.
+
+    Raises:
+        ValueError: There are fewer than 2 N responses.
+    """
+    there = len(true.reference)
+    if 2 * pairs > there:
+        raise ValueError(f"pairs: expected at most {there // 2}, half of the responses there are, got {pairs}")
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randperm(there, generator=generator)[: 2 * pairs].view(2, pairs)
+    better = true(true.reference[first]) > true(true.reference[second])
+    stated = better ^ (torch.rand(pairs, generator=generator) < flipped)
+    chosen, rejected = torch.where(stated, first, second), torch.where(stated, second, first)
+    ones = torch.ones(pairs)
+    labels = PairLabels(torch.zeros(pairs), ones, ones, torch.arange(pairs))
+    return FeaturePairs(true.reference[chosen], true.reference[rejected], labels)
+
+
+def learn(head: RewardHead, pairs: FeaturePairs, steps: int, learning_rate: float) -> Tensor:
+    """Train an estimator that is built; the last loss, ()."""
+    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.01)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_decay(steps))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = head.loss(*pairs)
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    head.settle([pairs])
+    return loss.detach()

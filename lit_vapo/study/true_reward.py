@@ -1,0 +1,56 @@
+"""What a study on a small language model takes for true: a frozen reward, known of every response."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+NAME = "true_reward.safetensors"
+
+
+class TrueReward:
+    """A true reward of responses, and the features of responses that the reference gave.
+
+    The true reward is a fixed function of the text, 2·tanh(½·(w·φ − b)), with φ the frozen reference's last hidden
+    states, averaged over the response. It is smooth and within ±2; w·φ − b has mean 0 and standard deviation 1 over
+    responses of the reference.
+
+    Args:
+        weight: w (H,), in units of reward per unit of feature.
+        bias: b (), in units of reward.
+        reference: Features (N, H) of responses of the reference.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, reference: Tensor) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.reference = reference
+
+    @classmethod
+    def along(cls, direction: Tensor, reference: Tensor) -> TrueReward:
+        """The reward that rises in a direction (H,), centred and scaled on the reference's features (N, H)."""
+        score = reference @ direction
+        return cls(direction / score.std(), score.mean() / score.std(), reference)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """True reward (B,) of features (B, H)."""
+        return 2 * ((features @ self.weight - self.bias) / 2).tanh()
+
+    def save(self, folder: str | Path) -> None:
+        """Write it into a folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file({name: x.contiguous() for name, x in vars(self).items()}, Path(folder) / NAME)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TrueReward:
+        """Read it from a folder.
+
+        Raises:
+            ValueError: There is none.
+        """
+        path = Path(folder) / NAME
+        if not path.is_file():
+            raise ValueError(f"expected a folder with {NAME}, got {str(folder)!r}")
+        return cls(**load_file(path))

@@ -1,0 +1,244 @@
+"""Level 2 on a toy model: what is planted, what is learned from, what is noted, and that repetitions are repeatable."""
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import CONFIGS
+from jsonargparse import ArgumentParser
+
+from lit_vapo.advantages.gae import Gae
+from lit_vapo.data.datamodule import PromptDataModule
+from lit_vapo.models.features import compute_features
+from lit_vapo.models.generation import Sampling
+from lit_vapo.models.pretrained import Pretrained, freeze, load_backbone, load_causal_lm, load_tokenizer
+from lit_vapo.models.reward import FeatureSpec, RewardModel
+from lit_vapo.modules.ppo_update import UpdateSettings
+from lit_vapo.objectives.mean_reward import MeanReward
+from lit_vapo.objectives.single_reward import SingleReward
+from lit_vapo.objectives.variance_aware import VarianceAware
+from lit_vapo.rollout import sample_references
+from lit_vapo.study import language
+from lit_vapo.study.execution import Study
+from lit_vapo.study.experiment import Repetition
+from lit_vapo.study.known_noise import KnownNoise
+from lit_vapo.study.language import Training
+from lit_vapo.study.learned_ensemble import LearnedEnsemble, draw_pairs
+from lit_vapo.study.true_reward import TrueReward
+from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
+
+METHODS = {"single": SingleReward(), "mean": MeanReward(), "aware": VarianceAware()}
+TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """What the experiments need, around a random model."""
+    folder = tmp_path_factory.mktemp("prepared")
+    base = helpers.tiny_model(folder / "base", helpers.tiny_tokenizer(folder / "base"), layers=1)
+    (folder / "data").mkdir()
+    prompts = helpers.tiny_prompts(folder / "data" / "prompts.jsonl", 192)
+    data = PromptDataModule(base, prompts=prompts, batch_size=96, max_prompt_length=32, validation_fraction=0.0)
+    spec = FeatureSpec(Pretrained(base), pooling="mean")
+    head = HeadEnsemble(1)
+    head.build(1)
+    model = RewardModel(spec, head, freeze(load_backbone(spec.base)))
+    torch.manual_seed(0)
+    batches = data.prompt_batches("train", 192)
+    responses = sample_references(load_causal_lm(spec.base), load_tokenizer(spec.base), batches, Sampling(TOKENS))
+    reference = compute_features(model, responses, torch.device("cpu"))
+    TrueReward.along(torch.randn(32), reference).save(folder / "true_reward")
+    return folder
+
+
+def training(**options):
+    sampling = Sampling(TOKENS, num_responses=2)
+    update = UpdateSettings(epochs=1, minibatches=1)
+    return Training(
+        **{"iterations": 3, "batch_size": 8, "learning_rate": 0.02, "sampling": sampling, "update": update} | options
+    )
+
+
+def known(prepared, methods=METHODS, noise_ratio=(10,), **options):
+    return KnownNoise(str(prepared), methods, list(noise_ratio), **{"training": training(), "kinds": 4} | options)
+
+
+def learned(prepared, methods=METHODS, **options):
+    return LearnedEnsemble(str(prepared), methods, [20], [0.3], **{"training": training()} | options)
+
+
+# The true reward.
+
+
+def test_true_reward_by_hand():
+    # Scores 0, 2, 4 have mean 2 and standard deviation 2, so the middle one is worth 2·tanh(0) and the last 2·tanh(½).
+    true = TrueReward.along(torch.tensor([1.0, 0.0]), torch.tensor([[0.0, 5.0], [2.0, 1.0], [4.0, 9.0]]))
+    expected = torch.tensor([-0.924234, 0.0, 0.924234])
+    torch.testing.assert_close(true(true.reference), expected)
+
+
+def test_true_reward_is_kept(prepared, tmp_path):
+    true = TrueReward.load(prepared / "true_reward")
+    true.save(tmp_path)
+    assert torch.equal(TrueReward.load(tmp_path)(true.reference), true(true.reference))
+    with pytest.raises(ValueError, match=r"expected a folder with true_reward\.safetensors, got .*nowhere"):
+        TrueReward.load(tmp_path / "nowhere")
+
+
+# The planted noise.
+
+
+def errors(experiment, count):
+    """Errors (R, N, K) of many repetitions on the reference's responses, and the kinds (N,)."""
+    true = experiment.true(experiment.true.reference)[:, None]
+    (params,) = experiment.settings.values()
+    heads = [experiment.ensemble(params, seed) for seed in range(count)]
+    found = torch.stack([head(experiment.true.reference).members - true for head in heads])
+    return found, heads[0]
+
+
+@pytest.mark.parametrize("ratio", [1, 10])
+def test_planted_noise_has_the_variance_it_should(prepared, ratio):
+    experiment = known(prepared, noise_ratio=[ratio], members=3, noise=2.0, correlation=0.25)
+    error, head = errors(experiment, 200)
+    reference = experiment.true.reference
+    assert abs(float(error.mean())) < 0.1
+    # Of all responses and repetitions together, the mean square is noise² = 4 by construction.
+    assert float(error.square().mean()) == pytest.approx(4.0, rel=0.15)
+    assert float((error[..., 0] * error[..., 1]).mean()) == pytest.approx(0.25 * 4.0, abs=0.3)
+    # And of each kind σ_g², with the ratio that was asked for between the largest and the smallest.
+    kind, z = head.kind(reference), head.coordinates(reference)
+    shape = (1 + z.square().mean(1)) / 2
+    squares = torch.stack([(error.square().mean((0, 2)) / shape)[kind == g].mean() for g in range(4)])
+    assert float((squares.max() / squares.min()).sqrt()) == pytest.approx(ratio, rel=0.2)
+
+
+def test_worlds_say_what_is_noisy_and_repetitions_what_the_noise_is(prepared):
+    one, other = known(prepared), known(prepared, world=1)
+    params = one.settings["noise_ratio=10"]
+    a, b, c = one.ensemble(params, 5), one.ensemble(params, 6), other.ensemble(params, 5)
+    assert torch.equal(a.centres, b.centres)
+    assert not torch.equal(a.offset, b.offset)
+    assert not torch.equal(a.centres, c.centres)
+    more = known(prepared, members=12).ensemble(params, 5)
+    assert torch.equal(more.offset[:, :8], a.offset)
+
+
+def test_planted_noise_is_an_ensemble_like_any_other(prepared, tmp_path):
+    experiment = known(prepared)
+    head = experiment.ensemble(experiment.settings["noise_ratio=10"], 3)
+    reference = experiment.true.reference
+    RewardModel(experiment.features, head, None).save_pretrained(tmp_path / "ensemble")
+    read = RewardModel.from_pretrained(tmp_path / "ensemble", with_backbone=False).head
+    torch.testing.assert_close(read(reference).members, head(reference).members)
+    assert float(read.reference_variance) == pytest.approx(float(read(reference).variance.mean()), rel=1e-5)
+
+
+# The learned ensembles.
+
+
+def test_preferences_say_which_response_is_better(prepared):
+    true = TrueReward.load(prepared / "true_reward")
+    right = draw_pairs(true, 40, 0.0, seed=1)
+    assert (true(right.chosen) > true(right.rejected)).all()
+    wrong = draw_pairs(true, 40, 1.0, seed=1)
+    assert torch.equal(wrong.chosen, right.rejected)
+    assert not torch.equal(draw_pairs(true, 40, 0.0, seed=2).chosen, right.chosen)
+    with pytest.raises(ValueError, match="pairs: expected at most 96, half of the responses there are, got 97"):
+        draw_pairs(true, 97, 0.0, seed=0)
+
+
+def test_ensembles_learn_from_clear_preferences(prepared):
+    experiment = LearnedEnsemble(str(prepared), METHODS, [90], [0.0], head_learning_rate=0.05)
+    (params,) = experiment.settings.values()
+    head = experiment.ensemble(params, 0)
+    reference = experiment.true.reference
+    pairs = torch.stack([head(reference).mean, experiment.true(reference)])
+    assert float(pairs.corrcoef()[0, 1]) > 0.6
+    assert bool(head.calibrated)
+    assert not torch.equal(head.weight, experiment.ensemble(params, 1).weight)
+    assert torch.equal(head.weight, experiment.ensemble(params, 0).weight)
+
+
+# Runs.
+
+
+@pytest.mark.parametrize("make", [known, learned])
+def test_runs_are_paired_and_repeatable(prepared, make):
+    experiment = make(prepared)
+    (setting,) = experiment.settings
+    records = experiment.run(setting, Repetition(0, 7))
+    assert [r.method for r in records] == list(METHODS)
+    for record in records:
+        assert len(record.kl) == len(record.true_return) == 3
+        # The first rollout is the reference's, and the same in all methods.
+        assert record.kl[0] == pytest.approx(0, abs=1e-5)
+        assert record.true_return[0] == pytest.approx(records[0].true_return[0])
+        assert record.reference_return == pytest.approx(float(experiment.true(experiment.true.reference).mean()))
+    # A first step weighs no KL, as there is none yet; from the second on the methods differ.
+    assert len({r.kl[2] for r in records}) == 3
+    again = experiment.run(setting, Repetition(0, 7))
+    assert [vars(r) for r in again] == [vars(r) for r in records]
+    other = experiment.run(setting, Repetition(1, 8))
+    assert other[0].true_return != records[0].true_return
+
+
+def test_equal_noise_told_exactly_is_plain(prepared):
+    # With the same weight everywhere the method is the mean reward: the limit that the control stands for.
+    flat = VarianceAware(min_weight=1.0, max_weight=1.0)
+    (plain, aware) = known(prepared, {"mean": MeanReward(), "flat": flat}).run("noise_ratio=10", Repetition(0, 3))
+    assert aware.true_return == pytest.approx(plain.true_return, abs=1e-6)
+    assert aware.kl == pytest.approx(plain.kl, abs=1e-6)
+
+
+def test_policies_learn_the_truth_where_there_is_no_noise(prepared):
+    options = training(iterations=8, batch_size=24, kl_coef=0.01)
+    experiment = known(prepared, {"mean": MeanReward()}, noise=1e-3, training=options)
+    (record,) = experiment.run("noise_ratio=10", Repetition(0, 0))
+    assert np.mean(record.true_return[-3:]) > record.reference_return + 0.15
+    assert record.kl[-1] > 0.5
+
+
+def test_what_is_noted_is_what_the_rollouts_were(prepared, monkeypatch):
+    experiment = known(prepared, {"mean": MeanReward()}, noise=1e-4)
+    seen = []
+
+    class Spy(language.Watch):
+        def on_train_batch_end(self, trainer, *args):
+            super().on_train_batch_end(trainer, *args)
+            seen.append(float(trainer.callback_metrics["train/reward_mean"]))
+
+    monkeypatch.setattr(language, "Watch", Spy)
+    (record,) = experiment.run("noise_ratio=10", Repetition(0, 0))
+    # Without noise, the ensemble's mean is the truth.
+    assert record.true_return == pytest.approx(seen, abs=1e-3)
+    assert record.extra["objective_reward"] == pytest.approx(seen[-1])
+
+
+def test_other_estimators_of_the_advantage(prepared):
+    options = training(advantage=Gae(), sampling=Sampling(TOKENS))
+    (record,) = known(prepared, {"mean": MeanReward()}, training=options).run("noise_ratio=10", Repetition(0, 0))
+    assert np.isfinite(record.true_return).all()
+
+
+def test_bad_input_is_refused(prepared):
+    with pytest.raises(ValueError, match="methods: expected at least one, got none"):
+        known(prepared, {})
+    with pytest.raises(ValueError, match=r"expected at least 200 prompts .*, got 192"):
+        known(prepared, training=training(iterations=25)).run("noise_ratio=10", Repetition(0, 0))
+
+
+@pytest.mark.parametrize("name", ["known_noise", "learned_ensemble"])
+def test_shipped_configs_run(name, prepared):
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Study, as_group=False)
+    words = [f"--config={CONFIGS / 'study' / name}.yaml", f"--experiment.init_args.prepared={prepared}"]
+    small = {"iterations": 2, "batch_size": 4, "sampling.max_new_tokens": TOKENS, "update.minibatches": 1}
+    words += [f"--experiment.init_args.training.{key}={value}" for key, value in small.items()]
+    given = parser.instantiate_classes(parser.parse_args(words))
+    experiment = given.experiment
+    setting = list(experiment.settings)[-1]
+    records = experiment.run(setting, Repetition(0, 1))
+    assert [r.method for r in records] == list(experiment.methods)
+    assert set(given.analysis.baselines) <= set(experiment.methods)
