@@ -57,7 +57,8 @@ def work(job: Job, answer: Answer) -> None:
         # The peer does not clip gradients.
         update=UpdateSettings(job.epochs, job.minibatches, max_grad_norm=1e9),
         learning_rate=job.learning_rate,
-        critic_learning_rate=job.learning_rate,
+        # A head on frozen states may learn faster than a model of its own: ten times as fast, as our defaults are.
+        critic_learning_rate=job.learning_rate * (10 if job.critic == "reference" else 1),
         kl_coef=job.kl_coef,
     )
     trainer = Trainer(
