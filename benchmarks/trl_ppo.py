@@ -1,0 +1,223 @@
+"""PPO against TRL 1.12.0's: gold reward at equal KL, time of an iteration, memory.
+
+    python -m venv peer && peer/bin/pip install -c constraints-cpu.txt trl==1.12.0
+    python benchmarks/trl_ppo.py --peer_python peer/bin/python
+
+A small Llama learns a made-up language. Words belong to topics, topics have a worth, and the gold reward of a response
+is the mean worth of its words. For each seed a linear reward head learns from few preferences, whose labels are drawn
+from the gold reward's odds: it errs, and PPO against it overshoots. Both sides start from the same policy, maximise
+the same head (TRL reads it as a sequence classifier) less β·KL, and their policies are judged by the same code on the
+same held-out prompts: gold, and the KL of whole responses.
+
+Equal on both sides: policy, reward model, critic (a model of its own that starts from the reward model), prompts,
+batch, lengths, temperature, β, clipping, γ, λ, whitening, AdamW and its linear decay, one learning rate for policy and
+critic, data type, one thread, and the number of times the weights change, which is counted. TRL's `num_mini_batches`
+works only without gradient accumulation, so it runs without. TRL does not clip gradients, so we do not either.
+
+Not equal: TRL puts the reward one place after the token that ends a response, and its critic learns the value of that
+place. A third run is ours with our own default, a critic on the reference's hidden states, whose learning rate is ten
+times the policy's.
+
+Every run has a process of its own; ours and TRL's alternate, and ratios are taken pair by pair. Times are processor
+times of whole iterations. Runs that are in `work` already are not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from matplotlib.figure import Figure
+from scipy import stats
+
+WORKERS = Path(__file__).parent / "workers"
+sys.path.insert(0, str(WORKERS))
+
+from ppo_job import Answer, Job  # noqa: E402
+from ppo_task import PROMPT, RESPONSE, Judge, Judged, Language, make_policy, make_reward, texts, write_rows  # noqa: E402
+
+from lit_vapo.models.pretrained import quiet  # noqa: E402
+from lit_vapo.study.experiment import Record  # noqa: E402
+
+SAVED = [1, 2, 4, 7, 11, 17, 24]
+SIDES = {"ours": "ours", "trl": "TRL 1.12.0", "default": "ours, critic on the reference"}
+COLOURS = {"ours": "#0072B2", "trl": "#D55E00", "default": "#8a8f98"}
+
+
+def run(python: str, worker: str, job: Job) -> Answer:
+    """One run in a process of its own, unless it is there already."""
+    output = Path(job.output)
+    told, answer = output / "job.json", output / "answer.json"
+    if not answer.is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        told.write_text(json.dumps(asdict(job)))
+        quietly = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, **quietly}
+        if python != sys.executable:
+            environment.pop("PYTHONPATH", None)
+        command = [python, str(WORKERS / worker), str(told), str(answer)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return Answer(**json.loads(answer.read_text()))
+
+
+def judged(judge: Judge, job: Job, side: str, start: Judged) -> Record:
+    """Gold and KL of every saved policy of a run."""
+    kept = Path(job.output) / "judged.json"
+    if not kept.is_file():
+        kept.write_text(json.dumps([judge(Path(job.output) / str(i)) for i in job.saved]))
+    points = [Judged(*x) for x in json.loads(kept.read_text())]
+    kl, gold, lengths = [p.k1 for p in points], [p.gold for p in points], [p.length for p in points]
+    further = {"k3": points[-1].k3, "length": lengths[-1]}
+    return Record(side, "", job.seed, job.seed, kl, gold, start.gold, further)
+
+
+def compare(records: dict[str, list[Record]], targets: list[float]) -> None:
+    """Gain in gold at equal KL: mean ± standard deviation over seeds, and paired differences to the peer's."""
+    for kl in targets:
+        gains = {side: np.array([r.gain_at(kl) or np.nan for r in runs]) for side, runs in records.items()}
+        if any(np.isnan(gain).sum() > len(gain) - 2 for gain in gains.values()):
+            continue
+        print(f"gain in gold at {kl:g} nats")
+        for side, gain in gains.items():
+            there = gain[~np.isnan(gain)]
+            shown = f"  {SIDES[side]:28} {there.mean():.3f} ± {there.std(ddof=1) if len(there) > 1 else 0:.3f}"
+            if side != "trl" and "trl" in gains:
+                pairs = ~np.isnan(gain) & ~np.isnan(gains["trl"])
+                low, high = stats.ttest_rel(gain[pairs], gains["trl"][pairs]).confidence_interval()
+                difference = (gain - gains["trl"])[pairs].mean()
+                shown += f", less TRL's {difference:+.3f} (95% {low:+.3f} to {high:+.3f}; {pairs.sum()} pairs)"
+            print(shown, flush=True)
+
+
+def cost(answers: dict[str, list[Answer]]) -> None:
+    """Median time of an iteration and memory, and the peer's over ours, run by run."""
+    quantities: dict[str, Callable[[Answer], float]] = {
+        "s an iteration": lambda a: statistics.median(a.seconds),
+        "MB": lambda a: a.peak_mb,
+        "MB above what the imports take": lambda a: a.peak_mb - a.base_mb,
+    }
+    for side, runs in answers.items():
+        print(SIDES[side])
+        for unit, quantity in quantities.items():
+            shown = f"  {statistics.median(map(quantity, runs)):.3g} {unit}"
+            if side != "trl" and "trl" in answers:
+                ratios = [quantity(b) / quantity(a) for a, b in zip(runs, answers["trl"], strict=True)]
+                shown += f"; TRL {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}) times as much"
+            print(shown, flush=True)
+
+
+def draw(records: dict[str, list[Record]], path: Path) -> None:
+    """Gain in gold against KL: every run, and the mean over seeds at each saved iteration."""
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for side, runs in records.items():
+        points = np.array(
+            [[(0.0, 0.0), *zip(r.kl, np.array(r.true_return) - r.reference_return, strict=True)] for r in runs]
+        )
+        for one in points:
+            axes.plot(*one.T, color=COLOURS[side], alpha=0.25, linewidth=1)
+        axes.plot(*points.mean(0).T, color=COLOURS[side], linewidth=2, marker="o", markersize=4, label=SIDES[side])
+    axes.set_xlabel("KL(π‖π₀) of whole responses, nats (k1)")
+    axes.set_ylabel("gain in gold reward over the reference")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main(
+    peer_python: str | None = None,
+    work: str = "runs/trl_ppo",
+    seeds: int | None = None,
+    iterations: int = 24,
+    batch_size: int = 32,
+    epochs: int = 4,
+    minibatches: int = 2,
+    learning_rate: float = 3e-4,
+    kl_coef: float = 0.05,
+    pairs: int = 150,
+    held_out: int = 512,
+    pretraining: int = 300,
+    targets: list[float] = [1.0, 2.0, 4.0],  # noqa: B006
+) -> None:
+    """Print the tables and draw the curves.
+
+    Args:
+        peer_python: Interpreter of an environment with TRL; `null` leaves the peer out.
+        work: Folder for models, runs and `gold_kl.png`; what is there is used again.
+        seeds: Repetitions; `null` for 10 with the peer and 1 without.
+        iterations: Rollouts of a run.
+        batch_size: Responses of a rollout.
+        epochs: Passes over a rollout.
+        minibatches: Weight updates of a pass.
+        learning_rate: Of policy and critic.
+        kl_coef: β.
+        pairs: Preferences that a reward model learns from.
+        held_out: Prompts of the judge.
+        pretraining: Steps that teach the policy the language.
+        targets: KLs to compare at, nats.
+    """
+    quiet()
+    torch.set_num_threads(1)
+    root, language = Path(work), Language()
+    root.mkdir(parents=True, exist_ok=True)
+    policy = root / "policy"
+    if not policy.is_dir():
+        make_policy(policy, language, pretraining)
+    count = batch_size * iterations
+    ids = language.write(count, PROMPT, torch.Generator().manual_seed(5))
+    prompts = write_rows(root / "prompts.jsonl", [{"prompt": text} for text in texts(ids)])
+    judge = Judge(policy, language, held_out)
+    start = judge(policy)
+    print(f"the policy to start from: gold {start.gold:.3f}, {start.length:.1f} tokens a response", flush=True)
+    answers: dict[str, list[Answer]] = {}
+    records: dict[str, list[Record]] = {}
+    shape = (iterations, batch_size, PROMPT, RESPONSE, epochs, minibatches, learning_rate, kl_coef)
+    saved = [i for i in SAVED if i <= iterations]
+    updates = iterations * epochs * minibatches
+    for seed in range(seeds or (10 if peer_python else 1)):
+        reward = root / f"reward_{seed}"
+        if not (reward / "classifier").is_dir():
+            make_reward(reward, policy, language, pairs, seed)
+        job = Job(str(policy), f"{reward}/ensemble", f"{reward}/classifier", prompts, "", saved, *shape, seed=seed)
+        jobs = {
+            "ours": (sys.executable, "ppo_ours.py", replace(job, critic="own")),
+            "trl": (peer_python, "ppo_trl.py", job),
+            "default": (sys.executable, "ppo_ours.py", replace(job, critic="reference")),
+        }
+        for side in list(jobs)[:: -1 if seed % 2 else 1]:
+            python, worker, one = jobs[side]
+            if python is None:
+                continue
+            one = replace(one, output=f"{root}/{side}_{seed}")
+            answer = run(python, worker, one)
+            if answer.updates != updates:
+                raise SystemExit(f"{SIDES[side]}: expected {updates} weight updates, got {answer.updates}")
+            record = judged(judge, one, side, start)
+            answers.setdefault(side, []).append(answer)
+            records.setdefault(side, []).append(record)
+            print(
+                f"seed {seed}, {SIDES[side]}: reward {answer.rewards[0]:.2f} to {answer.rewards[-1]:.2f}, gain in gold "
+                f"{record.gain:.3f} at {record.kl[-1]:.2f} nats (k3 {record.extra['k3']:.2f}), "
+                f"{record.extra['length']:.1f} tokens",
+                flush=True,
+            )
+    compare(records, targets)
+    cost(answers)
+    draw(records, root / "gold_kl.png")
+    if peer_python is None:
+        print("The peer was left out: --peer_python wants the interpreter of an environment with TRL.")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
