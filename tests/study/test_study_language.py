@@ -291,7 +291,7 @@ def test_bad_input_is_refused(prepared):
         known(prepared, training=training(iterations=25)).run("noise_ratio=10", Repetition(0, 0))
 
 
-@pytest.mark.parametrize("name", ["known_noise", "learned_ensemble"])
+@pytest.mark.parametrize("name", ["known_noise", "known_noise_corrupted", "known_noise_strength", "learned_ensemble"])
 def test_shipped_configs_run(name, prepared):
     parser = ArgumentParser()
     parser.add_argument("--config", action="config")
