@@ -116,7 +116,7 @@ def prepare(demo: str = "runs/demo", seed: int = 0) -> None:
         folder.mkdir(parents=True)
         head = HeadEnsemble(1)
         head.build(1)
-        model = RewardModel(spec, head, freeze(load_backbone(spec.base)))
+        model = RewardModel(spec, head, freeze(load_backbone(spec.base, spec.layer)))
         tokenizer, cpu = model.load_tokenizer(), torch.device("cpu")
         encode = pair_encoder(tokenizer)
         with (root / "data" / "preferences.jsonl").open(encoding="utf-8") as file:

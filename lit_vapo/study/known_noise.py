@@ -140,7 +140,7 @@ class KnownNoise(LanguageModelStudy):
         training: How all methods train.
         members: K.
         kinds: G.
-        noise: Root mean square of one member's error, in standard deviations of the true reward.
+        noise: Root mean square of one member's error, in units of the true reward (whose spread is about 1).
         correlation: Share ρ of the noise's variance that all members have in common, in [0, 1).
         world: Which kinds there are and which are noisy.
     """

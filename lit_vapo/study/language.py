@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import warnings
 from abc import abstractmethod
@@ -52,7 +53,7 @@ class Training:
         batch_size: Prompts of a rollout.
         max_prompt_length: Most tokens of a prompt.
         sampling: How responses are drawn.
-        advantage: What a token is better than.
+        advantage: What a token is better than; `null` for the other responses to the prompt (`Rloo`).
         update: How PPO learns from a rollout.
         lora: Adapters to train; `null` trains all weights.
         learning_rate: Peak learning rate of the actor.
@@ -65,7 +66,7 @@ class Training:
     batch_size: int = 64
     max_prompt_length: int = 32
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=12, num_responses=4))
-    advantage: AdvantageEstimator = field(default_factory=Rloo)
+    advantage: AdvantageEstimator | None = None
     update: UpdateSettings = field(default_factory=lambda: UpdateSettings(epochs=1))
     lora: Lora | None = None
     learning_rate: float = 1e-3
@@ -193,7 +194,7 @@ class LanguageModelStudy(Experiment):
                 objective,
                 lora=training.lora,
                 sampling=training.sampling,
-                advantage=training.advantage,
+                advantage=training.advantage or Rloo(),
                 update=training.update,
                 learning_rate=training.learning_rate,
                 critic_learning_rate=training.critic_learning_rate,
@@ -216,6 +217,9 @@ class LanguageModelStudy(Experiment):
             )
             torch.manual_seed(seed)
             trainer.fit(module, self.prompts)
+        # Module and trainer refer to each other; the next run should not wait for the memory of this one.
+        del module, trainer
+        gc.collect()
         return watch
 
 

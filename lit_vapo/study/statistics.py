@@ -57,13 +57,15 @@ class VarianceComparison(NamedTuple):
     Attributes:
         ratio: Variance of the baseline over the method's, more than 1 where the method varies less; None where the
             method does not vary.
-        f_p: p of the F test, which supposes normal returns.
-        levene_p: p of Levene's test about the median (Brown–Forsythe), which does not.
+        f_p: p of the F test, which supposes normal returns and independent samples.
+        levene_p: p of Levene's test about the median (Brown–Forsythe), which supposes independent samples.
+        paired_p: p of the same for pairs, which supposes neither.
     """
 
     ratio: Interval | None
     f_p: float
     levene_p: float
+    paired_p: float
 
 
 def mean_interval(x: np.ndarray) -> Interval:
@@ -94,28 +96,39 @@ def compare_means(a: np.ndarray, b: np.ndarray) -> Comparison:
     return Comparison(Interval(float(difference.mean()), float(interval.low), float(interval.high)), float(test.pvalue))
 
 
-def variance_tests(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The F test and Levene's test about the median (Brown–Forsythe 1974), as p-values along the last axis.
+def variance_tests(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Three tests of equal variances, as p-values along the last axis.
 
-    Both suppose independent samples. Pairing, of either sign, makes them cautious: the ratio of the variances then
-    varies less than they suppose.
+    The F test and Levene's about the median (Brown–Forsythe 1974) suppose independent samples. Pairing, of either sign,
+    makes them cautious: the ratio of the variances then varies less than they suppose. The third is Levene's idea for
+    pairs: a paired t test of the distances from the medians.
 
     Args:
         a: `(..., R)`, R >= 2, not constant.
         b: `(..., R)`, not constant.
 
     Returns:
-        Two-sided p-values `(...)`.
+        Two-sided p-values `(...)` of F, Levene's and the paired test.
     """
     ratio, degrees = b.var(axis=-1, ddof=1) / a.var(axis=-1, ddof=1), (b.shape[-1] - 1, a.shape[-1] - 1)
     f_p = 2 * np.minimum(stats.f.cdf(ratio, *degrees), stats.f.sf(ratio, *degrees))
-    # Two values are equally far from their median: Levene's test would be sure of what it cannot know.
-    levene_p = stats.levene(a, b, center="median", axis=-1).pvalue if a.shape[-1] > 2 else np.ones_like(f_p)
-    return np.minimum(f_p, 1.0), levene_p
+    if a.shape[-1] < 3:
+        # Two values are equally far from their median: both would be sure of what they cannot know.
+        return np.minimum(f_p, 1.0), np.ones_like(f_p), np.ones_like(f_p)
+    levene_p = stats.levene(a, b, center="median", axis=-1).pvalue
+    difference = _from_median(b) - _from_median(a)
+    paired_p = stats.ttest_1samp(difference, 0, axis=-1).pvalue
+    # Distances that do not differ at all have no t.
+    return np.minimum(f_p, 1.0), levene_p, np.where((difference == 0).all(-1), 1.0, paired_p)
+
+
+def _from_median(x: np.ndarray) -> np.ndarray:
+    """Distances from the median of the last axis."""
+    return np.abs(x - np.median(x, axis=-1, keepdims=True))
 
 
 def compare_variances(a: np.ndarray, b: np.ndarray, draws: int = DRAWS) -> VarianceComparison:
-    """Ratio Var(b) / Var(a) with a bootstrap interval, and both tests.
+    """Ratio Var(b) / Var(a) with a bootstrap interval, and three tests.
 
     The bootstrap draws whole repetitions, so pairs stay together, and takes the percentiles of the logarithm.
 
@@ -127,7 +140,7 @@ def compare_variances(a: np.ndarray, b: np.ndarray, draws: int = DRAWS) -> Varia
     var_a, var_b = float(a.var(ddof=1)), float(b.var(ddof=1))
     if var_a == 0 or var_b == 0:
         same = float(var_a == var_b)
-        return VarianceComparison(None, same, same)
+        return VarianceComparison(None, same, same, same)
     ratio = var_b / var_a
 
     def log_ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -139,10 +152,10 @@ def compare_variances(a: np.ndarray, b: np.ndarray, draws: int = DRAWS) -> Varia
         found = stats.bootstrap(
             (a, b), log_ratio, paired=True, vectorized=True, n_resamples=draws, method="percentile", rng=0, batch=100
         )
-        f_p, levene_p = variance_tests(a, b)
+        tests = variance_tests(a, b)
     finite = np.isfinite(found.bootstrap_distribution).all()
     low, high = np.exp(found.confidence_interval).tolist() if finite else (0.0, math.inf)
-    return VarianceComparison(Interval(ratio, low, high), float(f_p), float(levene_p))
+    return VarianceComparison(Interval(ratio, low, high), *map(float, tests))
 
 
 def compare_risks(a: np.ndarray, b: np.ndarray) -> Comparison:
@@ -172,7 +185,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def needed_for_variance(a: np.ndarray, b: np.ndarray, alpha: float = ALPHA) -> int | None:
     """Repetitions that show the seen difference in variance with a power of 80%.
 
-    Levene's test is a t test of the distances from the median, and its power is that one's.
+    The paired test is a t test of differences between distances from the median, and its power is that one's.
 
     Args:
         a: `(R,)`.
@@ -182,9 +195,8 @@ def needed_for_variance(a: np.ndarray, b: np.ndarray, alpha: float = ALPHA) -> i
     Returns:
         The number, or None where there is no effect, or one that a million repetitions would not show.
     """
-    far_a, far_b = np.abs(a - np.median(a)), np.abs(b - np.median(b))
-    spread = math.sqrt((far_a.var(ddof=1) + far_b.var(ddof=1)) / 2)
-    return _needed(2, far_b.mean() - far_a.mean(), spread, alpha)
+    difference = _from_median(b) - _from_median(a)
+    return _needed(difference.mean(), float(difference.std(ddof=1)), alpha)
 
 
 def needed_for_risk(a: np.ndarray, b: np.ndarray, alpha: float = ALPHA) -> int | None:
@@ -199,15 +211,15 @@ def needed_for_risk(a: np.ndarray, b: np.ndarray, alpha: float = ALPHA) -> int |
         The number, or None as in `needed_for_variance`.
     """
     difference = b.astype(float) - a.astype(float)
-    return _needed(1, difference.mean(), float(difference.std(ddof=1)), alpha)
+    return _needed(difference.mean(), float(difference.std(ddof=1)), alpha)
 
 
-def _needed(samples: int, effect: float, spread: float, alpha: float) -> int | None:
+def _needed(effect: float, spread: float, alpha: float) -> int | None:
     """The least number with enough power, in the normal approximation (that of t fails for large samples)."""
     test, size = NormalIndPower(), abs(float(effect)) / spread if spread > 0 else 0.0
 
     def enough(n: int) -> bool:
-        return bool(test.power(size, n, alpha, ratio=samples - 1) >= POWER)
+        return bool(test.power(size, n, alpha, ratio=0) >= POWER)
 
     # By bisection: `solve_power` gives up on large and on small effects.
     return 2 + bisect.bisect_left(range(2, MAX_NEEDED), True, key=enough) if enough(MAX_NEEDED) else None

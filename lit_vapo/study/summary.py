@@ -149,7 +149,7 @@ def compare(found: Sequence[Outcome], analysis: Analysis) -> list[dict[str, Any]
     """All comparisons with corrected p-values and verdicts, one row for each pair, point and setting."""
     made = pairs(found, analysis)
     # One family for each claim: all comparisons of the study.
-    p_variance = holm([pair.variance.levene_p for pair in made])
+    p_variance = holm([pair.variance.paired_p for pair in made])
     p_risk = holm([pair.risk.p for pair in made])
     rows = []
     for pair, p_v, p_r in zip(made, p_variance, p_risk, strict=True):
@@ -166,7 +166,8 @@ def compare(found: Sequence[Outcome], analysis: Analysis) -> list[dict[str, Any]
                 "variance_ratio": ratio,
                 "f_p": pair.variance.f_p,
                 "levene_p": pair.variance.levene_p,
-                "levene_p_holm": p_v,
+                "paired_p": pair.variance.paired_p,
+                "paired_p_holm": p_v,
                 "variance_verdict": verdict(ratio, 1.0, analysis.smallest_ratio, p_v),
                 "variance_needs": pair.needed_variance,
                 "risk_reduction": reduction,

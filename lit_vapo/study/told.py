@@ -30,6 +30,10 @@ class Told(Objective):
 
     def __init__(self, objective: Objective, variance: ToldVariance) -> None:
         super().__init__()
+        if not objective.needs_variance:
+            raise ValueError(f"objective: expected one that uses the variance, got {type(objective).__name__}")
+        if variance.exact:
+            raise ValueError("variance.exact: expected false, as PPO knows no true variance; got true")
         self.objective = objective
         self.variance = variance
         self.register_buffer("unit", torch.ones(()))

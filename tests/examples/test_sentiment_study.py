@@ -1,21 +1,30 @@
 """The demo as a study, on a toy model: what is drawn, what a repetition learns from, what it is judged by."""
 
 import json
+from pathlib import Path
 
 import helpers
 import pytest
 import torch
+import yaml
+from helpers import CONFIGS
+from jsonargparse import ArgumentParser
 from safetensors.torch import save_file
 
+import examples.sentiment.study as study_module
 from examples.sentiment.study import SentimentStudy
+from lit_vapo.data.tokenise import pair_encoder
+from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.models.reward import FeatureSpec
+from lit_vapo.models.reward import FeatureSpec, RewardModel
 from lit_vapo.modules.ppo_update import UpdateSettings
 from lit_vapo.objectives.mean_reward import MeanReward
+from lit_vapo.study.execution import Study
 from lit_vapo.study.experiment import Repetition
 from lit_vapo.study.language import Training
 from lit_vapo.types import TextReward
+from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 WIDTH, PAIRS = 32, 40
 
@@ -74,6 +83,46 @@ def test_a_repetition_is_judged_by_the_judge(demo):
     # Four tokens of a few letters each, and no score of a head.
     assert all(4 <= x <= 40 for x in record.true_return)
     assert bool(experiment.ensemble(experiment.settings[setting], 3).calibrated)
+
+
+def test_prepared_features_are_what_an_ensemble_reads(tmp_path, monkeypatch):
+    base = tmp_path / "policy-base"
+    helpers.tiny_model(base, helpers.tiny_tokenizer(base), layers=2)
+    (tmp_path / "data").mkdir()
+    helpers.tiny_prompts(tmp_path / "data" / "prompts_train.jsonl", 8)
+    rows = [{"prompt": "the film", "chosen": " was good", "rejected": " was very bad"}] * 2
+    (tmp_path / "data" / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # A layer that is not the last, as in the demo.
+    spec = FeatureSpec(Pretrained(str(base)), pooling="mean", layer=1)
+    monkeypatch.setattr(study_module, "feature_spec", lambda demo: spec)
+    monkeypatch.setattr(study_module, "SentimentJudge", lambda path: CountsLetters())
+    study_module.prepare(str(tmp_path))
+    found = SentimentStudy(str(tmp_path), {"mean": MeanReward()}, [2], [0.0]).known
+    head = HeadEnsemble(2)
+    head.build(WIDTH)
+    head.calibrate(found["reference"])
+    RewardModel(spec, head, None).save_pretrained(tmp_path / "ensemble")
+    model = RewardModel.from_pretrained(tmp_path / "ensemble")
+    encode = pair_encoder(model.load_tokenizer())
+    expected = compute_features(model, [encode("the film", " was good", ended=False)], torch.device("cpu"))
+    torch.testing.assert_close(found["chosen"][:1], expected)
+    assert found["reference"].shape == (8, WIDTH)
+    assert json.loads((tmp_path / "study" / "reference.json").read_text())["gold"] > 1
+
+
+def test_the_study_reads_what_the_demo_reads():
+    demo = yaml.safe_load((CONFIGS / "reward" / "demo.yaml").read_text())["model"]
+    spec = study_module.feature_spec(Path("runs/demo"))
+    assert (spec.layer, spec.pooling, spec.base.path) == (demo["layer"], demo["pooling"], demo["base"]["path"])
+    shipped = yaml.safe_load((CONFIGS / "study" / "sentiment.yaml").read_text())["experiment"]["init_args"]
+    assert shipped["training"]["sampling"] == {"max_new_tokens": study_module.RESPONSE_TOKENS, "num_responses": 1}
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Study, as_group=False)
+    parsed = parser.parse_args([f"--config={CONFIGS / 'study' / 'sentiment.yaml'}"])
+    given = parser.instantiate_classes(parsed)
+    assert set(given.analysis.baselines) <= set(given.experiment.methods)
+    assert "Unable to serialize" not in parser.dump(parsed, skip_none=False)
 
 
 def test_what_is_missing_is_named(demo, tmp_path):

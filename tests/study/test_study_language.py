@@ -299,7 +299,11 @@ def test_shipped_configs_run(name, prepared):
     words = [f"--config={CONFIGS / 'study' / name}.yaml", f"--experiment.init_args.prepared={prepared}"]
     small = {"iterations": 2, "batch_size": 4, "sampling.max_new_tokens": TOKENS, "update.minibatches": 1}
     words += [f"--experiment.init_args.training.{key}={value}" for key, value in small.items()]
-    given = parser.instantiate_classes(parser.parse_args(words))
+    parsed = parser.parse_args(words)
+    # What a study writes down is read again, and says the same: else it could be neither reported on nor continued.
+    written = parser.dump(parsed, skip_none=False)
+    assert "Unable to serialize" not in written
+    given = parser.instantiate_classes(parsed)
     experiment = given.experiment
     setting = list(experiment.settings)[-1]
     records = experiment.run(setting, Repetition(0, 1))

@@ -109,7 +109,7 @@ def test_a_planted_effect_is_found_and_none_is_not():
     assert rows["same"]["variance_verdict"] != HOLDS
     assert rows["same"]["risk_verdict"] != HOLDS
     assert rows["calm"]["variance_needs"] < 400
-    assert rows["calm"]["levene_p_holm"] == pytest.approx(2 * rows["calm"]["levene_p"], abs=0)
+    assert rows["calm"]["paired_p_holm"] == pytest.approx(2 * rows["calm"]["paired_p"], abs=0)
     said = sentences(list(rows.values()), [])
     assert len(said) == 4
     assert said[0].startswith("**calm** varies less than **plain**: with its final policy this holds (ratio 11.1, 95% ")
@@ -170,7 +170,7 @@ def test_two_repetitions_are_enough_for_a_report_and_for_no_claim(tmp_path):
     assert all("is undecided at this sample size in 3 of 3 settings" in claim for claim in claims)
     (row, *_) = json.loads((tmp_path / "two" / "summary.json").read_text())["comparisons"]
     assert row["variance_ratio"]["high"] is None
-    assert row["levene_p"] == 1.0
+    assert row["levene_p"] == row["paired_p"] == 1.0
 
 
 def test_a_report_needs_something_finished(tmp_path):

@@ -66,6 +66,22 @@ def test_variances_by_hand():
     assert plain.levene_p == pytest.approx(stats.levene(a, b, center="median").pvalue)
 
 
+def test_the_paired_test_by_hand():
+    # Medians 0 and 0.5. Distances 2.5, 0.5, 2.5, 0.5 less 1, 0, 1, 0: differences with mean 1 and variance 1/3, so
+    # t = 1 / √(1/12) at 3 degrees.
+    a, b = np.array([-1.0, 0.0, 1.0, 0.0]), np.array([-2.0, 0.0, 3.0, 1.0])
+    assert compare_variances(a, b).paired_p == pytest.approx(2 * stats.t.sf(12**0.5, 3))
+
+
+def test_pairs_show_what_independent_samples_do_not():
+    # What pairs share cancels out of the distances where it is all there is but a factor.
+    rng = np.random.default_rng(0)
+    shared, noise = rng.standard_normal((2, 40))
+    found = compare_variances(shared, 1.3 * shared + 0.1 * noise)
+    assert found.paired_p < 1e-4
+    assert found.levene_p > 0.05
+
+
 def test_pairs_stay_together():
     # Twice the same thing but for a thousandth: whatever is drawn, the ratio is 4. Drawn apart it would not be.
     rng = np.random.default_rng(0)
@@ -76,8 +92,9 @@ def test_pairs_stay_together():
 
 def test_what_does_not_vary():
     constant, b = np.full(5, 2.0), np.arange(5.0)
-    assert compare_variances(constant, constant) == (None, 1.0, 1.0)
-    assert compare_variances(constant, b) == (None, 0.0, 0.0)
+    assert compare_variances(constant, constant) == (None, 1.0, 1.0, 1.0)
+    assert compare_variances(constant, b) == (None, 0.0, 0.0, 0.0)
+    assert compare_variances(b, b)[1:] == (1.0, 1.0, 1.0)
     assert compare_means(b, b) == ((0, 0, 0), 1.0)
     assert needed_for_variance(b, b) is None
     assert needed_for_risk(b > 9, b > 9) is None
@@ -138,16 +155,21 @@ def test_intervals_of_the_risk_reduction_cover_the_truth_and_mcnemar_keeps_its_s
 
 
 @pytest.mark.parametrize("heavy", [False, True])
-@pytest.mark.parametrize("rho", [0.0, 0.6])
+@pytest.mark.parametrize("rho", [0.0, 0.6, 0.8])
 def test_size_of_the_variance_tests(rho, heavy):
     rng, runs = np.random.default_rng(3), 2000
-    f_size, levene_size = ((p < 0.05).mean() for p in variance_tests(*pairs(rng, (runs, 24), rho, heavy)))
+    tests = variance_tests(*pairs(rng, (runs, 24), rho, heavy))
+    f_size, levene_size, paired_size = ((p < 0.05).mean() for p in tests)
     limit = 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
     assert levene_size <= limit
+    # The paired test decides: it is neither bold nor, as the others, timid where pairs are alike.
+    assert 0.025 <= paired_size <= limit
+    if rho > 0.5:
+        assert levene_size < paired_size
     if not heavy:
         assert f_size <= limit
     elif rho == 0.0:
-        # The F test trusts in normal returns: this is why the verdict is Levene's.
+        # The F test trusts in normal returns.
         assert f_size > levene_size
 
 
@@ -157,7 +179,7 @@ def test_needed_repetitions_have_the_power():
     n = needed_for_variance(a, truth * b)
     assert 30 < n < 100
     samples = rng.standard_normal((2, 400, n))
-    found = stats.levene(samples[0], truth * samples[1], center="median", axis=1).pvalue < 0.05
+    found = variance_tests(samples[0], truth * samples[1])[2] < 0.05
     assert 0.72 <= found.mean() <= 0.88
     # More is needed to pass a stricter test, or to see less.
     assert needed_for_variance(a, truth * b, alpha=0.001) > 1.5 * n

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lit_vapo.objectives.covariance_aware import CovarianceAware
+from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.variance_aware import VarianceAware
 from lit_vapo.study.told import Told
 from lit_vapo.study.variance import Constant, Honest, Inverted, LogNormal, Power, Shuffled, Understated
@@ -69,3 +70,10 @@ def test_what_the_objective_refuses_and_logs_is_passed_on():
     scores = [one.observe(ESTIMATE, torch.zeros(3), 1, lambda x: x) for one in (plain, told)]
     torch.testing.assert_close(scores[0].reward, scores[1].reward)
     assert told.statistics().keys() == plain.statistics().keys() != set()
+
+
+def test_what_would_do_nothing_is_refused():
+    with pytest.raises(ValueError, match="objective: expected one that uses the variance, got MeanReward"):
+        Told(MeanReward(), Honest())
+    with pytest.raises(ValueError, match=r"variance\.exact: expected false"):
+        Told(VarianceAware(), Honest(exact=True))
