@@ -267,7 +267,8 @@ def test_help_documents_every_plug_in(stage, option, kind):
     found = options(text)
     parameters = kind.__init__.__code__.co_varnames[1 : kind.__init__.__code__.co_argcount]
     if kind.__init__ is not Objective.__init__:
-        assert {name.rpartition(".")[2] for name in found} == set(parameters)
+        # A plug-in that has plug-ins itself offers help on these.
+        assert {name.rpartition(".")[2] for name in found} - {"help"} == set(parameters)
     assert [name for name, words in found.items() if not words] == []
 
 

@@ -7,7 +7,8 @@ import gc
 import logging
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -184,8 +185,7 @@ class LanguageModelStudy(Experiment):
         training = self.training
         watch = Watch(self.true if self.gold is None else None)
         quiet()
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _unheard("lightning.pytorch"):
             for message in (*NOISE, *UNHEARD):
                 warnings.filterwarnings("ignore", message=message)
             module = PPOModule(
@@ -221,6 +221,18 @@ class LanguageModelStudy(Experiment):
         del module, trainer
         gc.collect()
         return watch
+
+
+@contextmanager
+def _unheard(name: str) -> Iterator[None]:
+    """A block in which a logger speaks of warnings only."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class Watch(Callback):

@@ -1,5 +1,7 @@
 """Level 2 on a toy model: what is planted, what is learned from, what is noted, and that repetitions are repeatable."""
 
+import logging
+
 import helpers
 import numpy as np
 import pytest
@@ -181,7 +183,7 @@ def test_ensembles_learn_from_clear_preferences(prepared):
 
 @pytest.mark.parametrize("make", [known, learned])
 def test_runs_are_paired_and_repeatable(prepared, make):
-    experiment = make(prepared)
+    experiment, before = make(prepared), logging.getLogger("lightning.pytorch").level
     (setting,) = experiment.settings
     records = experiment.run(setting, Repetition(0, 7))
     assert [r.method for r in records] == list(METHODS)
@@ -198,6 +200,8 @@ def test_runs_are_paired_and_repeatable(prepared, make):
     # What the reference says depends on the repetition's seed alone.
     other = experiment.run(setting, Repetition(1, 8))
     assert other[0].true_return[0] != records[0].true_return[0]
+    # A run changes nothing that others hear of the trainer.
+    assert logging.getLogger("lightning.pytorch").level == before
     # A run leaves nothing in the objective that the next repetition is given.
     assert float(experiment.methods["aware"].reference_variance) == 1.0
 
