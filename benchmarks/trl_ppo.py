@@ -45,12 +45,13 @@ sys.path.insert(0, str(WORKERS))
 from ppo_job import Answer, Job  # noqa: E402
 from ppo_task import PROMPT, RESPONSE, Judge, Judged, Language, make_policy, make_reward, texts, write_rows  # noqa: E402
 
+from lit_vapo.figures.drawing import BLUE, GREY, ORANGE  # noqa: E402
 from lit_vapo.models.pretrained import quiet  # noqa: E402
 from lit_vapo.study.experiment import Record  # noqa: E402
 
 SAVED = [1, 2, 4, 7, 11, 17, 24]
 SIDES = {"ours": "ours", "trl": "TRL 1.12.0", "default": "ours, critic on the reference"}
-COLOURS = {"ours": "#0072B2", "trl": "#D55E00", "default": "#8a8f98"}
+COLOURS = {"ours": BLUE, "trl": ORANGE, "default": GREY}
 
 
 def run(python: str, worker: str, job: Job) -> Answer:
@@ -85,13 +86,13 @@ def judged(judge: Judge, job: Job, side: str, start: Judged) -> Record:
 def compare(records: dict[str, list[Record]], targets: list[float]) -> None:
     """Gain in gold at equal KL: mean ± standard deviation over seeds, and paired differences to the peer's."""
     for kl in targets:
-        gains = {side: np.array([r.gain_at(kl) or np.nan for r in runs]) for side, runs in records.items()}
+        gains = {side: np.array([r.gain_at(kl) for r in runs], dtype=float) for side, runs in records.items()}
         if any(np.isnan(gain).sum() > len(gain) - 2 for gain in gains.values()):
             continue
         print(f"gain in gold at {kl:g} nats")
         for side, gain in gains.items():
             there = gain[~np.isnan(gain)]
-            shown = f"  {SIDES[side]:28} {there.mean():.3f} ± {there.std(ddof=1) if len(there) > 1 else 0:.3f}"
+            shown = f"  {SIDES[side]:28} {there.mean():.3f} ± {there.std(ddof=1):.3f}"
             if side != "trl" and "trl" in gains:
                 pairs = ~np.isnan(gain) & ~np.isnan(gains["trl"])
                 low, high = stats.ttest_rel(gain[pairs], gains["trl"][pairs]).confidence_interval()

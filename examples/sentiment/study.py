@@ -20,19 +20,16 @@ from torch import Tensor
 
 from examples.sentiment.judge import SentimentJudge
 from examples.sentiment.prepare import once
-from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.data.tokenise import pair_encoder
 from lit_vapo.models.features import compute_features
-from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import Pretrained, freeze, load_backbone, load_causal_lm
-from lit_vapo.models.reward import FeatureSpec, RewardModel
-from lit_vapo.rollout import sample_references
+from lit_vapo.models.pretrained import Pretrained
+from lit_vapo.models.reward import FeatureSpec
 from lit_vapo.study.learned_ensemble import LearnedEnsemble, state_pairs
+from lit_vapo.study.references import feature_model, reference_responses
 from lit_vapo.types import FeaturePairs
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 FEATURES, FIGURES = "features.safetensors", "reference.json"
-RESPONSE_TOKENS = 16
+RESPONSES, RESPONSE_TOKENS = 1024, 16
 
 
 def feature_spec(demo: Path) -> FeatureSpec:
@@ -108,15 +105,10 @@ def prepare(demo: str = "runs/demo", seed: int = 0) -> None:
     """
     root = Path(demo)
     spec = feature_spec(root)
-    data = PromptDataModule(
-        spec.base.path, prompts=str(root / "data" / "prompts_train.jsonl"), batch_size=64, validation_fraction=0.0
-    )
 
     def write(folder: Path) -> None:
         folder.mkdir(parents=True)
-        head = HeadEnsemble(1)
-        head.build(1)
-        model = RewardModel(spec, head, freeze(load_backbone(spec.base, spec.layer)))
+        model = feature_model(spec)
         tokenizer, cpu = model.load_tokenizer(), torch.device("cpu")
         encode = pair_encoder(tokenizer)
         with (root / "data" / "preferences.jsonl").open(encoding="utf-8") as file:
@@ -125,10 +117,8 @@ def prepare(demo: str = "runs/demo", seed: int = 0) -> None:
             side: compute_features(model, [encode(row["prompt"], row[side], ended=False) for row in rows], cpu)
             for side in ("chosen", "rejected")
         }
-        lm, prompts = load_causal_lm(spec.base), data.prompt_rows("train")
-        torch.manual_seed(seed)
-        batches = list(data.prompt_batches("train", len(prompts)))
-        responses = sample_references(lm, tokenizer, batches, Sampling(RESPONSE_TOKENS))
+        prompts = root / "data" / "prompts_train.jsonl"
+        responses = reference_responses(spec, prompts, RESPONSES, RESPONSE_TOKENS, seed, batch_size=64)
         found["reference"] = compute_features(model, responses, cpu)
         texts = [
             [

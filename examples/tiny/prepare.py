@@ -22,16 +22,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from examples.sentiment.corpus import Review, read_reviews, split_position
 from examples.sentiment.prepare import once, write_rows
 from lit_vapo.cli import main
-from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.data.tokenise import pair_encoder
 from lit_vapo.models.features import compute_features
-from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import Pretrained, freeze, load_backbone, load_causal_lm, load_tokenizer
+from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.reward import FeatureSpec, RewardModel
-from lit_vapo.rollout import sample_references
+from lit_vapo.study.references import feature_model, reference_responses
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.types import TokenSequence
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 SFT = Path(__file__).parents[2] / "configs" / "sft" / "study.yaml"
 # Nobody reads further: the language model sees 24 tokens. Short prompts make small batches.
@@ -107,20 +104,13 @@ def make_true_reward(root: Path, count: int, seed: int) -> TrueReward:
 
     Args:
         root: Folder with `base`, `texts.jsonl` and `prompts.jsonl`.
-        count: Responses of the reference.
+        count: Responses of the reference at most, one to a prompt.
         seed: Seed of these.
     """
     spec = FeatureSpec(Pretrained(str(root / "base")), pooling="mean")
-    head = HeadEnsemble(1)
-    head.build(1)
-    model = RewardModel(spec, head, freeze(load_backbone(spec.base)))
-    lm, tokenizer = load_causal_lm(spec.base), load_tokenizer(spec.base)
-    data = PromptDataModule(
-        spec.base.path, prompts=str(root / "data" / "prompts.jsonl"), batch_size=256, validation_fraction=0.0
-    )
-    torch.manual_seed(seed)
-    batches = list(data.prompt_batches("train", count))
-    responses = sample_references(lm, tokenizer, batches, Sampling(RESPONSE_TOKENS))
+    model = feature_model(spec)
+    prompts = root / "data" / "prompts.jsonl"
+    responses = reference_responses(spec, prompts, count, RESPONSE_TOKENS, seed, batch_size=256)
     reference = compute_features(model, responses, torch.device("cpu"))
     with (root / "data" / "texts.jsonl").open(encoding="utf-8") as file:
         texts = [json.loads(line) for line in file]
@@ -144,7 +134,7 @@ def prepare(
         vocabulary: Tokens of the tokenizer.
         width: Width of the language model.
         layers: Its blocks.
-        responses: Responses of the reference that the true reward is centred and scaled on.
+        responses: Responses of the reference at most, one to a prompt, that the true reward is centred and scaled on.
         seed: Seed of weights and responses.
     """
     root = Path(output)

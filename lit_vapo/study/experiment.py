@@ -191,7 +191,7 @@ class Joined(Experiment):
         """Run the repetitions in the experiment that the setting belongs to."""
         name, _, inner = setting.partition(":")
         records = self.experiments[name].run_block(inner, repetitions)
-        return [Record(**(vars(record) | {"setting": setting})) for record in records]
+        return [replace(record, setting=setting) for record in records]
 
 
 @dataclass

@@ -10,25 +10,23 @@ from helpers import CONFIGS
 from jsonargparse import ArgumentParser
 
 from lit_vapo.advantages.gae import Gae
-from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import Pretrained, freeze, load_backbone, load_causal_lm, load_tokenizer
+from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.reward import FeatureSpec, RewardModel
 from lit_vapo.modules.ppo_update import UpdateSettings
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.single_reward import SingleReward
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.rollout import sample_references
 from lit_vapo.study import language
 from lit_vapo.study.execution import Study
 from lit_vapo.study.experiment import Repetition
 from lit_vapo.study.known_noise import KnownNoise
 from lit_vapo.study.language import Training
 from lit_vapo.study.learned_ensemble import LearnedEnsemble, draw_pairs
+from lit_vapo.study.references import feature_model, reference_responses
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.types import TextReward
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 METHODS = {"single": SingleReward(), "mean": MeanReward(), "aware": VarianceAware()}
 TOKENS = 4
@@ -41,15 +39,9 @@ def prepared(tmp_path_factory):
     base = helpers.tiny_model(folder / "base", helpers.tiny_tokenizer(folder / "base"), layers=1)
     (folder / "data").mkdir()
     prompts = helpers.tiny_prompts(folder / "data" / "prompts.jsonl", 192)
-    data = PromptDataModule(base, prompts=prompts, batch_size=96, max_prompt_length=32, validation_fraction=0.0)
     spec = FeatureSpec(Pretrained(base), pooling="mean")
-    head = HeadEnsemble(1)
-    head.build(1)
-    model = RewardModel(spec, head, freeze(load_backbone(spec.base)))
-    torch.manual_seed(0)
-    batches = data.prompt_batches("train", 192)
-    responses = sample_references(load_causal_lm(spec.base), load_tokenizer(spec.base), batches, Sampling(TOKENS))
-    reference = compute_features(model, responses, torch.device("cpu"))
+    responses = reference_responses(spec, prompts, 192, TOKENS, seed=0)
+    reference = compute_features(feature_model(spec), responses, torch.device("cpu"))
     TrueReward.along(torch.randn(32), reference).save(folder / "true_reward")
     return folder
 
