@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,8 +56,8 @@ def write_whole(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name that no other process has, and that no pattern of results matches.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # A name that no other process has, on any machine that sees the folder, and that no pattern of results matches.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -79,7 +79,18 @@ class SentimentStudy(LearnedEnsemble):
     @cached_property
     def reference_return(self) -> float:
         """What the judge says of these responses."""
-        return float(json.loads((self.prepared / "study" / FIGURES).read_text())["gold"])
+        return float(self.figures["gold"])
+
+    @property
+    def response_tokens(self) -> int:
+        """Most tokens of these responses."""
+        return int(self.figures["response_tokens"])
+
+    @cached_property
+    def figures(self) -> dict[str, float]:
+        """What was noted of the responses of the reference."""
+        found: dict[str, float] = json.loads((self.prepared / "study" / FIGURES).read_text())
+        return found
 
     def preferences(self, pairs: int, flipped: float, seed: int) -> FeaturePairs:
         """Pairs of the demo, without repetition.
@@ -129,7 +140,8 @@ def prepare(demo: str = "runs/demo", seed: int = 0) -> None:
         ]
         gold = SentimentJudge(str(root / "judge"))(*map(list, zip(*texts, strict=True)))
         save_file({name: x.contiguous() for name, x in found.items()}, folder / FEATURES)
-        figures = {"gold": float(gold.mean()), "standard_error": float(gold.std() / len(gold) ** 0.5)}
+        error = float(gold.std() / len(gold) ** 0.5)
+        figures = {"gold": float(gold.mean()), "standard_error": error, "response_tokens": RESPONSE_TOKENS}
         (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
         print(f"reference: gold {figures['gold']:.3f} ± {figures['standard_error']:.3f} on {len(gold)} prompts")
 

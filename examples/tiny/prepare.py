@@ -121,7 +121,7 @@ def make_true_reward(root: Path, count: int, seed: int) -> TrueReward:
     probe = LogisticRegression(C=0.01, max_iter=500).fit(x[:cut], y[:cut])
     share = probe.score(x[cut:], y[cut:])
     print(f"true reward: says what people said of {share:.1%} of {len(texts) - cut} beginnings it has not seen")
-    return TrueReward.along(torch.from_numpy(probe.coef_[0]).float() / scale, reference)
+    return TrueReward.along(torch.from_numpy(probe.coef_[0]).float() / scale, reference, RESPONSE_TOKENS)
 
 
 def prepare(

@@ -108,10 +108,7 @@ def run(
     """
     index, count = _parse_shard(shard)
     claim(study, config)
-    if retry_failed:
-        for path in (Path(study.output) / "parts").glob(f"*/*{FAILED}"):
-            path.unlink()
-    parts = [part for i, part in missing_parts(study) if i % count == index]
+    parts = [part for i, part in missing_parts(study, retry_failed) if i % count == index]
     with_workers = Parallel(n_jobs=jobs, backend=backend, return_as="generator_unordered")
     done = with_workers(delayed(_work)(study.experiment, study.output, study.seed, part, threads) for part in parts)
     for _ in track(done, description="parts", total=len(parts)):
@@ -141,12 +138,19 @@ def claim(study: Study, config: Mapping[str, Any]) -> None:
     write_whole(path.with_name("config.yaml"), yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
 
-def missing_parts(study: Study) -> Iterator[tuple[int, Part]]:
-    """Parts without a file, each with its place in the whole study, which does not change as others are finished."""
+def missing_parts(study: Study, retry_failed: bool = False) -> Iterator[tuple[int, Part]]:
+    """Parts without a file, each with its place in the whole study, which does not change as others are finished.
+
+    Args:
+        study: The study.
+        retry_failed: Count those that failed among them.
+    """
     size = study.experiment.block_size
     blocks = range(0, study.repetitions, size)
     for place, setting in enumerate(study.experiment.settings):
-        there = {n for path in _files(study, setting) for n in _span(path)}
+        files = _files(study, setting)
+        kept = [path for path in files if not (retry_failed and path.name.endswith(FAILED))]
+        there = {n for path in kept for n in _span(path)}
         for block, first in enumerate(blocks):
             wanted = [n for n in range(first, min(first + size, study.repetitions)) if n not in there]
             # Runs of consecutive numbers: a study that has grown may have the beginning of a block.
@@ -207,7 +211,12 @@ def _work(experiment: Experiment, output: str, seed: int, part: Part, threads: i
         ]
         written["traceback"] = traceback.format_exc()
     suffix = FAILED if written["failures"] else ".json"
-    write_whole(part.path(output, suffix), json.dumps(written) + "\n")
+    path = part.path(output, suffix)
+    # What failed before and was run again. First, so that a kill in between leaves it missing and not there twice.
+    for old in path.parent.glob(f"[0-9]*{FAILED}"):
+        if _span(old).start in range(part.first, part.last + 1):
+            old.unlink()
+    write_whole(path, json.dumps(written) + "\n")
 
 
 def _files(study: Study, setting: str) -> list[Path]:

@@ -92,10 +92,16 @@ class Record:
 
         Args:
             window: Points of each average; a shorter run becomes one point.
+
+        Raises:
+            ValueError: The run is judged by another point than its last, which has no mean of its own.
         """
         width = min(window, len(self.kl))
         if width == 1:
             return self
+        if self.final not in (-1, len(self.kl) - 1):
+            where = f"{self.setting}, {self.method}"
+            raise ValueError(f"analysis.window: expected 1 where runs are judged by point {self.final} ({where})")
         kl, true_return = (
             [sum(points[end - width : end]) / width for end in range(width, len(points) + 1)]
             for points in (self.kl, self.true_return)
@@ -151,6 +157,22 @@ class Experiment(ABC):
     def run(self, setting: str, repetition: Repetition) -> list[Record]:
         """Run one repetition."""
         return self.run_block(setting, [repetition])
+
+
+def expect(name: str, value: object, right: bool, what: str) -> None:
+    """Refuse an option.
+
+    Args:
+        name: The option.
+        value: What it is.
+        right: Is it right?
+        what: What is.
+
+    Raises:
+        ValueError: It is not right.
+    """
+    if not right:
+        raise ValueError(f"{name}: expected {what}, got {value}")
 
 
 def settings_grid(**lists: list[Any]) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from lit_vapo.objectives.base import Objective
-from lit_vapo.study.experiment import settings_grid
+from lit_vapo.study.experiment import expect, settings_grid
 from lit_vapo.study.language import LanguageModelStudy, Training
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.uncertainty.base import RewardHead
@@ -143,6 +143,9 @@ class KnownNoise(LanguageModelStudy):
         noise: Root mean square of one member's error, in units of the true reward (whose spread is about 1).
         correlation: Share ρ of the noise's variance that all members have in common, in [0, 1).
         world: Which kinds there are and which are noisy.
+
+    Raises:
+        ValueError: A number is out of its range.
     """
 
     def __init__(
@@ -158,6 +161,11 @@ class KnownNoise(LanguageModelStudy):
         world: int = 0,
     ) -> None:
         super().__init__(prepared, methods, training)
+        expect("noise_ratio", noise_ratio, all(x > 0 for x in noise_ratio), "ratios > 0")
+        expect("members", members, members >= 1, "at least 1")
+        expect("kinds", kinds, kinds >= 2, "at least 2, noisy and quiet")
+        expect("noise", noise, noise > 0, "a number > 0")
+        expect("correlation", correlation, 0 <= correlation < 1, "a number in [0, 1)")
         self.settings = settings_grid(noise_ratio=noise_ratio)
         self.members = members
         self.kinds = kinds

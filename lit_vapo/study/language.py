@@ -29,7 +29,7 @@ from lit_vapo.modules.ppo import PPOModule
 from lit_vapo.modules.ppo_update import UpdateSettings
 from lit_vapo.modules.run import NOISE
 from lit_vapo.objectives.base import Objective
-from lit_vapo.study.experiment import Experiment, Record, Repetition
+from lit_vapo.study.experiment import Experiment, Record, Repetition, expect
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.types import TextReward
 from lit_vapo.uncertainty.base import RewardHead
@@ -48,6 +48,10 @@ SHOWN = ("train/objective_reward", "train/ensemble_sigma", "train/kl_weight_mean
 class Training:
     """How every method of a study trains: options of the ppo stage, with defaults for a small model from scratch.
 
+    The defaults have many responses to few prompts, since the gradient is small beside its noise and a prompt is read
+    once; and a KL that is dear at first, so that a weight acts while the policy is near, until β has fallen so far that
+    the KL nears its target.
+
     Args:
         iterations: Rollouts; each is a point of the run, and the last is what the run is judged by (the update that
             follows it is not).
@@ -63,17 +67,17 @@ class Training:
         kl_target: Plain KL in nats that β is adapted to reach, or `null` for a fixed β.
     """
 
-    iterations: int = 20
-    batch_size: int = 64
+    iterations: int = 24
+    batch_size: int = 24
     max_prompt_length: int = 32
-    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=12, num_responses=4))
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=6, num_responses=16))
     advantage: AdvantageEstimator | None = None
     update: UpdateSettings = field(default_factory=lambda: UpdateSettings(epochs=1))
     lora: Lora | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     critic_learning_rate: float = 1e-3
-    kl_coef: float = 0.3
-    kl_target: float | None = None
+    kl_coef: float = 3.0
+    kl_target: float | None = 1.0
 
 
 class LanguageModelStudy(Experiment):
@@ -130,6 +134,11 @@ class LanguageModelStudy(Experiment):
         """True return of the reference."""
         return float(self.true(self.reference_features).mean())
 
+    @property
+    def response_tokens(self) -> int | None:
+        """Most tokens of the reference's responses, or None if nobody knows."""
+        return self.true.response_tokens
+
     @cached_property
     def features(self) -> FeatureSpec:
         """What ensembles read of which language model: the one that is aligned."""
@@ -169,6 +178,9 @@ class LanguageModelStudy(Experiment):
         return [record for repetition in repetitions for record in self._repeat(setting, repetition)]
 
     def _repeat(self, setting: str, repetition: Repetition) -> list[Record]:
+        here, there = self.training.sampling.max_new_tokens, self.response_tokens
+        # The reference's return is that of its responses, which ensembles are calibrated on as well.
+        expect("training.sampling.max_new_tokens", here, there in (None, here), f"{there}, as in {self.prepared}")
         head = self.ensemble(self.settings[setting], repetition.seed)
         records = []
         with TemporaryDirectory() as scratch:
@@ -176,8 +188,8 @@ class LanguageModelStudy(Experiment):
             RewardModel(self.features, head, None).save_pretrained(folder)
             for name, objective in self.methods.items():
                 seen = self._train(copy.deepcopy(objective), folder, repetition.seed)
-                there = self.reference_return
-                records.append(Record(name, setting, *repetition, seen.kl, seen.true_return, there, seen.last))
+                base = self.reference_return
+                records.append(Record(name, setting, *repetition, seen.kl, seen.true_return, base, seen.last))
         return records
 
     def _train(self, objective: Objective, ensemble: Path, seed: int) -> Watch:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_vapo.modules.checkpoint import linear_decay, seeded
 from lit_vapo.objectives.base import Objective
-from lit_vapo.study.experiment import settings_grid
+from lit_vapo.study.experiment import expect, settings_grid
 from lit_vapo.study.language import LanguageModelStudy, Training
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.types import FeaturePairs, PairLabels
@@ -34,6 +34,9 @@ class LearnedEnsemble(LanguageModelStudy):
         training: How all methods train.
         steps: Steps of the estimator's optimiser, each on all pairs.
         head_learning_rate: Its first learning rate (AdamW, linear decay, as in the reward stage).
+
+    Raises:
+        ValueError: A number is out of its range.
     """
 
     def __init__(
@@ -48,6 +51,10 @@ class LearnedEnsemble(LanguageModelStudy):
         head_learning_rate: float = 0.01,
     ) -> None:
         super().__init__(prepared, methods, training)
+        expect("pairs", pairs, all(n >= 1 for n in pairs), "numbers of at least 1")
+        expect("flipped", flipped, all(0 <= p <= 0.5 for p in flipped), "probabilities in [0, 0.5]")
+        expect("steps", steps, steps >= 1, "at least 1")
+        expect("head_learning_rate", head_learning_rate, head_learning_rate > 0, "a number > 0")
         self.settings = settings_grid(pairs=pairs, flipped=flipped)
         self.head = head or HeadEnsemble()
         self.steps = steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,18 +22,20 @@ class TrueReward:
         weight: w (H,), in units of reward per unit of feature.
         bias: b (), in units of reward.
         reference: Features (N, H) of responses of the reference.
+        response_tokens: Most tokens of these responses, or None if nobody knows.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, reference: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, reference: Tensor, response_tokens: int | None = None) -> None:
         self.weight = weight
         self.bias = bias
         self.reference = reference
+        self.response_tokens = response_tokens
 
     @classmethod
-    def along(cls, direction: Tensor, reference: Tensor) -> TrueReward:
+    def along(cls, direction: Tensor, reference: Tensor, response_tokens: int | None = None) -> TrueReward:
         """The reward that rises in a direction (H,), centred and scaled on the reference's features (N, H)."""
         score = reference @ direction
-        return cls(direction / score.std(), score.mean() / score.std(), reference)
+        return cls(direction / score.std(), score.mean() / score.std(), reference, response_tokens)
 
     def __call__(self, features: Tensor) -> Tensor:
         """True reward (B,) of features (B, H)."""
@@ -41,7 +44,8 @@ class TrueReward:
     def save(self, folder: str | Path) -> None:
         """Write it into a folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({name: x.contiguous() for name, x in vars(self).items()}, Path(folder) / NAME)
+        known = {name: torch.as_tensor(x).contiguous() for name, x in vars(self).items() if x is not None}
+        save_file(known, Path(folder) / NAME)
 
     @classmethod
     def load(cls, folder: str | Path) -> TrueReward:
@@ -53,4 +57,6 @@ class TrueReward:
         path = Path(folder) / NAME
         if not path.is_file():
             raise ValueError(f"expected a folder with {NAME}, got {str(folder)!r}")
-        return cls(**load_file(path))
+        known = load_file(path)
+        tokens = known.pop("response_tokens", None)
+        return cls(**known, response_tokens=None if tokens is None else int(tokens))

@@ -49,12 +49,12 @@ def demo(tmp_path_factory):
     # The better response of pair i is i + 1 in every feature, the worse one −(i + 1).
     features = {"chosen": number + 1, "rejected": -number - 1, "reference": torch.randn(64, WIDTH)}
     save_file({name: x.contiguous() for name, x in features.items()}, folder / "study" / "features.safetensors")
-    (folder / "study" / "reference.json").write_text(json.dumps({"gold": 5.5}))
+    (folder / "study" / "reference.json").write_text(json.dumps({"gold": 5.5, "response_tokens": 4}))
     return folder
 
 
-def study(demo, pairs=20, flipped=0.25):
-    sampling, update = Sampling(4, num_responses=2), UpdateSettings(epochs=1, minibatches=1)
+def study(demo, pairs=20, flipped=0.25, tokens=4):
+    sampling, update = Sampling(tokens, num_responses=2), UpdateSettings(epochs=1, minibatches=1)
     training = Training(iterations=2, batch_size=4, sampling=sampling, update=update)
     experiment = SentimentStudy(str(demo), {"mean": MeanReward()}, [pairs], [flipped], training=training, steps=5)
     # The toy has one layer and no judge.
@@ -107,7 +107,9 @@ def test_prepared_features_are_what_an_ensemble_reads(tmp_path, monkeypatch):
     expected = compute_features(model, [encode("the film", " was good", ended=False)], torch.device("cpu"))
     torch.testing.assert_close(found["chosen"][:1], expected)
     assert found["reference"].shape == (8, WIDTH)
-    assert json.loads((tmp_path / "study" / "reference.json").read_text())["gold"] > 1
+    figures = json.loads((tmp_path / "study" / "reference.json").read_text())
+    assert figures["gold"] > 1
+    assert figures["response_tokens"] == study_module.RESPONSE_TOKENS
 
 
 def test_the_study_reads_what_the_demo_reads():
@@ -130,3 +132,6 @@ def test_what_is_missing_is_named(demo, tmp_path):
         study(demo).preferences(41, 0.0, seed=0)
     with pytest.raises(ValueError, match=r"expected .*features\.safetensors, which `python -m examples.*` writes"):
         study(tmp_path).preferences(4, 0.0, seed=0)
+    longer = study(demo, tokens=6)
+    with pytest.raises(ValueError, match=r"max_new_tokens: expected 4, as in .*, got 6"):
+        longer.run(*longer.settings, Repetition(0, 0))

@@ -1,7 +1,22 @@
 import json
+from dataclasses import asdict
+
+import pytest
+import yaml
+from helpers import CONFIGS
 
 from examples.sentiment.corpus import Review, split_position
-from examples.tiny.prepare import MOST_LETTERS, MOST_WORDS, TRAIN, halves, make_model, make_tokenizer, write_texts
+from examples.tiny.prepare import (
+    MOST_LETTERS,
+    MOST_WORDS,
+    RESPONSE_TOKENS,
+    TRAIN,
+    halves,
+    make_model,
+    make_tokenizer,
+    write_texts,
+)
+from lit_vapo.study.language import Training
 
 
 def read(path):
@@ -38,3 +53,14 @@ def test_model_and_tokenizer_fit():
     assert model.config.vocab_size == len(tokenizer)
     assert (model.config.eos_token_id, model.config.pad_token_id) == (0, 1)
     assert tokenizer.decode(tokenizer("the film was bad")["input_ids"]) == "the film was bad"
+
+
+@pytest.mark.parametrize("name", ["known_noise", "known_noise_corrupted", "known_noise_strength", "learned_ensemble"])
+def test_studies_train_as_by_default_on_responses_as_long_as_the_references(name):
+    shipped = yaml.safe_load((CONFIGS / "study" / f"{name}.yaml").read_text())["experiment"]["init_args"]["training"]
+    default = asdict(Training())
+    assert default["sampling"]["max_new_tokens"] == RESPONSE_TOKENS
+    sampling = shipped.pop("sampling")
+    assert sampling == {key: default["sampling"][key] for key in sampling}
+    differ = {key for key in shipped if shipped[key] != default[key]}
+    assert differ == ({"kl_coef"} if name == "learned_ensemble" else set())

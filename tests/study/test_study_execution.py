@@ -134,8 +134,15 @@ def test_a_failure_is_recorded_and_tried_again_when_asked(tmp_path):
     # Left alone by a second start; run again when asked.
     study.experiment.fails = []
     assert list(missing_parts(study)) == []
+    # A share of the study tries again what is its own, and leaves the failures of others as they are.
+    own = [place for place, _ in missing_parts(study, retry_failed=True)]
+    assert len(own) == 2
+    results = run(study, config_of(study), retry_failed=True, shard=f"{own[0] % 2}/2")
+    kept = [f["repetition"] for f in results.failures]
+    assert kept == [n for place, n in zip(own, (1, 4), strict=True) if place % 2 != own[0] % 2] != []
     results = run(study, config_of(study), retry_failed=True)
     assert results.failures == []
+    assert list((tmp_path / "parts").glob("*/*failed*")) == []
     assert len([r for r in results.records if r.setting == "b"]) == 12
     assert merge(study) == results
 

@@ -42,16 +42,15 @@ def prepared(tmp_path_factory):
     spec = FeatureSpec(Pretrained(base), pooling="mean")
     responses = reference_responses(spec, prompts, 192, TOKENS, seed=0)
     reference = compute_features(feature_model(spec), responses, torch.device("cpu"))
-    TrueReward.along(torch.randn(32), reference).save(folder / "true_reward")
+    TrueReward.along(torch.randn(32), reference, TOKENS).save(folder / "true_reward")
     return folder
 
 
 def training(**options):
     sampling = Sampling(TOKENS, num_responses=2)
     update = UpdateSettings(epochs=1, minibatches=1)
-    return Training(
-        **{"iterations": 3, "batch_size": 8, "learning_rate": 0.02, "sampling": sampling, "update": update} | options
-    )
+    small = {"iterations": 3, "batch_size": 8, "learning_rate": 0.02, "sampling": sampling, "update": update}
+    return Training(**small | {"kl_coef": 0.3, "kl_target": None} | options)
 
 
 def known(prepared, methods=METHODS, noise_ratio=(10,), **options):
@@ -59,7 +58,9 @@ def known(prepared, methods=METHODS, noise_ratio=(10,), **options):
 
 
 def learned(prepared, methods=METHODS, **options):
-    return LearnedEnsemble(str(prepared), methods, [20], [0.3], **{"training": training()} | options)
+    return LearnedEnsemble(
+        str(prepared), methods, **{"pairs": [20], "flipped": [0.3], "training": training()} | options
+    )
 
 
 # The true reward.
@@ -76,6 +77,9 @@ def test_true_reward_is_kept(prepared, tmp_path):
     true = TrueReward.load(prepared / "true_reward")
     true.save(tmp_path)
     assert torch.equal(TrueReward.load(tmp_path)(true.reference), true(true.reference))
+    assert TrueReward.load(tmp_path).response_tokens == TOKENS
+    TrueReward(true.weight, true.bias, true.reference).save(tmp_path)
+    assert TrueReward.load(tmp_path).response_tokens is None
     with pytest.raises(ValueError, match=r"expected a folder with true_reward\.safetensors, got .*nowhere"):
         TrueReward.load(tmp_path / "nowhere")
 
@@ -285,6 +289,29 @@ def test_bad_input_is_refused(prepared):
         known(prepared, {})
     with pytest.raises(ValueError, match=r"expected at least 200 prompts .*, got 192"):
         known(prepared, training=training(iterations=25)).run("noise_ratio=10", Repetition(0, 0))
+    longer = training(sampling=Sampling(TOKENS + 1, num_responses=2))
+    with pytest.raises(ValueError, match=rf"training\.sampling\.max_new_tokens: expected {TOKENS}, as in .*, got 5"):
+        known(prepared, training=longer).run("noise_ratio=10", Repetition(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (known, {"noise_ratio": [10, 0]}, r"noise_ratio: expected ratios > 0, got \[10, 0\]"),
+        (known, {"noise_ratio": []}, r"noise_ratio: expected a list of different values, got \[\]"),
+        (known, {"members": 0}, "members: expected at least 1, got 0"),
+        (known, {"kinds": 1}, "kinds: expected at least 2, noisy and quiet, got 1"),
+        (known, {"noise": 0.0}, r"noise: expected a number > 0, got 0\.0"),
+        (known, {"correlation": 1.0}, r"correlation: expected a number in \[0, 1\), got 1\.0"),
+        (learned, {"pairs": [0]}, r"pairs: expected numbers of at least 1, got \[0\]"),
+        (learned, {"flipped": [0.6]}, r"flipped: expected probabilities in \[0, 0\.5\], got \[0\.6\]"),
+        (learned, {"steps": 0}, "steps: expected at least 1, got 0"),
+        (learned, {"head_learning_rate": 0.0}, "head_learning_rate: expected a number > 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(prepared, make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(prepared, **options)
 
 
 @pytest.mark.parametrize("name", ["known_noise", "known_noise_corrupted", "known_noise_strength", "learned_ensemble"])

@@ -37,7 +37,7 @@ def test_gain_at_a_kl_by_hand():
 
 
 def test_averages_of_neighbouring_points_by_hand():
-    run = record([3.0, 6.0, 0.0, 9.0], kl=[0.0, 1.0, 2.0, 6.0], final=1)
+    run = record([3.0, 6.0, 0.0, 9.0], kl=[0.0, 1.0, 2.0, 6.0])
     smooth = run.smoothed(3)
     assert smooth.kl == pytest.approx([1.0, 3.0])
     assert smooth.gain == pytest.approx(5.0)  # (6 + 0 + 9) / 3, the last points
@@ -45,6 +45,9 @@ def test_averages_of_neighbouring_points_by_hand():
     assert run.smoothed(1) == run
     # A run shorter than the window is one point.
     assert run.smoothed(9).kl == pytest.approx([2.25])
+    # A run that is judged by a point on its way has no last mean to be judged by.
+    with pytest.raises(ValueError, match=r"analysis\.window: expected 1 where runs are judged by point 1"):
+        record([3.0, 6.0, 0.0], kl=[0.0, 1.0, 2.0], final=1).smoothed(2)
 
 
 def test_a_report_compares_averages_where_points_are_estimates(tmp_path):
