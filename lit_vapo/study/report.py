@@ -32,8 +32,8 @@ READING = (
     "study, rejects at 5%; it does not hold where the effect goes the other way by the same test, or where the whole "
     "interval lies below the smallest effect worth having; else it is undecided. `needs` is how many repetitions would "
     "show the seen effect with a power of 80% at the level of the strictest step of the correction; it takes the seen "
-    "effect for the true one. Where `analysis.window` is above 1, figures of a policy are means of that many consecutive "
-    "points, those of the final policy of the last."
+    "effect for the true one. Where `analysis.window` is above 1, figures of a policy are means of that many points in "
+    "a row, those of the final policy of the last."
 )
 
 
