@@ -31,10 +31,8 @@ batches of similar length, both of at most as many tokens. It runs under transfo
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -47,7 +45,7 @@ from jsonargparse import auto_cli
 WORKERS = Path(__file__).parent / "workers"
 sys.path.insert(0, str(WORKERS))
 
-from job import Answer, Job  # noqa: E402
+from job import Answer, Job, start  # noqa: E402
 
 from lit_vapo.models.features import TOKENS_ON_CPU  # noqa: E402
 from lit_vapo.models.pretrained import quiet  # noqa: E402
@@ -123,19 +121,8 @@ def for_transformers_4(folder: Path, copy: Path) -> None:
 
 def run(python: str, worker: str, job: Job) -> Answer:
     """One training in a process of its own."""
-    threads = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    offline = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment = {**os.environ, **threads, **offline}
-    if python != sys.executable:
-        environment.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as work:
-        told, answer = Path(work) / "job.json", Path(work) / "answer.json"
-        replace(job, work=work).write(told)
-        command = [python, str(WORKERS / worker), str(told), str(answer)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-        return Answer(**json.loads(answer.read_text()))
+        return Answer(**start(python, worker, replace(job, work=work), Path(work), job.threads))
 
 
 def spread(values: list[float], digits: int = 2) -> str:

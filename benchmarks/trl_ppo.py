@@ -25,13 +25,13 @@ times of whole iterations. Runs that are in `work` already are not repeated.
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,10 +42,12 @@ from scipy import stats
 WORKERS = Path(__file__).parent / "workers"
 sys.path.insert(0, str(WORKERS))
 
+from job import start  # noqa: E402
 from ppo_job import Answer, Job  # noqa: E402
 from ppo_task import PROMPT, RESPONSE, Judge, Judged, Language, make_policy, make_reward, texts, write_rows  # noqa: E402
 
 from lit_vapo.figures.drawing import BLUE, GREY, ORANGE  # noqa: E402
+from lit_vapo.folders import new_folder, write_whole  # noqa: E402
 from lit_vapo.models.pretrained import quiet  # noqa: E402
 from lit_vapo.study.experiment import Record  # noqa: E402
 
@@ -57,26 +59,29 @@ COLOURS = {"ours": BLUE, "trl": ORANGE, "default": GREY}
 def run(python: str, worker: str, job: Job) -> Answer:
     """One run in a process of its own, unless it is there already."""
     output = Path(job.output)
-    told, answer = output / "job.json", output / "answer.json"
-    if not answer.is_file():
-        output.mkdir(parents=True, exist_ok=True)
-        told.write_text(json.dumps(asdict(job)))
-        quietly = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        environment = {**os.environ, **quietly}
-        if python != sys.executable:
-            environment.pop("PYTHONPATH", None)
-        command = [python, str(WORKERS / worker), str(told), str(answer)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return Answer(**json.loads(answer.read_text()))
+    answer = output / "answer.json"
+    if answer.is_file():
+        return Answer(**json.loads(answer.read_text()))
+    shutil.rmtree(output, ignore_errors=True)  # of a run that was killed
+    output.mkdir(parents=True)
+    return Answer(**start(python, worker, job, output, threads=1))
+
+
+def claim(folder: Path, options: dict[str, Any]) -> None:
+    """Refuse a folder with runs of other options."""
+    path = folder / "options.json"
+    there = json.loads(path.read_text()) if path.is_file() else options
+    differ = [f"{name} {there.get(name)}" for name, value in options.items() if there.get(name) != value]
+    if differ:
+        raise SystemExit(f"--work: {folder} has runs with {', '.join(differ)}; expected another folder or these values")
+    write_whole(path, json.dumps(options, indent=2) + "\n")
 
 
 def judged(judge: Judge, job: Job, side: str, start: Judged) -> Record:
     """Gold and KL of every saved policy of a run."""
     kept = Path(job.output) / "judged.json"
     if not kept.is_file():
-        kept.write_text(json.dumps([judge(Path(job.output) / str(i)) for i in job.saved]))
+        write_whole(kept, json.dumps([judge(Path(job.output) / str(i)) for i in job.saved]))
     points = [Judged(*x) for x in json.loads(kept.read_text())]
     kl, gold, lengths = [p.k1 for p in points], [p.gold for p in points], [p.length for p in points]
     further = {"k3": points[-1].k3, "length": lengths[-1]}
@@ -155,7 +160,7 @@ def main(
 
     Args:
         peer_python: Interpreter of an environment with TRL; `null` leaves the peer out.
-        work: Folder for models, runs and `gold_kl.png`; what is there is used again.
+        work: Folder for models, runs and `gold_kl.png`; what is there is used again, and that of other options refused.
         seeds: Repetitions; `null` for 10 with the peer and 1 without.
         iterations: Rollouts of a run.
         batch_size: Responses of a rollout.
@@ -172,24 +177,27 @@ def main(
     torch.set_num_threads(1)
     root, language = Path(work), Language()
     root.mkdir(parents=True, exist_ok=True)
+    shape = (iterations, batch_size, PROMPT, RESPONSE, epochs, minibatches, learning_rate, kl_coef)
+    claim(root, {"shape": list(shape), "pairs": pairs, "held_out": held_out, "pretraining": pretraining})
     policy = root / "policy"
     if not policy.is_dir():
-        make_policy(policy, language, pretraining)
+        with new_folder(policy, "--work") as partial:
+            make_policy(partial, language, pretraining)
     count = batch_size * iterations
     ids = language.write(count, PROMPT, torch.Generator().manual_seed(5))
     prompts = write_rows(root / "prompts.jsonl", [{"prompt": text} for text in texts(ids)])
     judge = Judge(policy, language, held_out)
-    start = judge(policy)
-    print(f"the policy to start from: gold {start.gold:.3f}, {start.length:.1f} tokens a response", flush=True)
+    begin = judge(policy)
+    print(f"the policy to start from: gold {begin.gold:.3f}, {begin.length:.1f} tokens a response", flush=True)
     answers: dict[str, list[Answer]] = {}
     records: dict[str, list[Record]] = {}
-    shape = (iterations, batch_size, PROMPT, RESPONSE, epochs, minibatches, learning_rate, kl_coef)
     saved = [i for i in SAVED if i <= iterations]
     updates = iterations * epochs * minibatches
     for seed in range(seeds or (10 if peer_python else 1)):
         reward = root / f"reward_{seed}"
-        if not (reward / "classifier").is_dir():
-            make_reward(reward, policy, language, pairs, seed)
+        if not reward.is_dir():
+            with new_folder(reward, "--work") as partial:
+                make_reward(partial, policy, language, pairs, seed)
         job = Job(str(policy), f"{reward}/ensemble", f"{reward}/classifier", prompts, "", saved, *shape, seed=seed)
         jobs = {
             "ours": (sys.executable, "ppo_ours.py", replace(job, critic="own")),
@@ -204,7 +212,7 @@ def main(
             answer = run(python, worker, one)
             if answer.updates != updates:
                 raise SystemExit(f"{SIDES[side]}: expected {updates} weight updates, got {answer.updates}")
-            record = judged(judge, one, side, start)
+            record = judged(judge, one, side, begin)
             answers.setdefault(side, []).append(answer)
             records.setdefault(side, []).append(record)
             print(

@@ -1,17 +1,20 @@
-"""What a worker of `benchmarks/reward_uq.py` is told and what it answers; standard library only.
+"""How a benchmark starts a worker; what one of `benchmarks/reward_uq.py` is told and answers; standard library only.
 
-The two workers run under different interpreters, which share nothing but this file.
+Workers run under different interpreters, which share nothing but this file (and `ppo_job.py`, those of PPO).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -64,10 +67,6 @@ class Job:
         """The clock's seconds."""
         return time.process_time() if self.processor_time else time.perf_counter()
 
-    def write(self, path: Path) -> None:
-        """Write the job as JSON."""
-        path.write_text(json.dumps(asdict(self)))
-
 
 @dataclass
 class Answer:
@@ -86,6 +85,34 @@ class Answer:
     rest: float
     steps: int
     peak_mb: float = 0.0
+
+
+def start(python: str, worker: str, job: Any, folder: Path, threads: int) -> dict[str, Any]:
+    """Run a worker in a process of its own.
+
+    Args:
+        python: Its interpreter.
+        worker: Its file, beside this one.
+        job: What it is told, a dataclass.
+        folder: Where question and answer are written.
+        threads: Threads of torch.
+
+    Returns:
+        What it answered.
+    """
+    told, answer = folder / "job.json", folder / "answer.json"
+    told.write_text(json.dumps(asdict(job)))
+    limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    offline = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {**os.environ, **limits, **offline}
+    if python != sys.executable:
+        environment.pop("PYTHONPATH", None)
+    command = [python, str(Path(__file__).parent / worker), str(told), str(answer)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(answer.read_text())
+    return found
 
 
 def serve(work: Callable[[Job], Answer]) -> None:
