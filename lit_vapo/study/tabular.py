@@ -5,8 +5,9 @@ Source: Banerjee, Saha, Gopalan, "Towards Reliable, Uncertainty-Aware Alignment"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lit_vapo.functional import bregman_kl, optimal_policy, risk_vanilla, risk_variance_aware
 from lit_vapo.objectives.base import Objective
-from lit_vapo.study.experiment import Experiment, Record, Repetition, settings_grid
+from lit_vapo.study.experiment import Experiment, Record, Repetition, expect, settings_grid
 from lit_vapo.study.variance import Draws, Honest, ToldVariance
 from lit_vapo.types import RewardEstimate
 
@@ -54,14 +55,15 @@ class World:
         if self.responses < 3 or not self.noise > 0:
             raise ValueError(f"world: expected responses >= 3 and noise > 0, got {self.responses} and {self.noise}")
 
-    def draw(self, number: int, ratio: float) -> tuple[Tensor, Tensor]:
+    def draw(self, number: int, ratio: float, objective: int = 0) -> tuple[Tensor, Tensor]:
         """True rewards `(n,)` and standard deviations of one member's noise `(n,)`, float64.
 
         Args:
             number: Which world: another draw of the true rewards and of who gets which noise.
             ratio: The largest standard deviation over the smallest, >= 1.
+            objective: Which of several objectives: each has rewards and noise of its own.
         """
-        rng = np.random.default_rng(number)
+        rng = _generator(number, objective)
         reward = rng.standard_normal(self.responses)
         sigma = rng.permutation(np.geomspace(1, ratio, self.responses))
         return torch.from_numpy(reward), torch.from_numpy(sigma * self.noise / np.sqrt(np.mean(sigma**2)))
@@ -131,13 +133,15 @@ class Optima(Experiment):
     Args:
         methods: The methods by name. Their objectives depend on the estimate of each response alone.
         noise_ratio: Ratios of the largest noise to the smallest. Settings are all combinations of the lists.
-        members: Numbers of members K.
+        members: Numbers of members K, of each objective's ensemble.
         correlation: Shares ρ of the noise's variance that all members have in common, in [0, 1).
         kl_coef: Coefficients β, in units of reward per nat.
         worlds: How many draws of true rewards.
         responses: n, the number of responses.
         noise: Root mean square of the noise of one member, in standard deviations of the true reward.
         block_size: Repetitions in one file.
+        objectives: Numbers m of objectives, such as helpful and harmless, that are independent of each other. The true
+            reward is their sum over √m; each has an ensemble of its own, and the variances are added in the same way.
 
     Raises:
         ValueError: No methods, or a list without entries.
@@ -154,6 +158,7 @@ class Optima(Experiment):
         responses: int = 10,
         noise: float = 4.0,
         block_size: int = 500,
+        objectives: Sequence[int] = (1,),
     ) -> None:
         if not methods:
             raise ValueError("methods: expected at least one, got none")
@@ -166,16 +171,17 @@ class Optima(Experiment):
             correlation=correlation,
             kl_coef=kl_coef,
             world=list(range(worlds)),
+            objectives=list(objectives),
         )
+        expect("objectives", objectives, all(m >= 1 for m in objectives), "numbers of at least 1")
 
     def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
         """All ensembles at once."""
         params = self.settings[setting]
-        true, sigma = self.world.draw(params["world"], params["noise_ratio"])
+        true, members, draws = self._landscape(params, repetitions)
         n = len(true)
         reference = torch.full((n,), 1 / n, dtype=torch.float64)
         base = float(reference @ true)
-        members, draws = _ensembles(true, sigma, params["members"], params["correlation"], repetitions)
         coefs = params["kl_coef"] * torch.tensor([2.0**-k for k in HALVINGS], dtype=torch.float64)[:, None]
         records = []
         for name, method in self.methods.items():
@@ -190,15 +196,39 @@ class Optima(Experiment):
                 records.append(Record(name, setting, *repetition, kl[i], value[i], base, final=HALVINGS.index(0)))
         return records
 
+    def _landscape(self, params: Mapping[str, Any], repetitions: Sequence[Repetition]) -> tuple[Tensor, Tensor, Draws]:
+        """True rewards `(n,)`, members' rewards `(R, n, K)`, and what is known of their variance: of all objectives."""
+        m = params["objectives"]
+        worlds = [self.world.draw(params["world"], params["noise_ratio"], objective) for objective in range(m)]
+        drawn = [
+            _ensembles(*world, params["members"], params["correlation"], repetitions, objective)
+            for objective, world in enumerate(worlds)
+        ]
+        true = torch.stack([one for one, _ in worlds]).sum(0) / m**0.5
+        rewards = torch.stack([one for one, _ in drawn]).sum(0) / m**0.5
+        # Errors of separate ensembles are independent: variances add, and nothing is estimated twice.
+        variance, exact = (torch.stack([d[i] for _, d in drawn]).sum(0) / m for i in range(2))
+        return true, rewards, drawn[0][1]._replace(members=variance, true=exact)
+
+
+def _generator(seed: int, objective: int) -> np.random.Generator:
+    """Random numbers of an objective; the first has those that it would have alone."""
+    return np.random.default_rng([seed, objective] if objective else seed)
+
 
 def _ensembles(
-    true: Tensor, sigma: Tensor, num_members: int, correlation: float, repetitions: Sequence[Repetition]
+    true: Tensor,
+    sigma: Tensor,
+    num_members: int,
+    correlation: float,
+    repetitions: Sequence[Repetition],
+    objective: int = 0,
 ) -> tuple[Tensor, Draws]:
     """Members' rewards `(R, n, K)` and what is known of their variance, each repetition from its own seed."""
     n = len(true)
     common, own, normal, order = [], [], [], []
     for repetition in repetitions:
-        rng = np.random.default_rng(repetition.seed)
+        rng = _generator(repetition.seed, objective)
         common.append(rng.standard_normal((n, 1)))
         normal.append(rng.standard_normal(n))
         order.append(rng.permutation(n))

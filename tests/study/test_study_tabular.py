@@ -119,6 +119,34 @@ def test_worlds_keep_the_amount_of_noise():
     assert not torch.equal(world.draw(0, 3)[0], world.draw(1, 3)[0])
 
 
+def test_objectives_are_added_and_so_are_the_variances_of_their_ensembles():
+    one, two = optima(), optima(objectives=[2])
+    (params,) = two.settings.values()
+    true, rewards, draws = two._landscape(params, repetitions(3000))
+    first, second = (two.world.draw(0, 10, objective) for objective in range(2))
+    assert torch.equal(first[0], one.world.draw(0, 10)[0])
+    assert not torch.equal(first[1].argsort(), second[1].argsort())
+    torch.testing.assert_close(true, (first[0] + second[0]) / 2**0.5)
+    noise = (first[1].square() + second[1].square()) / 2
+    torch.testing.assert_close(draws.true, noise)
+    error = rewards - true[:, None]
+    torch.testing.assert_close(error.var((0, 2)), noise, rtol=0.1, atol=0)
+    # Separate ensembles: what one objective's members say of their variance is not mixed with the other's. Members that
+    # have half of their noise in common show the other half.
+    torch.testing.assert_close(draws.members.mean(0), noise / 2, rtol=0.1, atol=0)
+    # A better known variance than that of one ensemble of their sums.
+    spread = (draws.members / (noise / 2)).var(0).mean()
+    assert float(spread) < 0.95 * float((rewards.var(-1) / (noise / 2)).var(0).mean())
+
+
+def test_the_first_objective_is_what_it_would_be_alone():
+    alone = optima(objectives=[1]).run_block("noise_ratio=10", repetitions(5))
+    among = optima(objectives=[1, 2]).run_block("objectives=1", repetitions(5))
+    assert [r.true_return for r in alone] == [r.true_return for r in among]
+    with pytest.raises(ValueError, match=r"objectives: expected numbers of at least 1, got \[0\]"):
+        optima(objectives=[0])
+
+
 def test_what_objectives_are_told_by_hand():
     members = torch.tensor([[1.0, 2.0, 4.0, 9.0]])
     true = torch.tensor([1.0, 1.0, 5.0, 3.0])
