@@ -131,7 +131,7 @@ def test_conversations_want_a_chat_template(stage_args, tmp_path, request, stage
         (
             {"model__sampling__max_new_tokens": 100},
             r"data.max_prompt_length \+ model.sampling.max_new_tokens: expected at most the model's context of 128 "
-            "tokens, got 132",
+            "tokens, got a sequence of 132",
         ),
         ({"model__reward": "nowhere"}, r"reward: expected a folder with ensemble.json .*, got nowhere"),
         ({"data__batch_size": 1000}, r"data.batch_size: expected at most the \d+ prompts there are, got 1000"),

@@ -195,7 +195,11 @@ def test_checkpoint_of_another_stage_or_size_is_refused(sft, reward, run):
         ("ppo", ["--model.kl_coef=-0.1"], "model.kl_coef: expected a number of 0 or more, got -0.1"),
         ("ppo", ["--model.learning_rate=0"], "model.learning_rate: expected a number above 0"),
         ("ppo", ["--model.reward=nowhere"], "expected a folder with ensemble.json"),
-        ("ppo", ["--model.sampling.max_new_tokens=500"], "expected at most the model's context of 128 tokens, got 532"),
+        (
+            "ppo",
+            ["--model.sampling.max_new_tokens=500"],
+            "context of 128 tokens, got a sequence of 532",
+        ),
         ("ppo", ["--data.max_prompt_length=3"], "line 1: expected a prompt of 1 … 3 tokens"),
         ("reward", ["--data.validation_fraction=2"], "data.validation_fraction: expected a number from 0"),
         ("reward", ["--model.base.path=./nowhere"], "expected a folder with a transformers model"),

@@ -171,10 +171,27 @@ def _template(row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase, 
         )
     if not messages:
         raise ValueError(f"{row.place}: expected a prompt of at least one message, got none")
+    return apply_template(messages, tokenizer, respond, row.place)
+
+
+def apply_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, respond: bool, place: str) -> str:
+    """Messages as the tokenizer's chat template writes them.
+
+    Args:
+        messages: The messages.
+        tokenizer: Whose template.
+        respond: Open the assistant's turn at the end.
+        place: Where the messages are from, for the error.
+
+    Raises:
+        ValueError: The template refuses them.
+    """
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=respond))
     except Exception as error:  # whatever the template raises, such as that roles must alternate
-        raise ValueError(f"{row.place}: expected messages that the chat template takes, got: {error}") from error
+        raise ValueError(
+            f"{place}: expected messages that the chat template of {tokenizer.name_or_path!r} takes, got: {error}"
+        ) from error
 
 
 def end_at_stop(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lit_vapo.data.formats import Messages, Preference, Prompt, end_at_stop
+from lit_vapo.data.formats import Messages, Preference, Prompt, apply_template, end_at_stop
 from lit_vapo.types import TokenSequence
 
 
@@ -86,7 +86,7 @@ def pair_encoder(tokenizer: PreTrainedTokenizerBase) -> PairEncoder:
         # A chat template has written the special tokens already.
         templated = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
         if messages is not None and tokenizer.chat_template:
-            prompt, response, ended = _apply_template(tokenizer, messages, response, ended)
+            prompt, response, ended = _as_templated(tokenizer, messages, response, ended)
             templated = True
         start = prompt_ids(tokenizer, prompt, templated)
         return TokenSequence(start + response_ids(tokenizer, response, append_eos=ended), len(start))
@@ -94,7 +94,7 @@ def pair_encoder(tokenizer: PreTrainedTokenizerBase) -> PairEncoder:
     return encode
 
 
-def _apply_template(
+def _as_templated(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, response: str, ended: bool
 ) -> tuple[str, str, bool]:
     """Texts of prompt and response as training wrote them, and whether an end of sequence is to be added.
@@ -102,14 +102,9 @@ def _apply_template(
     Raises:
         ValueError: The template refuses the messages.
     """
-    try:
-        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        answer = {"role": "assistant", "content": response}
-        whole = str(tokenizer.apply_chat_template([*messages, answer], tokenize=False))
-    except Exception as error:  # whatever the template raises, such as that roles must alternate
-        raise ValueError(
-            f"reward: expected messages that the chat template of {tokenizer.name_or_path!r} takes, got: {error}"
-        ) from error
+    prompt = apply_template(messages, tokenizer, True, "reward")
+    answer = {"role": "assistant", "content": response}
+    whole = apply_template([*messages, answer], tokenizer, False, "reward")
     if not ended or not whole.startswith(prompt):
         return prompt, response, ended
     # The template ends a turn in its own way.

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lit_vapo.folders import new_folder
 from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.critic import Critic, CriticSpec, Reads, load_critic, own_trunk, save_critic, saved_trunk
+from lit_vapo.models.exported import same_place
 from lit_vapo.models.generation import Sampling, Shaping, generation_config, stop_ids
 from lit_vapo.models.policy import Policy, Role
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
@@ -237,4 +238,5 @@ class ActorCritic(nn.Module):
 
 def _same_model(one: Pretrained, other: Pretrained) -> bool:
     """Whether two specifications give the same frozen weights."""
-    return (one.path, one.revision, one.quantization) == (other.path, other.revision, other.quantization)
+    alike = (one.revision, one.quantization) == (other.revision, other.quantization)
+    return alike and same_place(one.path, other.path)

@@ -106,11 +106,6 @@ class Policy(nn.Module):
         """Width H of the hidden states."""
         return int(self.causal_lm.config.hidden_size)
 
-    @property
-    def context_length(self) -> int | None:
-        """Positions the model was made for, if it says."""
-        return getattr(self.causal_lm.config, "max_position_embeddings", None)
-
     @contextmanager
     def acting_as(self, role: Role) -> Iterator[PreTrainedModel]:
         """The language model in one of its roles, for the length of a block."""

@@ -105,8 +105,13 @@ def _refuse(problem: str, keys: Iterable[str]) -> None:
         raise ValueError(f"checkpoint of another architecture: {problem} {shown} ({len(found)} in all)")
 
 
-def check_context(config: Any, longest: int) -> None:
+def check_context(config: Any, longest: int, key: str = "data.max_length") -> None:
     """Refuse data that a model's context cannot hold.
+
+    Args:
+        config: The model's configuration.
+        longest: Tokens of the longest sequence there is or may be.
+        key: What limits it.
 
     Raises:
         ValueError: The longest sequence has more tokens than the model has positions.
@@ -114,7 +119,7 @@ def check_context(config: Any, longest: int) -> None:
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and longest > context:
         raise ValueError(
-            f"data.max_length: expected at most the model's context of {context} tokens, got a sequence of {longest}"
+            f"{key}: expected at most the model's context of {context} tokens, got a sequence of {longest}"
         )
 
 

@@ -22,6 +22,7 @@ from lit_vapo.models.generation import Generator, Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.reward import read_config
 from lit_vapo.modules.checkpoint import (
+    check_context,
     check_positive,
     check_precision,
     linear_decay,
@@ -160,7 +161,9 @@ class PPOModule(EvaluatedPolicy):
         datamodule = cast("PromptDataModule | None", getattr(self.trainer, "datamodule", None))
         if datamodule is None:
             raise ValueError("trainer: expected a PromptDataModule (it has the tokenizer), got plain dataloaders")
-        self._check_context(datamodule)
+        longest = datamodule.max_prompt_length + self.sampling.max_new_tokens
+        limits = "data.max_prompt_length + model.sampling.max_new_tokens"
+        check_context(self.networks.policy.causal_lm.config, longest, limits)
         self.maker = RolloutMaker(
             self.networks,
             datamodule.text_tokenizer,
@@ -178,16 +181,6 @@ class PPOModule(EvaluatedPolicy):
                 head.calibrate(self.maker.reference_features(batches))
             self.objective.prepare(head.num_members, head.reference_variance)
             self.networks.warm_start_critic()
-
-    def _check_context(self, datamodule: PromptDataModule) -> None:
-        assert self.networks is not None
-        context = self.networks.policy.context_length
-        longest = datamodule.max_prompt_length + self.sampling.max_new_tokens
-        if context is not None and longest > context:
-            raise ValueError(
-                f"data.max_prompt_length + model.sampling.max_new_tokens: expected at most the model's context of "
-                f"{context} tokens, got {longest}"
-            )
 
     def on_fit_start(self) -> None:
         """Get ready to roll out, each process with random numbers of its own."""

@@ -180,7 +180,7 @@ def test_bad_conversations_are_named(tokenizer, values, message):
 
 def test_what_the_chat_template_refuses_is_named(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="line 3: expected messages that the chat template takes, got: roles must"):
+    with pytest.raises(ValueError, match="line 3: expected messages that .* takes, got: roles must"):
         read_prompt(row(prompt=[USER]), tokenizer)
 
 

@@ -122,7 +122,7 @@ def test_adaptive_kl_coefficient_moves_towards_its_target(tiny_model_dir, reward
 
 def test_a_run_longer_than_the_context_is_refused(tiny_model_dir, reward, tmp_path):
     module = ppo_module(tiny_model_dir, reward, sampling=Sampling(100))
-    with pytest.raises(ValueError, match=r"expected at most the model's context of 128 tokens, got 148"):
+    with pytest.raises(ValueError, match=r"expected at most the model's context of 128 tokens, got a sequence of 148"):
         fit_ppo(module, prompt_data(tiny_model_dir, tmp_path), tmp_path)
 
 
