@@ -125,3 +125,12 @@ def test_ppo_learns_with_members_on_its_own_base(folders, tmp_path):
     texts = zip(rollout.prompts, rollout.responses, rollout.stopped.tolist(), strict=True)
     expected = alone.head(compute_features(alone, [encode(*row) for row in texts], CPU))
     torch.testing.assert_close(rollout.estimate.members, expected.members, atol=1e-5, rtol=1e-5)
+
+
+def test_the_same_folder_by_another_name_is_the_same_base(folders, tmp_path):
+    model = folders("llama")
+    other = tmp_path / "linked"
+    other.symlink_to(model)
+    reward = saved_ensemble(tmp_path / "ensemble", model)
+    nets = networks(str(other), reward)
+    assert elements(nets) == elements(networks(model, reward))
