@@ -23,7 +23,7 @@ from joblib import Parallel, delayed
 from rich.progress import track
 
 from lit_vapo.folders import write_whole
-from lit_vapo.study.experiment import Analysis, Experiment, Record, Repetition, seed_of
+from lit_vapo.study.experiment import Analysis, Experiment, Record, Repetition, expect, seed_of
 
 VERSIONS = ("lit-vapo", "torch", "numpy", "scipy", "statsmodels", "lightning", "transformers", "peft")
 FAILED = ".failed.json"
@@ -50,6 +50,9 @@ class Study:
     def __post_init__(self) -> None:
         if self.repetitions < 1:
             raise ValueError(f"repetitions: expected at least 1, got {self.repetitions}")
+        methods = self.experiment.methods
+        for name in self.analysis.baselines if methods else ():
+            expect("analysis.baselines", repr(name), name in methods, f"some of {', '.join(map(repr, methods))}")
 
 
 class Part(NamedTuple):

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -136,10 +137,12 @@ class Experiment(ABC):
 
     Attributes:
         settings: What is known of each setting, by name; names are words without slashes.
+        methods: The methods by name; none if they are not known beforehand.
         block_size: How many repetitions are computed at once and kept in one file. 1 where a repetition takes long.
     """
 
     settings: Mapping[str, Mapping[str, Any]]
+    methods: Mapping[str, Any] = MappingProxyType({})
     block_size: int = 1
 
     @abstractmethod
@@ -221,7 +224,7 @@ class Analysis:
     """What is compared.
 
     Args:
-        baselines: Methods that all others are compared with; the first of each setting's, by name, if none is said.
+        baselines: Methods that all others are compared with; in a setting without any of them, its first by name.
         kl: KL divergences in nats at which methods are compared beside their final policies.
         smallest_ratio: A variance ratio (baseline over method) below this is not worth having: where the whole interval
             lies below it, a lower variance does not hold.

@@ -29,11 +29,12 @@ th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(-
 READING = (
     "Gain is the true return of the policy less the reference's; risk is the share of repetitions in which it is below "
     "zero. Intervals are at 95%. A claim holds where its test, corrected by Holm's method for all comparisons of this "
-    "study, rejects at 5%; it does not hold where the effect goes the other way by the same test, or where the whole "
-    "interval lies below the smallest effect worth having; else it is undecided. `needs` is how many repetitions would "
-    "show the seen effect with a power of 80% at the level of the strictest step of the correction; it takes the seen "
-    "effect for the true one. Where `analysis.window` is above 1, figures of a policy are means of that many points in "
-    "a row, those of the final policy of the last."
+    "study, rejects at 5% and its whole interval is on the right side; it does not hold where the whole interval lies "
+    "below the smallest effect worth having, as on the wrong side; else it is undecided. `needs` is how many "
+    "repetitions would show the seen effect with a power of 80% at the level of the strictest step of the correction; "
+    "it takes the seen effect for the true one. Where `analysis.window` is above 1, figures of a policy are means of "
+    "that many points in a row, those of the final policy of the last. A run that never reaches a KL is left out: "
+    "a method's gain and risk are then of its own runs, ratio and reduction of the pairs in which both reach it."
 )
 
 

@@ -98,7 +98,15 @@ def outcomes(records: Iterable[Record], analysis: Analysis) -> list[Outcome]:
 
 
 def pairs(found: Sequence[Outcome], analysis: Analysis) -> list[Pair]:
-    """Every method beside every baseline of its setting, at every point that two repetitions or more reach in both."""
+    """Every method beside every baseline of its setting, at every point that two repetitions or more reach in both.
+
+    Raises:
+        ValueError: A baseline is no method of any setting.
+    """
+    unknown = [name for name in analysis.baselines if name not in {outcome.method for outcome in found}]
+    if unknown:
+        names = ", ".join(dict.fromkeys(repr(outcome.method) for outcome in found))
+        raise ValueError(f"analysis.baselines: expected some of the methods {names}, got {unknown[0]!r}")
     places: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in found:
         places.setdefault((outcome.setting, outcome.point), []).append(outcome)
@@ -119,7 +127,7 @@ def pairs(found: Sequence[Outcome], analysis: Analysis) -> list[Pair]:
 def _chosen(place: list[Outcome], baselines: list[str]) -> Iterable[tuple[Outcome, Outcome]]:
     """Method and baseline of each comparison; two baselines are compared once, the later with the earlier."""
     by_name = {outcome.method: outcome for outcome in place}
-    base = [name for name in baselines if name in by_name] or [sorted(by_name)[0]]
+    base = [name for name in baselines if name in by_name] or sorted(by_name)[:1]
     for i, baseline in enumerate(base):
         for method in by_name.values():
             if method.method not in base[: i + 1]:
@@ -129,8 +137,9 @@ def _chosen(place: list[Outcome], baselines: list[str]) -> Iterable[tuple[Outcom
 def verdict(effect: Interval | None, none: float, smallest: float, p: float) -> str:
     """Whether an effect holds, does not, or is undecided.
 
-    It holds where the corrected test rejects and the effect is on the right side. It does not where the test rejects
-    and the effect is on the wrong side, or where the whole interval lies below the smallest effect worth having.
+    It holds where the corrected test rejects and the whole interval is on the right side of no effect: the test of the
+    variance looks at distances from the median, and may reject where the ratio says nothing, or even the opposite. It
+    does not hold where the whole interval lies below the smallest effect worth having, as on the wrong side.
 
     Args:
         effect: The effect with its interval; larger is better.
@@ -140,8 +149,8 @@ def verdict(effect: Interval | None, none: float, smallest: float, p: float) -> 
     """
     if effect is None:
         return OPEN
-    if p < ALPHA:
-        return HOLDS if effect.value > none else FAILS
+    if p < ALPHA and effect.low > none:
+        return HOLDS
     return FAILS if effect.high < smallest else OPEN
 
 
@@ -247,7 +256,8 @@ def _verdicts(group: Sequence[dict[str, Any]], key: str, name: str, verdict_key:
     values = [row[key].value for row in group if row[key] is not None]
     if len(group) == 1 and values:
         effect = group[0][key]
-        return f"{_said(group[0][verdict_key])} ({name} {effect.value:.3g}, 95% {effect.low:.3g} to {effect.high:.3g})"
+        of = f"95% {effect.low:.3g} to {effect.high:.3g}, {group[0]['n']} pairs"
+        return f"{_said(group[0][verdict_key])} ({name} {effect.value:.3g}, {of})"
     counts = {state: sum(row[verdict_key] == state for row in group) for state in (HOLDS, FAILS, OPEN)}
     parts = [f"{_said(state)} in {count} of {len(group)} settings" for state, count in counts.items() if count]
     spread = f" ({name} {min(values):.3g} to {max(values):.3g})" if values else ""

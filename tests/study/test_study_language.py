@@ -20,7 +20,7 @@ from lit_vapo.objectives.single_reward import SingleReward
 from lit_vapo.objectives.variance_aware import VarianceAware
 from lit_vapo.study import language
 from lit_vapo.study.execution import Study
-from lit_vapo.study.experiment import Repetition
+from lit_vapo.study.experiment import Analysis, Repetition
 from lit_vapo.study.known_noise import KnownNoise
 from lit_vapo.study.language import Training
 from lit_vapo.study.learned_ensemble import LearnedEnsemble, draw_pairs
@@ -312,6 +312,13 @@ def test_bad_input_is_refused(prepared):
 def test_numbers_out_of_range_are_refused(prepared, make, options, message):
     with pytest.raises(ValueError, match=message):
         make(prepared, **options)
+
+
+def test_a_baseline_that_is_no_method_is_refused_before_anything_runs(prepared):
+    with pytest.raises(
+        ValueError, match=r"analysis\.baselines: expected some of 'single', 'mean', 'aware', got 'bsae'"
+    ):
+        Study(known(prepared), "nowhere", analysis=Analysis(baselines=["mean", "bsae"]))
 
 
 @pytest.mark.parametrize("name", ["known_noise", "known_noise_corrupted", "known_noise_strength", "learned_ensemble"])

@@ -90,6 +90,9 @@ def test_runs_that_never_reach_a_level_are_counted_and_paired_without():
         (Interval(1.5, 0.9, 2.5), 0.2, OPEN),
         (Interval(1.0, 0.95, 1.05), 0.9, FAILS),  # no effect worth having
         (Interval(2.0, 1.5, 2.5), 0.06, OPEN),  # the correction decides
+        (Interval(1.2, 0.3, 3.6), 0.01, OPEN),  # the test of distances rejects, and the ratio says nothing
+        (Interval(0.9, 0.7, 1.3), 0.01, OPEN),
+        (Interval(1.02, 1.01, 1.05), 0.01, HOLDS),  # small and sure
         (None, 1.0, OPEN),
     ],
 )
@@ -120,9 +123,14 @@ def test_a_planted_effect_is_found_and_none_is_not():
 
 def test_two_baselines_are_compared_once():
     runs = [record(float(n + k), method, n) for n in range(3) for k, method in enumerate("xab")]
-    analysis = Analysis(baselines=["a", "b", "absent"])
+    analysis = Analysis(baselines=["a", "b"])
     rows = compare(outcomes(runs, analysis), analysis)
     assert [(r["method"], r["baseline"]) for r in rows] == [("x", "a"), ("b", "a"), ("x", "b")]
+    # A baseline of other settings alone is no mistake; one that nobody has is.
+    runs += [record(float(n), method, n, setting="other") for n in range(3) for method in "zy"]
+    assert ("z", "y") in {(r["method"], r["baseline"]) for r in compare(outcomes(runs, analysis), analysis)}
+    with pytest.raises(ValueError, match=r"analysis\.baselines: expected some of the methods 'x', .*, got 'bsae'"):
+        compare(outcomes(runs, analysis), Analysis(baselines=["a", "bsae"]))
 
 
 def test_formulas_by_hand():
