@@ -26,7 +26,7 @@ from lit_vapo.data.tokenise import pair_encoder
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.reward import FeatureSpec, RewardModel
-from lit_vapo.study.references import feature_model, reference_responses
+from lit_vapo.study.references import feature_model, prompt_values, reference_responses
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.types import TokenSequence
 
@@ -35,6 +35,7 @@ SFT = Path(__file__).parents[2] / "configs" / "sft" / "study.yaml"
 OPENING_WORDS, LEAST_WORDS, MOST_WORDS = 3, 8, 24
 MOST_LETTERS = 20
 RESPONSE_TOKENS = 6
+TIMES = 64  # responses to each prompt, to know what the reference earns there
 # Shares of the texts by hash: to train the language model and the true reward on, and to open prompts with.
 TRAIN = 0.8
 
@@ -121,7 +122,9 @@ def make_true_reward(root: Path, count: int, seed: int) -> TrueReward:
     probe = LogisticRegression(C=0.01, max_iter=500).fit(x[:cut], y[:cut])
     share = probe.score(x[cut:], y[cut:])
     print(f"true reward: says what people said of {share:.1%} of {len(texts) - cut} beginnings it has not seen")
-    return TrueReward.along(torch.from_numpy(probe.coef_[0]).float() / scale, reference, RESPONSE_TOKENS)
+    true = TrueReward.along(torch.from_numpy(probe.coef_[0]).float() / scale, reference, RESPONSE_TOKENS)
+    true.prompt_ids, true.prompt_values = prompt_values(spec, prompts, RESPONSE_TOKENS, TIMES, seed + 1, true)
+    return true
 
 
 def prepare(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lit_vapo.advantages.base import AdvantageEstimator
 from lit_vapo.advantages.rloo import Rloo
+from lit_vapo.data.collate import PromptBatch
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained, quiet
@@ -132,7 +133,7 @@ class LanguageModelStudy(Experiment):
     @cached_property
     def reference_return(self) -> float:
         """True return of the reference."""
-        return float(self.true(self.reference_features).mean())
+        return self.true.reference_return
 
     @property
     def response_tokens(self) -> int | None:
@@ -250,12 +251,16 @@ def _unheard(name: str) -> Iterator[None]:
 class Watch(Callback):
     """Notes KL and true return of every rollout; training knows nothing of it.
 
+    A rollout has few prompts, and more is to be had from some than from others. Where it is known what the reference
+    earns on each, that of the rollout's is taken off and that of all put in its place: the expectation is the same, and
+    methods that come to a KL at different rollouts are not compared by their prompts (a control variate).
+
     Args:
         true: The true reward, or None to take what the run's gold judge says.
 
     Attributes:
         kl: KL to the reference at each rollout, nats (k1: the mean log-ratio of whole responses).
-        true_return: Mean true reward of each rollout.
+        true_return: Mean true reward of each rollout, as if on all prompts.
         last: Some statistics of the last one.
     """
 
@@ -276,10 +281,14 @@ class Watch(Callback):
         assert self.true is not None
         self.true_return.append(float(self.true(given[0]).mean()))
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
         """Note the rest of the iteration."""
         logged = {name: float(x) for name, x in trainer.callback_metrics.items()}
         self.kl.append(logged["train/kl_k1"])
         if self.true is None:
             self.true_return.append(logged["train/gold"])
+        else:
+            self.true_return[-1] -= self.true.ease_of(batch.example_ids)
         self.last = {name.partition("/")[2]: logged[name] for name in SHOWN}

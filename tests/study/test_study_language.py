@@ -1,5 +1,6 @@
 """Level 2 on a toy model: what is planted, what is learned from, what is noted, and that repetitions are repeatable."""
 
+import json
 import logging
 
 import helpers
@@ -10,6 +11,7 @@ from helpers import CONFIGS
 from jsonargparse import ArgumentParser
 
 from lit_vapo.advantages.gae import Gae
+from lit_vapo.data.tokenise import stable_id
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
@@ -24,7 +26,7 @@ from lit_vapo.study.experiment import Analysis, Repetition
 from lit_vapo.study.known_noise import KnownNoise
 from lit_vapo.study.language import Training
 from lit_vapo.study.learned_ensemble import LearnedEnsemble, draw_pairs
-from lit_vapo.study.references import feature_model, reference_responses
+from lit_vapo.study.references import feature_model, prompt_values, reference_responses
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.types import TextReward
 
@@ -82,6 +84,58 @@ def test_true_reward_is_kept(prepared, tmp_path):
     assert TrueReward.load(tmp_path).response_tokens is None
     with pytest.raises(ValueError, match=r"expected a folder with true_reward\.safetensors, got .*nowhere"):
         TrueReward.load(tmp_path / "nowhere")
+
+
+def test_some_prompts_are_easier_by_hand(prepared, tmp_path):
+    weight, reference = torch.ones(2), torch.zeros(3, 2)
+    ids, values = torch.tensor([10, 20, 30]), torch.tensor([1.0, 2.0, 6.0])
+    TrueReward(weight, torch.zeros(()), reference, 4, ids, values).save(tmp_path)
+    true = TrueReward.load(tmp_path)
+    assert true.reference_return == 3.0
+    # (1 + 6) / 2 and (6 + 6 + 2) / 3, less 3.
+    assert true.ease_of(torch.tensor([30, 10])) == pytest.approx(0.5)
+    assert true.ease_of(torch.tensor([30, 30, 20])) == pytest.approx(5 / 3)
+    with pytest.raises(ValueError, match=r"prompts\.jsonl: expected the prompts that true_reward was prepared with"):
+        true.ease_of(torch.tensor([30, 40]))
+    unknown = TrueReward(weight, torch.zeros(()), reference + 1)
+    assert unknown.ease_of(torch.tensor([40])) == 0
+    assert unknown.reference_return == pytest.approx(2 * np.tanh(1))
+
+
+def test_values_of_prompts_are_means_over_responses(prepared):
+    file, spec = prepared / "data" / "prompts.jsonl", FeatureSpec(Pretrained(str(prepared / "base")), pooling="mean")
+    true = TrueReward.load(prepared / "true_reward")
+    ids, values = prompt_values(spec, file, TOKENS, times=3, seed=5, value=true)
+    batch_size = 256
+    first = reference_responses(spec, file, 192, TOKENS, seed=5, batch_size=batch_size)
+    once = prompt_values(spec, file, TOKENS, times=1, seed=5, value=true)[1]
+    torch.testing.assert_close(once, true(compute_features(feature_model(spec), first, torch.device("cpu"))))
+    # Further responses are others: the mean of three varies less.
+    assert float(values.std()) < float(once.std())
+    texts = [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+    assert ids.tolist() == [stable_id(text) for text in texts]
+
+
+def test_returns_are_as_on_all_prompts(prepared, monkeypatch):
+    plain = known(prepared, {"mean": MeanReward()})
+    texts = [json.loads(line)["prompt"] for line in (prepared / "data" / "prompts.jsonl").read_text().splitlines()]
+    ids = torch.tensor([stable_id(text) for text in texts])
+    knowing = known(prepared, {"mean": MeanReward()})
+    knowing.true.prompt_ids, knowing.true.prompt_values = ids, torch.arange(192.0)
+    batches = []
+
+    class Spy(language.Watch):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            batches.append(batch.prompts)
+
+    (before,) = plain.run("noise_ratio=10", Repetition(0, 0))
+    monkeypatch.setattr(language, "Watch", Spy)
+    (after,) = knowing.run("noise_ratio=10", Repetition(0, 0))
+    assert after.kl == before.kl
+    assert after.reference_return == pytest.approx(95.5)
+    off = [np.mean([texts.index(text) for text in batch]) - 95.5 for batch in batches]
+    assert after.true_return == pytest.approx(np.array(before.true_return) - off, abs=1e-4)
 
 
 # The planted noise.
