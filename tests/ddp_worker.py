@@ -56,6 +56,7 @@ class FixedRollout(PPOModule):
         learned = PPOUpdate(self, self.networks, self.update, Shaping()).run(experience, self.optimizers())
         if trainer.is_global_zero:
             names = ("policy_loss", "value_loss", "approx_kl", "ratio_max", "actor_grad_norm", "clip_fraction")
+            names += ("explained_variance", "value_mean", "return_mean")
             report = {n: learned[n] for n in names}
             torch.save((ppo_helpers.state(self), report), self.folder / f"world_{trainer.world_size}.pt")
 

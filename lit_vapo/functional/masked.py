@@ -6,6 +6,7 @@ reaches neither the result nor the gradient. Statistics are accumulated in float
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -137,13 +138,16 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return (total / count.clamp(min=1)).to(_float_dtype(x))
 
 
-def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+def masked_var(
+    x: Tensor, mask: Tensor, unbiased: bool = True, all_sum: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Variance of `x` over the True positions of `mask`.
 
     Args:
         x: any shape.
         mask: bool, same shape, True = counts.
         unbiased: divide by count - 1 (ddof 1) rather than by count.
+        all_sum: sum of a tensor over all processes, for the variance over all of them.
 
     Returns:
         `()`, in units of x squared; 0 where fewer than two positions count.
@@ -155,10 +159,10 @@ def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
         >>> masked_var(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
         tensor(2.)
     """
-    selected = _select(x, mask)
-    count = mask.sum()
-    deviation = torch.where(mask, selected - selected.sum() / count.clamp(min=1), torch.zeros_like(selected))
-    return (deviation.square().sum() / (count - int(unbiased)).clamp(min=1)).to(_float_dtype(x))
+    selected, total = _select(x, mask), all_sum or (lambda part: part)
+    count = total(mask.sum())
+    deviation = torch.where(mask, selected - total(selected.sum()) / count.clamp(min=1), torch.zeros_like(selected))
+    return (total(deviation.square().sum()) / (count - int(unbiased)).clamp(min=1)).to(_float_dtype(x))
 
 
 def moments(x: Tensor, mask: Tensor) -> Moments:

@@ -6,6 +6,7 @@ count, so that one process, gradient accumulation and several processes give the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -132,13 +133,16 @@ def value_loss_terms(
     return ValueTerms(torch.maximum(unclipped, clipped), clipped > unclipped)
 
 
-def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> Tensor:
+def explained_variance(
+    values: Tensor, returns: Tensor, response_mask: Tensor, all_sum: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Share of the variance of the returns that the value function explains, 1 - Var(G - V) / Var(G).
 
     Args:
         values: `(B, T)`, V.
         returns: `(B, T)`, G.
         response_mask: bool `(B, T)`, True = counts.
+        all_sum: sum of a tensor over all processes, for the share over all of them.
 
     Returns:
         `()`; 1 is perfect, 0 no better than a constant, negative worse; NaN where the returns do not vary.
@@ -147,8 +151,8 @@ def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -
         ValueError: if shapes differ or the mask is not boolean.
     """
     check_same_shape(values=values, returns=returns)
-    variance = masked_var(returns, response_mask)
-    residual = masked_var(returns - values, response_mask)
+    variance = masked_var(returns, response_mask, all_sum=all_sum)
+    residual = masked_var(returns - values, response_mask, all_sum=all_sum)
     return torch.where(variance > 0, 1.0 - residual / variance, torch.nan)
 
 

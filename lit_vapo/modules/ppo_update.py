@@ -12,7 +12,6 @@ from lit_vapo.advantages.base import AdvantageEstimator, Reduce
 from lit_vapo.functional import (
     approx_kl,
     explained_variance,
-    masked_mean,
     masked_sum,
     policy_loss_terms,
     token_rewards,
@@ -212,9 +211,10 @@ class PPOUpdate:
         summary["updates"] = torch.tensor(float(updates), device=device)
         mask = experience.rows.response_mask
         if experience.values is not None and experience.returns is not None:
-            summary["explained_variance"] = explained_variance(experience.values, experience.returns, mask).to(device)
-            summary["value_mean"] = masked_mean(experience.values, mask)
-            summary["return_mean"] = masked_mean(experience.returns, mask)
+            values, returns, tokens = experience.values, experience.returns, self._sum(mask.sum().double())
+            summary["explained_variance"] = explained_variance(values, returns, mask, self._sum).to(device)
+            summary["value_mean"] = (self._sum(masked_sum(values, mask).double()) / tokens).float()
+            summary["return_mean"] = (self._sum(masked_sum(returns, mask).double()) / tokens).float()
         return summary
 
     def _accumulate(self, experience: Experience, train_actor: bool) -> dict[str, Tensor]:
@@ -280,6 +280,9 @@ class PPOUpdate:
         optimizer.step()
         torch.clear_autocast_cache()
         return norms
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return self._all_reduce(x, "sum")
 
     def _all_reduce(self, x: Tensor, operation: str) -> Tensor:
         return cast("Tensor", self.module.trainer.strategy.reduce(x, reduce_op=operation))
