@@ -47,19 +47,19 @@ def new_folder(folder: str | Path, name: str) -> Iterator[Path]:
     partial.replace(target)
 
 
-def write_whole(path: str | Path, text: str) -> None:
+def write_whole(path: str | Path, content: str | bytes) -> None:
     """Write a file that others see whole or not at all, in place of one that is there.
 
     Args:
         path: The file; its folder is made if need be.
-        text: What it says.
+        content: What it says, a text in UTF-8.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name that no other process has, on any machine that sees the folder, and that no pattern of results matches.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -5,6 +5,7 @@ Drawing goes to a `Figure` of its own, not through pyplot, so nothing global is 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+
+from lit_vapo.folders import write_whole
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8a8f98"
@@ -40,5 +43,6 @@ def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+    write_whole(path, picture.getvalue())

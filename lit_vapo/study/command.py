@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -40,6 +41,8 @@ def main(words: Sequence[str]) -> None:
             print(f"{missing} repetitions are left to other shards. When all are done: lit-vapo study report.")
             return
     else:
+        if not (Path(study.output) / "study.json").is_file():
+            raise ValueError(f"output: expected the folder of a study, got {study.output!r}")
         execution.claim(study, config)
         results = execution.merge(study)
     for claim in report(study, config, results):

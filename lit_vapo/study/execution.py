@@ -172,7 +172,10 @@ def merge(study: Study) -> Results:
     for setting in study.experiment.settings:
         there: set[int] = set()
         for path in _files(study, setting):
-            part = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                part = json.loads(path.read_text(encoding="utf-8"))
+            except FileNotFoundError:  # a failure that another shard is trying again
+                continue
             there.update(n for n in _span(path) if n < study.repetitions)
             if part["versions"] not in made_with:
                 made_with.append(part["versions"])

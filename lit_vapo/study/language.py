@@ -179,9 +179,10 @@ class LanguageModelStudy(Experiment):
         return [record for repetition in repetitions for record in self._repeat(setting, repetition)]
 
     def _repeat(self, setting: str, repetition: Repetition) -> list[Record]:
-        here, there = self.training.sampling.max_new_tokens, self.response_tokens
         # The reference's return is that of its responses, which ensembles are calibrated on as well.
-        expect("training.sampling.max_new_tokens", here, there in (None, here), f"{there}, as in {self.prepared}")
+        sampling, tokens = self.training.sampling, self.response_tokens
+        same = Sampling(tokens or sampling.max_new_tokens, num_responses=sampling.num_responses)
+        expect("training.sampling", sampling, sampling == same, f"that of the responses in {self.prepared}, {same}")
         head = self.ensemble(self.settings[setting], repetition.seed)
         records = []
         with TemporaryDirectory() as scratch:

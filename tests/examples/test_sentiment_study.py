@@ -133,5 +133,5 @@ def test_what_is_missing_is_named(demo, tmp_path):
     with pytest.raises(ValueError, match=r"expected .*features\.safetensors, which `python -m examples.*` writes"):
         study(tmp_path).preferences(4, 0.0, seed=0)
     longer = study(demo, tokens=6)
-    with pytest.raises(ValueError, match=r"max_new_tokens: expected 4, as in .*, got 6"):
+    with pytest.raises(ValueError, match=r"training\.sampling: expected .*max_new_tokens=4.*, got .*max_new_tokens=6"):
         longer.run(*longer.settings, Repetition(0, 0))

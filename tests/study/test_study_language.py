@@ -344,8 +344,11 @@ def test_bad_input_is_refused(prepared):
     with pytest.raises(ValueError, match=r"expected at least 200 prompts .*, got 192"):
         known(prepared, training=training(iterations=25)).run("noise_ratio=10", Repetition(0, 0))
     longer = training(sampling=Sampling(TOKENS + 1, num_responses=2))
-    with pytest.raises(ValueError, match=rf"training\.sampling\.max_new_tokens: expected {TOKENS}, as in .*, got 5"):
+    with pytest.raises(ValueError, match=rf"training\.sampling: expected .*max_new_tokens={TOKENS}.*, got .*tokens=5"):
         known(prepared, training=longer).run("noise_ratio=10", Repetition(0, 0))
+    cold = training(sampling=Sampling(TOKENS, num_responses=2, temperature=0.5))
+    with pytest.raises(ValueError, match=r"training\.sampling: expected .*, got .*temperature=0\.5"):
+        known(prepared, training=cold).run("noise_ratio=10", Repetition(0, 0))
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,10 @@ def test_command_runs_reports_and_refuses(tmp_path, capsys, monkeypatch):
     assert (folder / "report.md").read_text() == page
     with pytest.raises(ValueError, match=r"experiment.init_args.noise: 4.0 there, 2.0 here"):
         main(["study", "run", f"--config={config}", "--experiment.init_args.noise=2"])
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(ValueError, match=r"output: expected the folder of a study, got '.*nowhere'"):
+        main(["study", "report", f"--config={config}", f"--output={nowhere}"])
+    assert not nowhere.exists()
     main(["study", "run", f"--config={config}", "--repetitions=20", "--shard=0/2"])
     assert (folder / "results.jsonl").read_text().count("\n") == 40
 
