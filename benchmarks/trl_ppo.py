@@ -31,7 +31,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ from ppo_job import Answer, Job  # noqa: E402
 from ppo_task import PROMPT, RESPONSE, Judge, Judged, Language, make_policy, make_reward, texts, write_rows  # noqa: E402
 
 from lit_vapo.figures.drawing import BLUE, GREY, ORANGE  # noqa: E402
-from lit_vapo.folders import new_folder, write_whole  # noqa: E402
+from lit_vapo.folders import claim_folder, new_folder, write_whole  # noqa: E402
 from lit_vapo.models.pretrained import quiet  # noqa: E402
 from lit_vapo.study.experiment import Record  # noqa: E402
 
@@ -65,16 +64,6 @@ def run(python: str, worker: str, job: Job) -> Answer:
     shutil.rmtree(output, ignore_errors=True)  # of a run that was killed
     output.mkdir(parents=True)
     return Answer(**start(python, worker, job, output, threads=1))
-
-
-def claim(folder: Path, options: dict[str, Any]) -> None:
-    """Refuse a folder with runs of other options."""
-    path = folder / "options.json"
-    there = json.loads(path.read_text()) if path.is_file() else options
-    differ = [f"{name} {there.get(name)}" for name, value in options.items() if there.get(name) != value]
-    if differ:
-        raise SystemExit(f"--work: {folder} has runs with {', '.join(differ)}; expected another folder or these values")
-    write_whole(path, json.dumps(options, indent=2) + "\n")
 
 
 def judged(judge: Judge, job: Job, side: str, start: Judged) -> Record:
@@ -178,7 +167,9 @@ def main(
     root, language = Path(work), Language()
     root.mkdir(parents=True, exist_ok=True)
     shape = (iterations, batch_size, PROMPT, RESPONSE, epochs, minibatches, learning_rate, kl_coef)
-    claim(root, {"shape": list(shape), "pairs": pairs, "held_out": held_out, "pretraining": pretraining})
+    claim_folder(
+        root, "--work", {"shape": list(shape), "pairs": pairs, "held_out": held_out, "pretraining": pretraining}
+    )
     policy = root / "policy"
     if not policy.is_dir():
         with new_folder(policy, "--work") as partial:

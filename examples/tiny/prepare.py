@@ -23,6 +23,7 @@ from examples.sentiment.corpus import Review, read_reviews, split_position
 from examples.sentiment.prepare import once, write_rows
 from lit_vapo.cli import main
 from lit_vapo.data.tokenise import pair_encoder
+from lit_vapo.folders import claim_folder
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.reward import FeatureSpec, RewardModel
@@ -139,9 +140,14 @@ def prepare(
         layers: Its blocks.
         responses: Responses of the reference at most, one to a prompt, that the true reward is centred and scaled on.
         seed: Seed of weights and responses.
+
+    Raises:
+        ValueError: The folder was prepared with other options.
     """
     root = Path(output)
     root.mkdir(parents=True, exist_ok=True)
+    options = {"vocabulary": vocabulary, "width": width, "layers": layers, "responses": responses, "seed": seed}
+    claim_folder(root, "output", options | {"response_tokens": RESPONSE_TOKENS, "times": TIMES})
     if (root / "true_reward").exists():
         print(f"{root / 'true_reward'} is there")
         return
