@@ -212,6 +212,9 @@ class PPOModule(EvaluatedPolicy):
         self._log_iteration(rollout, statistics, time.perf_counter() - started)
         planned = self._planned_iterations()
         self.kl_coef.copy_(next_kl_coef(self.kl_coef, kl, self.kl_target, self.iteration, planned))
+        if self.trainer.max_steps > 0 and self.iteration >= planned:
+            # Updates that `max_approx_kl` ended early have left steps over, but no learning rate.
+            self.trainer.should_stop = True
 
     def _learn(self, rollout: Rollout) -> dict[str, Tensor]:
         """Advantages, the update, and the learning rate's next step; statistics of the update."""

@@ -95,8 +95,10 @@ def test_fp16_mixed_precision_is_refused(tiny_model_dir, reward, tmp_path, monke
         fit_ppo(ppo_module(tiny_model_dir, reward), prompt_data(tiny_model_dir, tmp_path), tmp_path)
 
 
-def test_learning_rate_ends_at_the_planned_number_of_updates(tiny_model_dir, reward, tmp_path):
-    # 8 weight updates are 2 iterations of 2 × 2: the rate is 1, then 1/2.
+@pytest.mark.parametrize("max_approx_kl", [None, 1e-9])
+def test_learning_rate_ends_at_the_planned_number_of_updates(tiny_model_dir, reward, tmp_path, max_approx_kl):
+    # 8 weight updates are 2 iterations of 2 × 2: the rate is 1, then 1/2. Nothing is learned at a rate of 0, so the run
+    # ends there as well where updates end early and steps are left over.
     rates = []
 
     class Rates(Callback):
@@ -104,7 +106,8 @@ def test_learning_rate_ends_at_the_planned_number_of_updates(tiny_model_dir, rew
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     data = prompt_data(tiny_model_dir, tmp_path)
-    module = ppo_module(tiny_model_dir, reward)
+    update = UpdateSettings(epochs=2, minibatches=2, max_approx_kl=max_approx_kl)
+    module = ppo_module(tiny_model_dir, reward, update=update)
     fit_ppo(module, data, tmp_path, callbacks=[Rates()], max_steps=8, max_epochs=-1)
     assert rates == pytest.approx([1e-2, 0.5e-2])
 
