@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,11 +26,11 @@ from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.reward import FeatureSpec
 from lit_vapo.study.learned_ensemble import LearnedEnsemble, state_pairs
-from lit_vapo.study.references import feature_model, reference_responses
+from lit_vapo.study.references import PromptValues, feature_model, reference_responses
 from lit_vapo.types import FeaturePairs
 
-FEATURES, FIGURES = "features.safetensors", "reference.json"
-RESPONSES, RESPONSE_TOKENS = 1024, 16
+FEATURES = "features.safetensors"
+RESPONSE_TOKENS, TIMES = 16, 8  # of the reference's responses, and how many to each prompt
 
 
 def feature_spec(demo: Path) -> FeatureSpec:
@@ -61,7 +62,10 @@ class SentimentStudy(LearnedEnsemble):
 
     @cached_property
     def known(self) -> dict[str, Tensor]:
-        """Features (N, H) of `chosen` and `rejected` of the demo's pairs, and of responses of the `reference`.
+        """What was prepared.
+
+        Features (N, H) of `chosen` and `rejected` of the demo's pairs and of responses of the `reference`, and what the
+        judge says of several responses to each prompt (`prompt_ids`, `prompt_values`).
 
         Raises:
             ValueError: They were not prepared.
@@ -76,21 +80,15 @@ class SentimentStudy(LearnedEnsemble):
         """Features (N, H) of responses of the reference."""
         return self.known["reference"]
 
-    @cached_property
-    def reference_return(self) -> float:
-        """What the judge says of these responses."""
-        return float(self.figures["gold"])
-
     @property
     def response_tokens(self) -> int:
         """Most tokens of these responses."""
-        return int(self.figures["response_tokens"])
+        return RESPONSE_TOKENS
 
-    @cached_property
-    def figures(self) -> dict[str, float]:
-        """What was noted of the responses of the reference."""
-        found: dict[str, float] = json.loads((self.prepared / "study" / FIGURES).read_text())
-        return found
+    @property
+    def prompt_values(self) -> PromptValues:
+        """What the judge says of the reference's responses to each prompt."""
+        return PromptValues(self.known["prompt_ids"], self.known["prompt_values"])
 
     def preferences(self, pairs: int, flipped: float, seed: int) -> FeaturePairs:
         """Pairs of the demo, without repetition.
@@ -129,21 +127,18 @@ def prepare(demo: str = "runs/demo", seed: int = 0) -> None:
             for side in ("chosen", "rejected")
         }
         prompts = root / "data" / "prompts_train.jsonl"
-        responses = reference_responses(spec, prompts, RESPONSES, RESPONSE_TOKENS, seed, batch_size=64)
-        found["reference"] = compute_features(model, responses, cpu)
-        texts = [
-            [
-                tokenizer.decode(ids, skip_special_tokens=True)
-                for ids in (s.ids[: s.prompt_length], s.ids[s.prompt_length :])
-            ]
-            for s in responses
-        ]
-        gold = SentimentJudge(str(root / "judge"))(*map(list, zip(*texts, strict=True)))
+        ids, answers = reference_responses(spec, prompts, RESPONSE_TOKENS, seed, batch_size=64)
+        judge, gold = SentimentJudge(str(root / "judge")), []
+        for responses in islice(answers, TIMES):
+            if not gold:
+                found["reference"] = compute_features(model, responses, cpu)
+            cut = [(s.ids[: s.prompt_length], s.ids[s.prompt_length :]) for s in responses]
+            texts = [[tokenizer.decode(side, skip_special_tokens=True) for side in sides] for sides in cut]
+            gold.append(judge(*map(list, zip(*texts, strict=True))))
+        found |= {"prompt_ids": ids, "prompt_values": torch.stack(gold).mean(0)}
         save_file({name: x.contiguous() for name, x in found.items()}, folder / FEATURES)
-        error = float(gold.std() / len(gold) ** 0.5)
-        figures = {"gold": float(gold.mean()), "standard_error": error, "response_tokens": RESPONSE_TOKENS}
-        (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
-        print(f"reference: gold {figures['gold']:.3f} ± {figures['standard_error']:.3f} on {len(gold)} prompts")
+        error = float(found["prompt_values"].std() / len(ids) ** 0.5)
+        print(f"reference: gold {float(found['prompt_values'].mean()):.3f} ± {error:.3f} on {len(ids)} prompts")
 
     once(root / "study", "features", write)
 

@@ -9,6 +9,7 @@ moment.
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lit_vapo.folders import claim_folder
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.reward import FeatureSpec, RewardModel
-from lit_vapo.study.references import feature_model, prompt_values, reference_responses
+from lit_vapo.study.references import PromptValues, feature_model, reference_responses
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.types import TokenSequence
 
@@ -101,19 +102,18 @@ def text_features(model: RewardModel, texts: list[dict[str, Any]]) -> Tensor:
     return compute_features(model, cut, torch.device("cpu"))
 
 
-def make_true_reward(root: Path, count: int, seed: int) -> TrueReward:
+def make_true_reward(root: Path, seed: int) -> TrueReward:
     """The true reward, from the labels, and what the reference says.
 
     Args:
         root: Folder with `base`, `texts.jsonl` and `prompts.jsonl`.
-        count: Responses of the reference at most, one to a prompt.
-        seed: Seed of these.
+        seed: Seed of the reference's responses.
     """
     spec = FeatureSpec(Pretrained(str(root / "base")), pooling="mean")
     model = feature_model(spec)
-    prompts = root / "data" / "prompts.jsonl"
-    responses = reference_responses(spec, prompts, count, RESPONSE_TOKENS, seed, batch_size=256)
-    reference = compute_features(model, responses, torch.device("cpu"))
+    prompts, cpu = root / "data" / "prompts.jsonl", torch.device("cpu")
+    ids, answers = reference_responses(spec, prompts, RESPONSE_TOKENS, seed, batch_size=256)
+    reference = compute_features(model, next(answers), cpu)
     with (root / "data" / "texts.jsonl").open(encoding="utf-8") as file:
         texts = [json.loads(line) for line in file]
     loc, scale = reference.mean(0), reference.std(0)
@@ -124,13 +124,12 @@ def make_true_reward(root: Path, count: int, seed: int) -> TrueReward:
     share = probe.score(x[cut:], y[cut:])
     print(f"true reward: says what people said of {share:.1%} of {len(texts) - cut} beginnings it has not seen")
     true = TrueReward.along(torch.from_numpy(probe.coef_[0]).float() / scale, reference, RESPONSE_TOKENS)
-    true.prompt_ids, true.prompt_values = prompt_values(spec, prompts, RESPONSE_TOKENS, TIMES, seed + 1, true)
+    worth = [true(compute_features(model, found, cpu)) for found in islice(answers, TIMES)]
+    true.prompts = PromptValues(ids, torch.stack(worth).mean(0))
     return true
 
 
-def prepare(
-    output: str, vocabulary: int = 1024, width: int = 128, layers: int = 2, responses: int = 8192, seed: int = 0
-) -> None:
+def prepare(output: str, vocabulary: int = 1024, width: int = 128, layers: int = 2, seed: int = 0) -> None:
     """Prepare the tiny studies.
 
     Args:
@@ -138,7 +137,6 @@ def prepare(
         vocabulary: Tokens of the tokenizer.
         width: Width of the language model.
         layers: Its blocks.
-        responses: Responses of the reference at most, one to a prompt, that the true reward is centred and scaled on.
         seed: Seed of weights and responses.
 
     Raises:
@@ -146,7 +144,7 @@ def prepare(
     """
     root = Path(output)
     root.mkdir(parents=True, exist_ok=True)
-    options = {"vocabulary": vocabulary, "width": width, "layers": layers, "responses": responses, "seed": seed}
+    options = {"vocabulary": vocabulary, "width": width, "layers": layers, "seed": seed}
     claim_folder(root, "output", options | {"response_tokens": RESPONSE_TOKENS, "times": TIMES})
     if (root / "true_reward").exists():
         print(f"{root / 'true_reward'} is there")
@@ -172,7 +170,7 @@ def prepare(
         main(["export", f"--checkpoint={root / 'sft' / 'checkpoints' / 'last.ckpt'}", f"--output={folder}"])
 
     def true_reward(folder: Path) -> None:
-        make_true_reward(root, responses, seed).save(folder)
+        make_true_reward(root, seed).save(folder)
 
     once(root / "data", "texts and prompts", lambda folder: write_texts(read_reviews(), folder))
     once(root / "start", "tokenizer and weights", start)

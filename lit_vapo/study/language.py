@@ -31,6 +31,7 @@ from lit_vapo.modules.ppo_update import UpdateSettings
 from lit_vapo.modules.run import NOISE
 from lit_vapo.objectives.base import Objective
 from lit_vapo.study.experiment import Experiment, Record, Repetition, expect
+from lit_vapo.study.references import PromptValues
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.types import TextReward
 from lit_vapo.uncertainty.base import RewardHead
@@ -132,8 +133,15 @@ class LanguageModelStudy(Experiment):
 
     @cached_property
     def reference_return(self) -> float:
-        """True return of the reference."""
-        return self.true.reference_return
+        """True return of the reference, on all prompts."""
+        if self.prompt_values is None:
+            return float(self.true(self.reference_features).mean())
+        return float(self.prompt_values.values.mean())
+
+    @property
+    def prompt_values(self) -> PromptValues | None:
+        """What the reference earns on each prompt, or None if nobody knows."""
+        return self.true.prompts
 
     @property
     def response_tokens(self) -> int | None:
@@ -197,7 +205,7 @@ class LanguageModelStudy(Experiment):
     def _train(self, objective: Objective, ensemble: Path, seed: int) -> Watch:
         """One run of one method."""
         training = self.training
-        watch = Watch(self.true if self.gold is None else None)
+        watch = Watch(self.true if self.gold is None else None, self.prompt_values)
         quiet()
         with warnings.catch_warnings(), _unheard("lightning.pytorch"):
             for message in (*NOISE, *UNHEARD):
@@ -258,6 +266,7 @@ class Watch(Callback):
 
     Args:
         true: The true reward, or None to take what the run's gold judge says.
+        prompts: What the reference earns on each prompt, or None if nobody knows.
 
     Attributes:
         kl: KL to the reference at each rollout, nats (k1: the mean log-ratio of whole responses).
@@ -265,8 +274,9 @@ class Watch(Callback):
         last: Some statistics of the last one.
     """
 
-    def __init__(self, true: TrueReward | None) -> None:
+    def __init__(self, true: TrueReward | None, prompts: PromptValues | None = None) -> None:
         self.true = true
+        self.prompts = prompts
         self.kl: list[float] = []
         self.true_return: list[float] = []
         self.last: dict[str, float] = {}
@@ -290,6 +300,6 @@ class Watch(Callback):
         self.kl.append(logged["train/kl_k1"])
         if self.true is None:
             self.true_return.append(logged["train/gold"])
-        else:
-            self.true_return[-1] -= self.true.ease_of(batch.example_ids)
+        if self.prompts is not None:
+            self.true_return[-1] -= self.prompts.ease(batch.example_ids)
         self.last = {name.partition("/")[2]: logged[name] for name in SHOWN}

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_vapo.data.collate import PromptBatch
 from lit_vapo.data.datamodule import PromptDataModule
-from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import freeze, load_backbone, load_causal_lm, load_tokenizer
 from lit_vapo.models.reward import FeatureSpec, RewardModel
@@ -29,58 +27,50 @@ def feature_model(spec: FeatureSpec) -> RewardModel:
 
 
 def reference_responses(
-    spec: FeatureSpec, prompts: str | Path, count: int, tokens: int, seed: int, batch_size: int = 96
-) -> list[TokenSequence]:
-    """One response of the reference to each prompt.
+    spec: FeatureSpec, prompts: str | Path, tokens: int, seed: int, batch_size: int = 96
+) -> tuple[Tensor, Iterator[list[TokenSequence]]]:
+    """Responses of the reference, one to each prompt, again and again.
 
     Args:
         spec: Whose base is the reference.
         prompts: A file of prompts.
-        count: How many to answer at most.
         tokens: Most tokens of a response.
         seed: Seed of the responses.
         batch_size: Prompts answered at once; the responses depend on it.
-    """
-    return next(_answers(spec, _batches(spec, prompts, count, batch_size), tokens, seed))
-
-
-def prompt_values(
-    spec: FeatureSpec,
-    prompts: str | Path,
-    tokens: int,
-    times: int,
-    seed: int,
-    value: Callable[[Tensor], Tensor],
-    batch_size: int = 256,
-) -> tuple[Tensor, Tensor]:
-    """What the reference's responses to each prompt are worth on average.
-
-    Args:
-        spec: Whose base is the reference, and what is read of its responses.
-        prompts: A file of prompts.
-        tokens: Most tokens of a response.
-        times: Responses to each prompt.
-        seed: Seed of the responses.
-        value: Worth (N,) of features (N, H).
-        batch_size: Prompts answered at once.
 
     Returns:
-        Identities (P,) int64 of all prompts, as in `PromptBatch`, and their values (P,).
+        Identities (P,) int64 of the prompts, as in `PromptBatch`, and an endless iterator of their responses.
     """
-    model, batches = feature_model(spec), _batches(spec, prompts, sys.maxsize, batch_size)
-    answers = islice(_answers(spec, batches, tokens, seed), times)
-    worth = [value(compute_features(model, found, torch.device("cpu"))) for found in answers]
-    return torch.cat([batch.example_ids for batch in batches]), torch.stack(worth).mean(0)
-
-
-def _batches(spec: FeatureSpec, prompts: str | Path, count: int, batch_size: int) -> list[PromptBatch]:
     data = PromptDataModule(spec.base.path, prompts=str(prompts), batch_size=batch_size, validation_fraction=0.0)
-    return list(data.prompt_batches("train", count))
-
-
-def _answers(spec: FeatureSpec, batches: list[PromptBatch], tokens: int, seed: int) -> Iterator[list[TokenSequence]]:
-    """A response to each prompt, again and again."""
+    batches = data.prompt_batches("train", sys.maxsize)
     lm, tokenizer = load_causal_lm(spec.base), load_tokenizer(spec.base)
-    torch.manual_seed(seed)
-    while True:
-        yield sample_references(lm, tokenizer, batches, Sampling(tokens))
+
+    def answers() -> Iterator[list[TokenSequence]]:
+        torch.manual_seed(seed)
+        while True:
+            yield sample_references(lm, tokenizer, batches, Sampling(tokens))
+
+    return torch.cat([batch.example_ids for batch in batches]), answers()
+
+
+class PromptValues(NamedTuple):
+    """What the reference earns on each prompt.
+
+    Attributes:
+        ids: Identities (P,) int64, as in `PromptBatch`.
+        values: True return (P,) of the reference, averaged over several responses.
+    """
+
+    ids: Tensor
+    values: Tensor
+
+    def ease(self, ids: Tensor) -> float:
+        """How much more the reference earns on these prompts (B,) than on all.
+
+        Raises:
+            ValueError: A prompt is not known.
+        """
+        same = ids[:, None] == self.ids
+        if not bool(same.any(1).all()):
+            raise ValueError("prompts: expected those that the study was prepared with, got others")
+        return float(self.values[same.int().argmax(1)].mean() - self.values.mean())

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lit_vapo.study.references import PromptValues
+
 NAME = "true_reward.safetensors"
 
 
@@ -23,8 +25,7 @@ class TrueReward:
         bias: b (), in units of reward.
         reference: Features (N, H) of responses of the reference.
         response_tokens: Most tokens of these responses, or None if nobody knows.
-        prompt_ids: Identities (P,) int64 of the prompts, as in `PromptBatch`, or None.
-        prompt_values: True return (P,) of the reference on each of them, or None.
+        prompts: What the reference earns on each prompt, or None.
     """
 
     def __init__(
@@ -33,15 +34,13 @@ class TrueReward:
         bias: Tensor,
         reference: Tensor,
         response_tokens: int | None = None,
-        prompt_ids: Tensor | None = None,
-        prompt_values: Tensor | None = None,
+        prompts: PromptValues | None = None,
     ) -> None:
         self.weight = weight
         self.bias = bias
         self.reference = reference
         self.response_tokens = response_tokens
-        self.prompt_ids = prompt_ids
-        self.prompt_values = prompt_values
+        self.prompts = prompts
 
     @classmethod
     def along(cls, direction: Tensor, reference: Tensor, response_tokens: int | None = None) -> TrueReward:
@@ -53,29 +52,15 @@ class TrueReward:
         """True reward (B,) of features (B, H)."""
         return 2 * ((features @ self.weight - self.bias) / 2).tanh()
 
-    @property
-    def reference_return(self) -> float:
-        """True return of the reference over all prompts, or over the responses there are."""
-        return float((self(self.reference) if self.prompt_values is None else self.prompt_values).mean())
-
-    def ease_of(self, prompt_ids: Tensor) -> float:
-        """How much more the reference earns on these prompts (B,) than on all; 0 where that is not known.
-
-        Raises:
-            ValueError: A prompt is not known.
-        """
-        if self.prompt_ids is None or self.prompt_values is None:
-            return 0.0
-        same = prompt_ids[:, None] == self.prompt_ids
-        if not bool(same.any(1).all()):
-            raise ValueError("data/prompts.jsonl: expected the prompts that true_reward was prepared with, got others")
-        return float(self.prompt_values[same.int().argmax(1)].mean()) - self.reference_return
-
     def save(self, folder: str | Path) -> None:
         """Write it into a folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        known = {name: torch.as_tensor(x).contiguous() for name, x in vars(self).items() if x is not None}
-        save_file(known, Path(folder) / NAME)
+        known = {"weight": self.weight, "bias": self.bias, "reference": self.reference}
+        if self.response_tokens is not None:
+            known["response_tokens"] = torch.tensor(self.response_tokens)
+        if self.prompts is not None:
+            known |= {"prompt_ids": self.prompts.ids, "prompt_values": self.prompts.values}
+        save_file({name: x.contiguous() for name, x in known.items()}, Path(folder) / NAME)
 
     @classmethod
     def load(cls, folder: str | Path) -> TrueReward:
@@ -88,5 +73,6 @@ class TrueReward:
         if not path.is_file():
             raise ValueError(f"expected a folder with {NAME}, got {str(folder)!r}")
         known = load_file(path)
-        tokens = known.pop("response_tokens", None)
-        return cls(**known, response_tokens=None if tokens is None else int(tokens))
+        tokens = int(known["response_tokens"]) if "response_tokens" in known else None
+        prompts = PromptValues(known["prompt_ids"], known["prompt_values"]) if "prompt_ids" in known else None
+        return cls(known["weight"], known["bias"], known["reference"], tokens, prompts)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import examples.sentiment.study as study_module
 from examples.sentiment.study import SentimentStudy
-from lit_vapo.data.tokenise import pair_encoder
+from lit_vapo.data.tokenise import pair_encoder, stable_id
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
@@ -36,6 +36,12 @@ class CountsLetters(TextReward):
         return torch.tensor([float(len(response)) for response in responses])
 
 
+def identities(folder):
+    """Of the demo's prompts."""
+    lines = (folder / "data" / "prompts_train.jsonl").read_text().splitlines()
+    return [stable_id(json.loads(line)["prompt"]) for line in lines]
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """A folder as the demo's, with what the study reads of it."""
@@ -48,12 +54,16 @@ def demo(tmp_path_factory):
     number = torch.arange(PAIRS)[:, None].expand(PAIRS, WIDTH).float()
     # The better response of pair i is i + 1 in every feature, the worse one −(i + 1).
     features = {"chosen": number + 1, "rejected": -number - 1, "reference": torch.randn(64, WIDTH)}
+    prompts = [
+        json.loads(line)["prompt"] for line in (folder / "data" / "prompts_train.jsonl").read_text().splitlines()
+    ]
+    features["prompt_ids"] = torch.tensor([stable_id(prompt) for prompt in prompts])
+    features["prompt_values"] = torch.full((len(prompts),), 5.5)
     save_file({name: x.contiguous() for name, x in features.items()}, folder / "study" / "features.safetensors")
-    (folder / "study" / "reference.json").write_text(json.dumps({"gold": 5.5, "response_tokens": 4}))
     return folder
 
 
-def study(demo, pairs=20, flipped=0.25, tokens=4):
+def study(demo, pairs=20, flipped=0.25, tokens=study_module.RESPONSE_TOKENS):
     sampling, update = Sampling(tokens, num_responses=2), UpdateSettings(epochs=1, minibatches=1)
     training = Training(iterations=2, batch_size=4, sampling=sampling, update=update)
     experiment = SentimentStudy(str(demo), {"mean": MeanReward()}, [pairs], [flipped], training=training, steps=5)
@@ -80,8 +90,8 @@ def test_a_repetition_is_judged_by_the_judge(demo):
     (setting,) = experiment.settings
     (record,) = experiment.run(setting, Repetition(0, 3))
     assert record.reference_return == 5.5
-    # Four tokens of a few letters each, and no score of a head.
-    assert all(4 <= x <= 40 for x in record.true_return)
+    # Tokens of a few letters each, and no score of a head.
+    assert all(4 <= x <= 160 for x in record.true_return)
     assert bool(experiment.ensemble(experiment.settings[setting], 3).calibrated)
 
 
@@ -107,9 +117,13 @@ def test_prepared_features_are_what_an_ensemble_reads(tmp_path, monkeypatch):
     expected = compute_features(model, [encode("the film", " was good", ended=False)], torch.device("cpu"))
     torch.testing.assert_close(found["chosen"][:1], expected)
     assert found["reference"].shape == (8, WIDTH)
-    figures = json.loads((tmp_path / "study" / "reference.json").read_text())
-    assert figures["gold"] > 1
-    assert figures["response_tokens"] == study_module.RESPONSE_TOKENS
+    prompts = [
+        json.loads(line)["prompt"] for line in (tmp_path / "data" / "prompts_train.jsonl").read_text().splitlines()
+    ]
+    assert found["prompt_ids"].tolist() == [stable_id(prompt) for prompt in prompts]
+    # Means of letters in eight responses.
+    assert (found["prompt_values"] * 8).frac().abs().max() < 1e-3
+    assert found["prompt_values"].min() > 1
 
 
 def test_the_study_reads_what_the_demo_reads():
@@ -133,5 +147,5 @@ def test_what_is_missing_is_named(demo, tmp_path):
     with pytest.raises(ValueError, match=r"expected .*features\.safetensors, which `python -m examples.*` writes"):
         study(tmp_path).preferences(4, 0.0, seed=0)
     longer = study(demo, tokens=6)
-    with pytest.raises(ValueError, match=r"training\.sampling: expected .*max_new_tokens=4.*, got .*max_new_tokens=6"):
+    with pytest.raises(ValueError, match=r"training\.sampling: expected .*max_new_tokens=16.*, got .*max_new_tokens=6"):
         longer.run(*longer.settings, Repetition(0, 0))

@@ -11,10 +11,10 @@ from helpers import CONFIGS
 from jsonargparse import ArgumentParser
 
 from lit_vapo.advantages.gae import Gae
-from lit_vapo.data.tokenise import stable_id
+from lit_vapo.data.tokenise import prompt_ids, stable_id
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import Pretrained
+from lit_vapo.models.pretrained import Pretrained, load_tokenizer
 from lit_vapo.models.reward import FeatureSpec, RewardModel
 from lit_vapo.modules.ppo_update import UpdateSettings
 from lit_vapo.objectives.mean_reward import MeanReward
@@ -26,7 +26,7 @@ from lit_vapo.study.experiment import Analysis, Repetition
 from lit_vapo.study.known_noise import KnownNoise
 from lit_vapo.study.language import Training
 from lit_vapo.study.learned_ensemble import LearnedEnsemble, draw_pairs
-from lit_vapo.study.references import feature_model, prompt_values, reference_responses
+from lit_vapo.study.references import PromptValues, feature_model, reference_responses
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.types import TextReward
 
@@ -42,8 +42,8 @@ def prepared(tmp_path_factory):
     (folder / "data").mkdir()
     prompts = helpers.tiny_prompts(folder / "data" / "prompts.jsonl", 192)
     spec = FeatureSpec(Pretrained(base), pooling="mean")
-    responses = reference_responses(spec, prompts, 192, TOKENS, seed=0)
-    reference = compute_features(feature_model(spec), responses, torch.device("cpu"))
+    _, answers = reference_responses(spec, prompts, TOKENS, seed=0)
+    reference = compute_features(feature_model(spec), next(answers), torch.device("cpu"))
     TrueReward.along(torch.randn(32), reference, TOKENS).save(folder / "true_reward")
     return folder
 
@@ -88,32 +88,28 @@ def test_true_reward_is_kept(prepared, tmp_path):
 
 def test_some_prompts_are_easier_by_hand(prepared, tmp_path):
     weight, reference = torch.ones(2), torch.zeros(3, 2)
-    ids, values = torch.tensor([10, 20, 30]), torch.tensor([1.0, 2.0, 6.0])
-    TrueReward(weight, torch.zeros(()), reference, 4, ids, values).save(tmp_path)
-    true = TrueReward.load(tmp_path)
-    assert true.reference_return == 3.0
+    prompts = PromptValues(torch.tensor([10, 20, 30]), torch.tensor([1.0, 2.0, 6.0]))
+    TrueReward(weight, torch.zeros(()), reference, 4, prompts).save(tmp_path)
+    prompts = TrueReward.load(tmp_path).prompts
     # (1 + 6) / 2 and (6 + 6 + 2) / 3, less 3.
-    assert true.ease_of(torch.tensor([30, 10])) == pytest.approx(0.5)
-    assert true.ease_of(torch.tensor([30, 30, 20])) == pytest.approx(5 / 3)
-    with pytest.raises(ValueError, match=r"prompts\.jsonl: expected the prompts that true_reward was prepared with"):
-        true.ease_of(torch.tensor([30, 40]))
-    unknown = TrueReward(weight, torch.zeros(()), reference + 1)
-    assert unknown.ease_of(torch.tensor([40])) == 0
-    assert unknown.reference_return == pytest.approx(2 * np.tanh(1))
+    assert prompts.ease(torch.tensor([30, 10])) == pytest.approx(0.5)
+    assert prompts.ease(torch.tensor([30, 30, 20])) == pytest.approx(5 / 3)
+    with pytest.raises(ValueError, match="prompts: expected those that the study was prepared with, got others"):
+        prompts.ease(torch.tensor([30, 40]))
 
 
-def test_values_of_prompts_are_means_over_responses(prepared):
+def test_responses_of_the_reference_are_one_to_each_prompt_again_and_again(prepared):
     file, spec = prepared / "data" / "prompts.jsonl", FeatureSpec(Pretrained(str(prepared / "base")), pooling="mean")
-    true = TrueReward.load(prepared / "true_reward")
-    ids, values = prompt_values(spec, file, TOKENS, times=3, seed=5, value=true)
-    batch_size = 256
-    first = reference_responses(spec, file, 192, TOKENS, seed=5, batch_size=batch_size)
-    once = prompt_values(spec, file, TOKENS, times=1, seed=5, value=true)[1]
-    torch.testing.assert_close(once, true(compute_features(feature_model(spec), first, torch.device("cpu"))))
-    # Further responses are others: the mean of three varies less.
-    assert float(values.std()) < float(once.std())
     texts = [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+    ids, answers = reference_responses(spec, file, TOKENS, seed=5)
     assert ids.tolist() == [stable_id(text) for text in texts]
+    first, second = next(answers), next(answers)
+    tokenizer = load_tokenizer(spec.base)
+    asked = [prompt_ids(tokenizer, text, False) for text in texts]
+    assert [s.ids[: s.prompt_length] for s in first] == [s.ids[: s.prompt_length] for s in second] == asked
+    assert all(1 <= len(s.ids) - s.prompt_length <= TOKENS for s in first)
+    assert [s.ids for s in first] != [s.ids for s in second]
+    assert [s.ids for s in next(reference_responses(spec, file, TOKENS, seed=5)[1])] == [s.ids for s in first]
 
 
 def test_returns_are_as_on_all_prompts(prepared, monkeypatch):
@@ -121,7 +117,7 @@ def test_returns_are_as_on_all_prompts(prepared, monkeypatch):
     texts = [json.loads(line)["prompt"] for line in (prepared / "data" / "prompts.jsonl").read_text().splitlines()]
     ids = torch.tensor([stable_id(text) for text in texts])
     knowing = known(prepared, {"mean": MeanReward()})
-    knowing.true.prompt_ids, knowing.true.prompt_values = ids, torch.arange(192.0)
+    knowing.true.prompts = PromptValues(ids, torch.arange(192.0))
     batches = []
 
     class Spy(language.Watch):
