@@ -112,7 +112,7 @@ def make_true_reward(root: Path, seed: int) -> TrueReward:
     spec = FeatureSpec(Pretrained(str(root / "base")), pooling="mean")
     model = feature_model(spec)
     prompts, cpu = root / "data" / "prompts.jsonl", torch.device("cpu")
-    ids, answers = reference_responses(spec, prompts, RESPONSE_TOKENS, seed, batch_size=256)
+    _, answers = reference_responses(spec, prompts, RESPONSE_TOKENS, seed, batch_size=256)
     reference = compute_features(model, next(answers), cpu)
     with (root / "data" / "texts.jsonl").open(encoding="utf-8") as file:
         texts = [json.loads(line) for line in file]
@@ -124,6 +124,8 @@ def make_true_reward(root: Path, seed: int) -> TrueReward:
     share = probe.score(x[cut:], y[cut:])
     print(f"true reward: says what people said of {share:.1%} of {len(texts) - cut} beginnings it has not seen")
     true = TrueReward.along(torch.from_numpy(probe.coef_[0]).float() / scale, reference, RESPONSE_TOKENS)
+    # Others than those that it is centred and scaled on.
+    ids, answers = reference_responses(spec, prompts, RESPONSE_TOKENS, seed + 1, batch_size=256)
     worth = [true(compute_features(model, found, cpu)) for found in islice(answers, TIMES)]
     true.prompts = PromptValues(ids, torch.stack(worth).mean(0))
     return true
