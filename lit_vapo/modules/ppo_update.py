@@ -219,7 +219,7 @@ class PPOUpdate:
 
     def _accumulate(self, experience: Experience, train_actor: bool) -> dict[str, Tensor]:
         """Gradients of one minibatch, in microbatches of similar length; its statistics over all processes."""
-        tokens = self._all_reduce(experience.rows.response_mask.sum().double(), "sum")
+        tokens = self._sum(experience.rows.response_mask.sum().double())
         sums: dict[str, Tensor] = {}
         ratio_max = tokens.new_zeros(())
         for index in self._micro_batches(experience.rows):
@@ -232,7 +232,7 @@ class PPOUpdate:
             ratio_max = torch.maximum(ratio_max, terms.pop("ratio_max").double())
             for name, value in terms.items():
                 sums[name] = sums.get(name, tokens.new_zeros(())) + value.double()
-        means = {name: (self._all_reduce(value, "sum") / tokens).float() for name, value in sums.items()}
+        means = {name: (self._sum(value) / tokens).float() for name, value in sums.items()}
         means["ratio_max"] = self._all_reduce(ratio_max, "max").float()
         _check_scalars(means)
         return means

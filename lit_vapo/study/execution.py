@@ -48,8 +48,7 @@ class Study:
     analysis: Analysis = field(default_factory=Analysis)
 
     def __post_init__(self) -> None:
-        if self.repetitions < 1:
-            raise ValueError(f"repetitions: expected at least 1, got {self.repetitions}")
+        expect("repetitions", self.repetitions, self.repetitions >= 1, "at least 1")
         methods = self.experiment.methods
         for name in self.analysis.baselines if methods else ():
             expect("analysis.baselines", repr(name), name in methods, f"some of {', '.join(map(repr, methods))}")

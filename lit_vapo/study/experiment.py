@@ -185,8 +185,7 @@ def settings_grid(**lists: list[Any]) -> dict[str, dict[str, Any]]:
         ValueError: A list is empty, or holds a value twice.
     """
     for name, values in lists.items():
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"{name}: expected a list of different values, got {values}")
+        expect(name, values, bool(values) and len(set(values)) == len(values), "a list of different values")
     shown = [name for name, values in lists.items() if len(values) > 1] or list(lists)[:1]
     found = {}
     for combination in product(*lists.values()):
@@ -206,8 +205,7 @@ class Joined(Experiment):
     """
 
     def __init__(self, experiments: dict[str, Experiment]) -> None:
-        if not experiments:
-            raise ValueError("experiments: expected at least one, got none")
+        expect("experiments", "none", bool(experiments), "at least one")
         self.experiments = experiments
         self.settings = {f"{name}:{key}": x for name, e in experiments.items() for key, x in e.settings.items()}
         self.block_size = min(e.block_size for e in experiments.values())
@@ -240,7 +238,5 @@ class Analysis:
     window: int = 1
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"analysis.window: expected at least 1, got {self.window}")
-        if any(level <= 0 for level in self.kl):
-            raise ValueError(f"analysis.kl: expected levels > 0, got {self.kl}")
+        expect("analysis.window", self.window, self.window >= 1, "at least 1")
+        expect("analysis.kl", self.kl, all(level > 0 for level in self.kl), "levels > 0")

@@ -104,8 +104,7 @@ class LanguageModelStudy(Experiment):
     gold: TextReward | None = None
 
     def __init__(self, prepared: str, methods: dict[str, Objective], training: Training | None = None) -> None:
-        if not methods:
-            raise ValueError("methods: expected at least one, got none")
+        expect("methods", "none", bool(methods), "at least one")
         self.prepared = Path(prepared)
         self.methods = methods
         self.training = training or Training()

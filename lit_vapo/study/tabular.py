@@ -160,8 +160,7 @@ class Optima(Experiment):
         block_size: int = 500,
         objectives: Sequence[int] = (1,),
     ) -> None:
-        if not methods:
-            raise ValueError("methods: expected at least one, got none")
+        expect("methods", "none", bool(methods), "at least one")
         self.methods = methods
         self.world = World(responses, noise)
         self.block_size = block_size
