@@ -147,6 +147,14 @@ def test_a_failure_is_recorded_and_tried_again_when_asked(tmp_path):
     assert merge(study) == results
 
 
+def test_a_failure_that_another_shard_takes_away_while_it_is_read_is_no_error(tmp_path, monkeypatch):
+    study, results = start(tmp_path)
+    listed = execution._files
+    gone = tmp_path / "parts" / "b" / "000003-000003.failed.json"
+    monkeypatch.setattr(execution, "_files", lambda *given: [*listed(*given), gone])
+    assert merge(study) == results
+
+
 def test_results_of_another_configuration_are_refused(tmp_path):
     start(tmp_path, repetitions=1)
     with pytest.raises(ValueError, match=r"experiment.init_args.scale: 1.0 there, 2.0 here"):

@@ -143,6 +143,9 @@ def test_the_first_objective_is_what_it_would_be_alone():
     alone = optima(objectives=[1]).run_block("noise_ratio=10", repetitions(5))
     among = optima(objectives=[1, 2]).run_block("objectives=1", repetitions(5))
     assert [r.true_return for r in alone] == [r.true_return for r in among]
+    # And what it was before there were several: studies that exist go on.
+    reward, _ = World(responses=10, noise=4.0).draw(3, 10)
+    np.testing.assert_array_equal(reward, np.random.default_rng(3).standard_normal(10))
     with pytest.raises(ValueError, match=r"objectives: expected numbers of at least 1, got \[0\]"):
         optima(objectives=[0])
 
