@@ -18,6 +18,7 @@ import torch
 from jsonargparse import auto_cli
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from examples.sentiment.judge import SentimentJudge
 from examples.sentiment.prepare import once
@@ -25,9 +26,10 @@ from lit_vapo.data.tokenise import pair_encoder
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.reward import FeatureSpec
-from lit_vapo.study.learned_ensemble import LearnedEnsemble, state_pairs
+from lit_vapo.study.learned_ensemble import LearnedEnsemble
+from lit_vapo.study.learner import state_pairs
 from lit_vapo.study.references import PromptValues, feature_model, reference_responses
-from lit_vapo.types import FeaturePairs
+from lit_vapo.types import FeaturePairs, TextReward, TokenSequence
 
 FEATURES = "features.safetensors"
 RESPONSE_TOKENS, TIMES = 16, 8  # of the reference's responses, and how many to each prompt
@@ -104,6 +106,13 @@ class SentimentStudy(LearnedEnsemble):
         return state_pairs(chosen[drawn], rejected[drawn], flipped, generator)
 
 
+def judged(judge: TextReward, tokenizer: PreTrainedTokenizerBase, responses: list[TokenSequence]) -> Tensor:
+    """What a judge says of responses, (B,)."""
+    cut = [(s.ids[: s.prompt_length], s.ids[s.prompt_length :]) for s in responses]
+    texts = [[tokenizer.decode(side, skip_special_tokens=True) for side in sides] for sides in cut]
+    return judge(*map(list, zip(*texts, strict=True)))
+
+
 @torch.inference_mode()
 def prepare(demo: str = "runs/demo", seed: int = 0) -> None:
     """Prepare the study: what ensembles read of the demo's pairs, and responses of the reference.
@@ -132,9 +141,7 @@ def prepare(demo: str = "runs/demo", seed: int = 0) -> None:
         for responses in islice(answers, TIMES):
             if not gold:
                 found["reference"] = compute_features(model, responses, cpu)
-            cut = [(s.ids[: s.prompt_length], s.ids[s.prompt_length :]) for s in responses]
-            texts = [[tokenizer.decode(side, skip_special_tokens=True) for side in sides] for sides in cut]
-            gold.append(judge(*map(list, zip(*texts, strict=True))))
+            gold.append(judged(judge, tokenizer, responses))
         found |= {"prompt_ids": ids, "prompt_values": torch.stack(gold).mean(0)}
         save_file({name: x.contiguous() for name, x in found.items()}, folder / FEATURES)
         error = float(found["prompt_values"].std() / len(ids) ** 0.5)

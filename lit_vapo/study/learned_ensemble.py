@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lit_vapo.modules.checkpoint import linear_decay, seeded
 from lit_vapo.objectives.base import Objective
-from lit_vapo.study.experiment import expect, settings_grid
 from lit_vapo.study.language import LanguageModelStudy, Training
+from lit_vapo.study.learner import Learner, preference_settings, state_pairs
 from lit_vapo.study.true_reward import TrueReward
-from lit_vapo.types import FeaturePairs, PairLabels
+from lit_vapo.types import FeaturePairs
 from lit_vapo.uncertainty.base import RewardHead
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
@@ -51,24 +48,12 @@ class LearnedEnsemble(LanguageModelStudy):
         head_learning_rate: float = 0.01,
     ) -> None:
         super().__init__(prepared, methods, training)
-        expect("pairs", pairs, all(n >= 1 for n in pairs), "numbers of at least 1")
-        expect("flipped", flipped, all(0 <= p <= 0.5 for p in flipped), "probabilities in [0, 0.5]")
-        expect("steps", steps, steps >= 1, "at least 1")
-        expect("head_learning_rate", head_learning_rate, head_learning_rate > 0, "a number > 0")
-        self.settings = settings_grid(pairs=pairs, flipped=flipped)
-        self.head = head or HeadEnsemble()
-        self.steps = steps
-        self.head_learning_rate = head_learning_rate
+        self.learner = Learner(head or HeadEnsemble(), steps, head_learning_rate)
+        self.settings = preference_settings(pairs, flipped)
 
     def ensemble(self, params: Mapping[str, Any], seed: int) -> RewardHead:
         """An ensemble that learned from preferences of its own."""
-        head = copy.deepcopy(self.head)
-        head.seed = seed
-        with seeded(seed):  # for estimators that draw from the common generator
-            head.build(self.reference_features.shape[1])
-            learn(head, self.preferences(seed=seed, **params), self.steps, self.head_learning_rate)
-        head.requires_grad_(False).calibrate(self.reference_features)
-        return head
+        return self.learner.learn(self.preferences(seed=seed, **params), self.reference_features, seed)
 
     def preferences(self, pairs: int, flipped: float, seed: int) -> FeaturePairs:
         """What the ensemble of a repetition learns from: pairs (N, H) of responses of the reference.
@@ -101,33 +86,3 @@ def draw_pairs(true: TrueReward, pairs: int, flipped: float, seed: int) -> Featu
     better = true(true.reference[first]) > true(true.reference[second])
     chosen, rejected = torch.where(better, first, second), torch.where(better, second, first)
     return state_pairs(true.reference[chosen], true.reference[rejected], flipped, generator)
-
-
-def state_pairs(better: Tensor, worse: Tensor, flipped: float, generator: torch.Generator) -> FeaturePairs:
-    """Preferences between responses, some stated the wrong way round.
-
-    Args:
-        better: Features (N, H) of the better response of each pair.
-        worse: Of the other.
-        flipped: Probability that a preference is stated the wrong way round.
-        generator: Where the chance comes from.
-    """
-    count = len(better)
-    wrong = (torch.rand(count, generator=generator) < flipped)[:, None]
-    ones = torch.ones(count)
-    labels = PairLabels(torch.zeros(count), ones, ones, torch.arange(count))
-    return FeaturePairs(torch.where(wrong, worse, better), torch.where(wrong, better, worse), labels)
-
-
-def learn(head: RewardHead, pairs: FeaturePairs, steps: int, learning_rate: float) -> Tensor:
-    """Train an estimator that is built; the last loss, ()."""
-    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.01)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_decay(steps))
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = head.loss(*pairs)
-        loss.backward()
-        optimizer.step()
-        decay.step()
-    head.settle([pairs])
-    return loss.detach()

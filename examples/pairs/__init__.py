@@ -1,0 +1,1 @@
+"""Preferences that people stated, studied as they are."""

@@ -1,0 +1,155 @@
+"""Between the levels: exact optima over responses whose true return is known, with ensembles that learn from people."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lit_vapo.functional import bregman_kl, optimal_policy
+from lit_vapo.objectives.base import Objective
+from lit_vapo.study.experiment import HALVINGS, Experiment, Record, Repetition, expect
+from lit_vapo.study.learner import Learner, preference_settings, state_pairs
+from lit_vapo.types import FeaturePairs
+from lit_vapo.uncertainty.base import RewardHead
+from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
+
+NAME = "responses.safetensors"
+
+
+class KnownResponses(NamedTuple):
+    """Responses whose worth is known, and preferences between others to learn from.
+
+    Attributes:
+        responses: Features (P, N, H) of N responses to each of P prompts.
+        true: What each is truly worth (P, N).
+        chosen: Features (M, H) of the better response of each preference, to other prompts.
+        rejected: Of the worse one.
+    """
+
+    responses: Tensor
+    true: Tensor
+    chosen: Tensor
+    rejected: Tensor
+
+    def save(self, folder: str | Path) -> None:
+        """Write them into a folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file({name: x.contiguous() for name, x in self._asdict().items()}, Path(folder) / NAME)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> KnownResponses:
+        """Read them from a folder.
+
+        Raises:
+            ValueError: There are none, or their shapes do not go together.
+        """
+        path = Path(folder) / NAME
+        if not path.is_file():
+            raise ValueError(f"prepared: expected a folder with {NAME}, got {str(folder)!r}")
+        known = cls(**load_file(path))
+        shapes = {name: tuple(x.shape) for name, x in known._asdict().items()}
+        prompts, count, width = (*shapes["responses"], 0, 0, 0)[:3]
+        right = {"responses": (prompts, count, width), "true": (prompts, count)}
+        right |= dict.fromkeys(("chosen", "rejected"), (len(known.chosen), width))
+        expect(str(path), shapes, shapes == right, "responses (P, N, H), true (P, N), chosen and rejected (M, H)")
+        return known
+
+
+class ResponseOptima(Experiment):
+    """The exact optimum of each objective over N known responses to each prompt, with ensembles that are learned.
+
+    The reference is uniform over the N responses, as it is over its own samples; a policy moves probability between
+    them. Its KL and its true return are means over the prompts. So nothing is due to optimisation, as in `Optima`, but
+    the errors are those of reward models that learned from preferences of people: every repetition draws its own, turns
+    round each with the probability `flipped`, and has a new initialisation and bootstrap.
+
+    A run's points are the optima at coefficients that fall from 128 β to β/16 by halves. The one at β is the final
+    policy, which is compared at equal β. No KL exceeds log N.
+
+    Args:
+        prepared: Folder with `KnownResponses`.
+        methods: What each method maximises, by name; objectives that depend on the estimate of each response alone.
+        pairs: Numbers of preferences. Settings are all combinations of the lists.
+        flipped: Probabilities that a preference is stated the wrong way round, in [0, 0.5].
+        head: The estimator; its seed is the repetition's.
+        steps: Steps of the estimator's optimiser, each on all pairs.
+        head_learning_rate: Its first learning rate.
+        kl_coef: β, in units of reward per nat.
+        block_size: Repetitions in one file.
+
+    Raises:
+        ValueError: There are no methods, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        prepared: str,
+        methods: dict[str, Objective],
+        pairs: list[int],
+        flipped: list[float],
+        head: RewardHead | None = None,
+        steps: int = 200,
+        head_learning_rate: float = 0.01,
+        kl_coef: float = 1.0,
+        block_size: int = 10,
+    ) -> None:
+        expect("methods", "none", bool(methods), "at least one")
+        expect("kl_coef", kl_coef, kl_coef > 0, "a number > 0")
+        self.prepared = Path(prepared)
+        self.methods = methods
+        self.settings = preference_settings(pairs, flipped)
+        self.learner = Learner(head or HeadEnsemble(), steps, head_learning_rate)
+        self.kl_coef = kl_coef
+        self.block_size = block_size
+
+    @cached_property
+    def known(self) -> KnownResponses:
+        """What was prepared."""
+        return KnownResponses.load(self.prepared)
+
+    def run_block(self, setting: str, repetitions: Sequence[Repetition]) -> list[Record]:
+        """One ensemble for each repetition, every method."""
+        return [record for repetition in repetitions for record in self._repeat(setting, repetition)]
+
+    def preferences(self, pairs: int, flipped: float, seed: int) -> FeaturePairs:
+        """What the ensemble of a repetition learns from, without repetition.
+
+        Raises:
+            ValueError: There are fewer.
+        """
+        there = len(self.known.chosen)
+        expect("pairs", pairs, pairs <= there, f"at most the {there} in {self.prepared}")
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(there, generator=generator)[:pairs]
+        return state_pairs(self.known.chosen[drawn], self.known.rejected[drawn], flipped, generator)
+
+    @torch.no_grad()
+    def _repeat(self, setting: str, repetition: Repetition) -> list[Record]:
+        features, true = self.known.responses.flatten(0, 1), self.known.true.double()
+        pairs = self.preferences(seed=repetition.seed, **self.settings[setting])
+        with torch.enable_grad():
+            head = self.learner.learn(pairs, features, repetition.seed)
+        estimate = head(features)
+        reference = torch.full_like(true, 1 / true.shape[1])
+        base = float((reference * true).sum(1).mean())
+        coefs = self.kl_coef * torch.tensor([2.0**-k for k in HALVINGS], dtype=torch.float64)[:, None]
+        records = []
+        for name, method in self.methods.items():
+            objective = copy.deepcopy(method)
+            objective.prepare(head.num_members, head.reference_variance)
+            score = objective(estimate)
+            reward, weight = (x.double().view(true.shape) for x in (score.reward, score.kl_weight))
+            reward, weight, start = (x.expand(len(coefs), *x.shape) for x in (reward, weight, reference))
+            policy = optimal_policy(reward, start, coefs, weight)
+            # Rounding may leave a small divergence below zero.
+            kl = bregman_kl(policy, start).mean(1).clamp_min(0).tolist()
+            value = (policy * true).sum(-1).mean(1).tolist()
+            records.append(Record(name, setting, *repetition, kl, value, base, final=HALVINGS.index(0)))
+        return records
