@@ -33,6 +33,7 @@ def prepare(
     layer: int | None = None,
     held_out: float = 0.5,
     max_length: int = 512,
+    skip_invalid: bool = False,
 ) -> None:
     """Prepare a study of preferences.
 
@@ -43,6 +44,7 @@ def prepare(
         layer: Which of its layers; the last if left out.
         held_out: Share of the prompts that policies are judged on; ensembles learn from the others.
         max_length: Most tokens of prompt and response.
+        skip_invalid: Leave rows out that cannot be used, and say how many.
 
     Raises:
         ValueError: The folder was prepared with other options, or a part is empty.
@@ -54,7 +56,12 @@ def prepare(
 
     def write(folder: Path) -> None:
         data = PreferenceDataModule(
-            base, preferences=preferences, validation_fraction=held_out, max_length=max_length, append_eos=False
+            base,
+            preferences=preferences,
+            validation_fraction=held_out,
+            max_length=max_length,
+            append_eos=False,
+            skip_invalid=skip_invalid,
         )
         data.prepare_data()
         held = data.preference_rows("val")
