@@ -11,6 +11,7 @@ from helpers import CONFIGS
 from jsonargparse import ArgumentParser
 from safetensors.torch import save_file
 
+import examples.sentiment.responses as responses_module
 import examples.sentiment.study as study_module
 from examples.sentiment.study import SentimentStudy
 from lit_vapo.data.tokenise import pair_encoder, stable_id
@@ -23,6 +24,7 @@ from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.study.execution import Study
 from lit_vapo.study.experiment import Repetition
 from lit_vapo.study.language import Training
+from lit_vapo.study.response_optima import KnownResponses
 from lit_vapo.types import TextReward
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
@@ -124,6 +126,18 @@ def test_prepared_features_are_what_an_ensemble_reads(tmp_path, monkeypatch):
     # Means of letters in eight responses.
     assert (found["prompt_values"] * 8).frac().abs().max() < 1e-3
     assert found["prompt_values"].min() > 1
+    monkeypatch.setattr(responses_module, "feature_spec", lambda demo: spec)
+    monkeypatch.setattr(responses_module, "SentimentJudge", lambda path: CountsLetters())
+    helpers.tiny_prompts(tmp_path / "data" / "prompts_test.jsonl", 6)
+    responses_module.prepare(str(tmp_path))
+    known = KnownResponses.load(tmp_path / "responses")
+    assert known.responses.shape == (6, responses_module.TIMES, WIDTH)
+    assert torch.equal(known.chosen, found["chosen"])
+    # Whole letters; a prompt's responses differ, and the same text has the same features.
+    assert torch.equal(known.true, known.true.round())
+    assert (known.true.std(1) > 0).all()
+    distance = torch.cdist(known.responses, known.responses, compute_mode="donot_use_mm_for_euclid_dist")
+    assert not (known.true[:, :, None] != known.true[:, None])[distance < 1e-6].any()
 
 
 def test_the_study_reads_what_the_demo_reads():
