@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ img { max-width: 100%; height: auto; background: white; border-radius: 6px; disp
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums }
 div.table { overflow-x: auto; max-height: 30rem; overflow-y: auto }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
+th { position: sticky; top: 0; background: Canvas }
+ul { padding-left: 1.2rem }
 """
 READING = (
     "Gain is the true return of the policy less the reference's; risk is the share of repetitions in which it is below "
@@ -181,15 +184,20 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
     return "\n".join(lines)
 
 
+def _inline(line: str) -> str:
+    """A line of text as HTML: bold words, no code."""
+    return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(line)).replace("`", "")
+
+
 def _html(title: str, sections: Sequence[Section]) -> str:
     parts = []
     for section in sections:
         parts.append(f"<h2>{html.escape(section.title)}</h2>")
-        for line in section.text:
-            if not line or line.startswith("    "):
-                continue
-            words = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(line.removeprefix("- ")))
-            parts.append(f"<li>{words}</li>" if line.startswith("- ") else f"<p>{words.replace('`', '')}</p>")
+        shown = [line for line in section.text if line and not line.startswith("    ")]
+        for listed, lines in groupby(shown, key=lambda line: line.startswith("- ")):
+            words = [_inline(line.removeprefix("- ")) for line in lines]
+            items = "".join(f"<li>{line}</li>" if listed else f"<p>{line}</p>" for line in words)
+            parts.append(f"<ul>{items}</ul>" if listed else items)
         code = "\n".join(line[4:] for line in section.text if line.startswith("    "))
         parts += [f"<details><summary>show</summary><pre>{html.escape(code)}</pre></details>"] if code else []
         if section.table:

@@ -171,6 +171,8 @@ def test_pages_say_everything(toy):
     html = (folder / "report.html").read_text()
     assert set(re.findall(r'src="(.{22})', html)) == {"data:image/png;base64,"}
     assert "<script" not in html
+    assert "<li><b>" in html
+    assert "<li>" not in re.sub(r"<ul>.*?</ul>", "", html)
     for picture in re.findall(r"\]\((pictures/[^)]+)\)", (folder / "report.md").read_text()):
         assert (folder / picture).is_file()
 
