@@ -30,6 +30,7 @@ from lit_vapo.modules.ppo_update import UpdateSettings
 from lit_vapo.modules.run import NOISE
 from lit_vapo.objectives.base import Objective
 from lit_vapo.study.experiment import Experiment, Record, Repetition, expect
+from lit_vapo.study.learner import examine
 from lit_vapo.study.references import PromptValues
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.study.watch import Watch
@@ -195,9 +196,18 @@ class LanguageModelStudy(Experiment):
             RewardModel(self.features, head, None).save_pretrained(folder)
             for name, objective in self.methods.items():
                 seen = self._train(copy.deepcopy(objective), folder, repetition.seed)
-                base = self.reference_return
-                records.append(Record(name, setting, *repetition, seen.kl, seen.true_return, base, seen.last))
+                base, extra = self.reference_return, self._knows(head) | seen.last
+                records.append(Record(name, setting, *repetition, seen.kl, seen.true_return, base, extra))
         return records
+
+    @torch.no_grad()
+    def _knows(self, head: RewardHead) -> dict[str, float]:
+        """What an ensemble knows of the reference's responses, where the truth of them is known."""
+        if self.gold is not None:
+            return {}
+        features = self.reference_features
+        estimate = head(features)
+        return examine(estimate.mean[None], estimate.variance[None], self.true(features)[None])
 
     def _train(self, objective: Objective, ensemble: Path, seed: int) -> Watch:
         """One run of one method."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_vapo.functional import spearman
 from lit_vapo.modules.checkpoint import linear_decay, seeded
 from lit_vapo.study.experiment import expect, settings_grid
 from lit_vapo.types import FeaturePairs, PairLabels
@@ -86,3 +87,28 @@ class Learner:
             head.settle([pairs])
         head.requires_grad_(False).calibrate(reference)
         return head
+
+
+def examine(mean: Tensor, variance: Tensor, true: Tensor) -> dict[str, float]:
+    """How good the rewards of an ensemble are, and whether its σ tells where they err.
+
+    Rewards and truth are taken less their means over the responses to a prompt, each in standard deviations of what is
+    left; the error is their difference. A variance-aware objective needs a σ that differs between responses and is
+    large where the error is.
+
+    Args:
+        mean: Mean reward (P, N) of N responses to each of P prompts.
+        variance: Variance between members (P, N).
+        true: True reward (P, N).
+
+    Returns:
+        `correlation` of reward and truth, `sigma_spread` (standard deviation of σ over its mean) and `sigma_error`
+        (rank correlation of σ and the absolute error); what is not defined, as for one member, is left out.
+    """
+    reward, truth = (x.double() - x.double().mean(1, keepdim=True) for x in (mean, true))
+    reward, truth = (x / x.square().mean().sqrt() for x in (reward, truth))
+    sigma, error = variance.double().sqrt(), (reward - truth).abs()
+    found = {"correlation": (reward * truth).mean(), "sigma_spread": sigma.std() / sigma.mean()}
+    if bool(torch.isfinite(error).all()):
+        found["sigma_error"] = spearman(sigma.flatten(), error.flatten())
+    return {name: float(x) for name, x in found.items() if bool(torch.isfinite(x))}

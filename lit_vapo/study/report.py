@@ -16,7 +16,7 @@ from lit_vapo.folders import write_whole
 from lit_vapo.study.execution import Results, Study
 from lit_vapo.study.figures import distributions, effects, mean_risk, return_against_kl
 from lit_vapo.study.statistics import Interval
-from lit_vapo.study.summary import Outcome, compare, formulas, outcomes, sentences
+from lit_vapo.study.summary import Outcome, compare, formulas, further, outcomes, sentences
 
 CSS = """
 :root { color-scheme: light dark; --line: #8884 }
@@ -78,6 +78,7 @@ def report(study: Study, config: Mapping[str, Any], results: Results) -> list[st
     results = results._replace(records=[r.smoothed(study.analysis.window) for r in results.records])
     found = outcomes(results.records, study.analysis)
     methods, rows, exact = [o.row() for o in found], compare(found, study.analysis), formulas(results.records)
+    more = further(results.records)
     claims = sentences(rows, exact)
     state = _state(study, results)
     summary = {
@@ -88,6 +89,7 @@ def report(study: Study, config: Mapping[str, Any], results: Results) -> list[st
         "methods": methods,
         "comparisons": rows,
         "formulas": exact,
+        "further": more,
         "failures": results.failures,
     }
     folder = Path(study.output)
@@ -100,6 +102,7 @@ def report(study: Study, config: Mapping[str, Any], results: Results) -> list[st
         *(Section(title, [], [], shown) for title, shown in pictures.items()),
         Section("Every method", [], _table(methods), {}),
         Section("Every comparison", [], _table(rows), {}),
+        *([Section("Further figures, means over repetitions", [], _table(more), {})] if more else []),
         Section("Configuration", [f"    {line}" for line in json.dumps(config, indent=2).splitlines()], [], {}),
     ]
     write_whole(folder / "report.md", _markdown(folder.name, sections))

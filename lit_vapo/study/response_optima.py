@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_vapo.functional import bregman_kl, optimal_policy
 from lit_vapo.objectives.base import Objective
 from lit_vapo.study.experiment import HALVINGS, Experiment, Record, Repetition, expect
-from lit_vapo.study.learner import Learner, preference_settings, state_pairs
+from lit_vapo.study.learner import Learner, examine, preference_settings, state_pairs
 from lit_vapo.types import FeaturePairs
 from lit_vapo.uncertainty.base import RewardHead
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
@@ -137,6 +137,7 @@ class ResponseOptima(Experiment):
         with torch.enable_grad():
             head = self.learner.learn(pairs, features, repetition.seed)
         estimate = head(features)
+        known = examine(estimate.mean.view(true.shape), estimate.variance.view(true.shape), true)
         reference = torch.full_like(true, 1 / true.shape[1])
         base = float((reference * true).sum(1).mean())
         coefs = self.kl_coef * torch.tensor([2.0**-k for k in HALVINGS], dtype=torch.float64)[:, None]
@@ -151,5 +152,5 @@ class ResponseOptima(Experiment):
             # Rounding may leave a small divergence below zero.
             kl = bregman_kl(policy, start).mean(1).clamp_min(0).tolist()
             value = (policy * true).sum(-1).mean(1).tolist()
-            records.append(Record(name, setting, *repetition, kl, value, base, final=HALVINGS.index(0)))
+            records.append(Record(name, setting, *repetition, kl, value, base, known, HALVINGS.index(0)))
         return records

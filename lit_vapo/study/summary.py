@@ -25,6 +25,7 @@ from lit_vapo.study.statistics import (
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided at this sample size"
 FINAL = "final"
+EXACT = "exact_risk"  # a record carries it where a formula gives the risk
 
 
 class Outcome(NamedTuple):
@@ -81,13 +82,18 @@ class Pair(NamedTuple):
     needed_risk: int | None
 
 
-def outcomes(records: Iterable[Record], analysis: Analysis) -> list[Outcome]:
-    """Every method at every point of every setting, in order."""
+def _by_method(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+    """The runs of each method in each setting, in order."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.setting, record.method), []).append(record)
+    return groups
+
+
+def outcomes(records: Iterable[Record], analysis: Analysis) -> list[Outcome]:
+    """Every method at every point of every setting, in order."""
     found = []
-    for (setting, method), runs in groups.items():
+    for (setting, method), runs in _by_method(records).items():
         final = {r.repetition: r.gain for r in runs}
         kl = float(np.mean([r.kl[r.final] for r in runs]))
         found.append(Outcome(setting, FINAL, method, final, kl, 0))
@@ -190,19 +196,15 @@ def compare(found: Sequence[Outcome], analysis: Analysis) -> list[dict[str, Any]
 
 
 def formulas(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Seen risk beside the exact one, where records carry it (`extra` `exact_risk`).
+    """Seen risk beside the exact one, where records carry it in their `extra`.
 
     Returns:
         A row for each setting and method: `exact`, `seen`, `standard_error` (of the exact risk at this number of
         repetitions), `z` (their distance in standard errors).
     """
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        if "exact_risk" in record.extra:
-            groups.setdefault((record.setting, record.method), []).append(record)
     rows = []
-    for (setting, method), runs in groups.items():
-        exact, seen = runs[0].extra["exact_risk"], float(np.mean([r.gain < 0 for r in runs]))
+    for (setting, method), runs in _by_method(r for r in records if EXACT in r.extra).items():
+        exact, seen = runs[0].extra[EXACT], float(np.mean([r.gain < 0 for r in runs]))
         error = max((exact * (1 - exact) / len(runs)) ** 0.5, 1e-12)
         rows.append(
             {
@@ -215,6 +217,16 @@ def formulas(records: Iterable[Record]) -> list[dict[str, Any]]:
                 "z": (seen - exact) / error,
             }
         )
+    return rows
+
+
+def further(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """Means over repetitions of what else records carry, a row for each setting and method that has any."""
+    rows = []
+    for (setting, method), runs in _by_method(records).items():
+        names = dict.fromkeys(name for run in runs for name in run.extra if name != EXACT)
+        means = {name: float(np.mean([run.extra[name] for run in runs if name in run.extra])) for name in names}
+        rows += [{"setting": setting, "method": method} | means] if means else []
     return rows
 
 

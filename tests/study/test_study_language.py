@@ -288,6 +288,8 @@ def test_what_is_noted_is_what_the_rollouts_were(prepared, monkeypatch):
     (noisy,) = known(prepared, {"mean": MeanReward()}, noise=4.0).run("noise_ratio=10", Repetition(0, 0))
     assert noisy.true_return[0] == pytest.approx(record.true_return[0], abs=1e-6)
     assert noisy.true_return[2] != record.true_return[2]
+    assert record.extra["correlation"] == pytest.approx(1.0, abs=1e-4)
+    assert abs(noisy.extra["correlation"]) < 0.9
 
 
 class CountsLetters(TextReward):

@@ -15,7 +15,7 @@ from lit_vapo.study.execution import Study, run
 from lit_vapo.study.experiment import Analysis, Record, Repetition, seed_of
 from lit_vapo.study.report import report
 from lit_vapo.study.statistics import Interval
-from lit_vapo.study.summary import FAILS, HOLDS, OPEN, compare, formulas, outcomes, sentences, verdict
+from lit_vapo.study.summary import FAILS, HOLDS, OPEN, compare, formulas, further, outcomes, sentences, verdict
 
 
 def record(gain, method="m", repetition=0, setting="s", **options):
@@ -141,6 +141,16 @@ def test_formulas_by_hand():
     assert row["z"] == pytest.approx(2.5)
     assert "holds" in sentences([], [row])[0]
     assert "does not hold" in sentences([], [row | {"z": 3.2}])[0]
+
+
+def test_further_figures_are_means_over_the_repetitions_that_have_them(tmp_path):
+    runs = [record(float(n), repetition=n, extra={"sigma": n} | ({"rare": 5.0} if n else {})) for n in range(3)]
+    runs += [record(1.0, "bare"), record(1.0, "exact", extra={"exact_risk": 0.2})]
+    assert further(runs) == [{"setting": "s", "method": "m", "sigma": 1.0, "rare": 5.0}]
+    study = Study(Toy(), str(tmp_path / "more"), repetitions=1)
+    report(study, {}, run(study, {})._replace(records=runs))
+    assert json.loads((tmp_path / "more" / "summary.json").read_text())["further"] == further(runs)
+    assert "| s | m | 1 | 5 |" in (tmp_path / "more" / "report.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from lit_vapo.functional import objective as objective_value
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.variance_aware import VarianceAware
 from lit_vapo.study.experiment import HALVINGS, Repetition
-from lit_vapo.study.learner import Learner
+from lit_vapo.study.learner import Learner, examine
 from lit_vapo.study.response_optima import KnownResponses, ResponseOptima
 from lit_vapo.types import RewardEstimate
 
@@ -122,6 +122,29 @@ def test_a_repetition_does_not_depend_on_its_block_or_on_what_ran_before(prepare
     alone = study(prepared, {"aware": VarianceAware()}, flipped=0.3).run(setting, Repetition(1, 6))
     assert alone == [block[3]]
     assert block[1].true_return != block[3].true_return
+
+
+def test_what_an_ensemble_knows_by_hand():
+    # Less their means, rewards are ∓1 and ∓2, the truth ∓2 and ∓1: over √2.5 either, a correlation of 0.8.
+    mean, true = torch.tensor([[0.0, 2.0], [5.0, 9.0]]), torch.tensor([[7.0, 11.0], [0.0, 2.0]])
+    found = examine(mean, torch.tensor([[1.0, 4.0], [9.0, 4.0]]), true)
+    assert found["correlation"] == pytest.approx(0.8)
+    # σ is 1, 2, 3 and 2.
+    assert found["sigma_spread"] == pytest.approx((2 / 3) ** 0.5 / 2)
+    exact = examine(mean, torch.zeros(2, 2), mean)
+    assert exact == {"correlation": pytest.approx(1.0)}
+    # Over √5 rewards are ±0.45 and ±1.34: off by 0.55 where σ is 1, and by 0.34 where it is 3.
+    rewards, true = torch.tensor([[1.0, -1.0, 3.0, -3.0]]), torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    assert examine(rewards, torch.tensor([[1.0, 1.0, 9.0, 9.0]]), true)["sigma_error"] == pytest.approx(-1.0)
+
+
+def test_records_tell_what_the_ensemble_knows(prepared):
+    (good,), (poor,) = (
+        study(prepared, pairs=PAIRS, flipped=flipped).run(f"pairs={PAIRS}", Repetition(0, 0)) for flipped in (0.0, 0.5)
+    )
+    assert good.extra["correlation"] > 0.8 > poor.extra["correlation"]
+    assert good.extra["sigma_spread"] > 0
+    assert -1 <= good.extra["sigma_error"] <= 1
 
 
 def test_what_is_not_there_is_said(prepared, tmp_path):
