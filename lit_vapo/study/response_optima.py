@@ -76,10 +76,10 @@ class ResponseOptima(Experiment):
     Args:
         prepared: Folder with `KnownResponses`.
         methods: What each method maximises, by name; objectives that depend on the estimate of each response alone.
-        pairs: Numbers of preferences. Settings are all combinations of the lists.
+        pairs: Numbers of preferences. Settings are all combinations of the lists, and of the estimators.
         flipped: Probabilities that a preference is stated the wrong way round, in [0, 0.5].
-        head: The estimator; its seed is the repetition's.
-        steps: Steps of the estimator's optimiser, each on all pairs.
+        heads: The estimators by name; their seed is the repetition's.
+        steps: Steps of an estimator's optimiser, each on all pairs.
         head_learning_rate: Its first learning rate.
         kl_coef: β, in units of reward per nat.
         block_size: Repetitions in one file.
@@ -94,7 +94,7 @@ class ResponseOptima(Experiment):
         methods: dict[str, Objective],
         pairs: list[int],
         flipped: list[float],
-        head: RewardHead | None = None,
+        heads: dict[str, RewardHead] | None = None,
         steps: int = 200,
         head_learning_rate: float = 0.01,
         kl_coef: float = 1.0,
@@ -104,8 +104,14 @@ class ResponseOptima(Experiment):
         expect("kl_coef", kl_coef, kl_coef > 0, "a number > 0")
         self.prepared = Path(prepared)
         self.methods = methods
-        self.settings = preference_settings(pairs, flipped)
-        self.learner = Learner(head or HeadEnsemble(), steps, head_learning_rate)
+        heads = heads or {"HeadEnsemble": HeadEnsemble()}
+        self.learners = {name: Learner(head, steps, head_learning_rate) for name, head in heads.items()}
+        grid = preference_settings(pairs, flipped)
+        self.settings = {
+            f"{name},{key}" if len(heads) > 1 else key: params | {"head": name}
+            for name in heads
+            for key, params in grid.items()
+        }
         self.kl_coef = kl_coef
         self.block_size = block_size
 
@@ -133,9 +139,10 @@ class ResponseOptima(Experiment):
     @torch.no_grad()
     def _repeat(self, setting: str, repetition: Repetition) -> list[Record]:
         features, true = self.known.responses.flatten(0, 1), self.known.true.double()
-        pairs = self.preferences(seed=repetition.seed, **self.settings[setting])
+        params = self.settings[setting]
+        pairs = self.preferences(params["pairs"], params["flipped"], repetition.seed)
         with torch.enable_grad():
-            head = self.learner.learn(pairs, features, repetition.seed)
+            head = self.learners[params["head"]].learn(pairs, features, repetition.seed)
         estimate = head(features)
         known = examine(estimate.mean.view(true.shape), estimate.variance.view(true.shape), true)
         reference = torch.full_like(true, 1 / true.shape[1])

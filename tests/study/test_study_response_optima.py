@@ -15,6 +15,8 @@ from lit_vapo.study.experiment import HALVINGS, Repetition
 from lit_vapo.study.learner import Learner, examine
 from lit_vapo.study.response_optima import KnownResponses, ResponseOptima
 from lit_vapo.types import RewardEstimate
+from lit_vapo.uncertainty.bayesian_linear import BayesianLinear
+from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 WIDTH, PAIRS = 3, 40
 
@@ -145,6 +147,22 @@ def test_records_tell_what_the_ensemble_knows(prepared):
     assert good.extra["correlation"] > 0.8 > poor.extra["correlation"]
     assert good.extra["sigma_spread"] > 0
     assert -1 <= good.extra["sigma_error"] <= 1
+
+
+def test_every_estimator_is_a_setting(prepared, monkeypatch):
+    heads = {"four": HeadEnsemble(4), "exact": BayesianLinear(4)}
+    experiment = study(prepared, heads=heads, flipped=0.3)
+    learn, learned = Learner.learn, []
+
+    def spy(self, pairs, reference, seed):
+        learned.append(learn(self, pairs, reference, seed))
+        return learned[-1]
+
+    monkeypatch.setattr(Learner, "learn", spy)
+    assert list(experiment.settings) == ["four,pairs=20", "exact,pairs=20"]
+    returns = [experiment.run(setting, Repetition(0, 3))[0].true_return for setting in experiment.settings]
+    assert [type(head) for head in learned] == [HeadEnsemble, BayesianLinear]
+    assert returns[0] != returns[1]
 
 
 def test_what_is_not_there_is_said(prepared, tmp_path):
