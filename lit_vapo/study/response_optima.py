@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -149,8 +148,7 @@ class ResponseOptima(Experiment):
         base = float((reference * true).sum(1).mean())
         coefs = self.kl_coef * torch.tensor([2.0**-k for k in HALVINGS], dtype=torch.float64)[:, None]
         records = []
-        for name, method in self.methods.items():
-            objective = copy.deepcopy(method)
+        for name, objective in self.methods.items():
             objective.prepare(head.num_members, head.reference_variance)
             score = objective(estimate)
             reward, weight = (x.double().view(true.shape) for x in (score.reward, score.kl_weight))

@@ -129,15 +129,22 @@ def test_prepared_features_are_what_an_ensemble_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(responses_module, "feature_spec", lambda demo: spec)
     monkeypatch.setattr(responses_module, "SentimentJudge", lambda path: CountsLetters())
     helpers.tiny_prompts(tmp_path / "data" / "prompts_test.jsonl", 6)
+    rounds = []
+
+    def spy(model, sequences, device):
+        rounds.append(sequences)
+        return compute_features(model, sequences, device)
+
+    monkeypatch.setattr(responses_module, "compute_features", spy)
     responses_module.prepare(str(tmp_path))
     known = KnownResponses.load(tmp_path / "responses")
     assert known.responses.shape == (6, responses_module.TIMES, WIDTH)
     assert torch.equal(known.chosen, found["chosen"])
-    # Whole letters; a prompt's responses differ, and the same text has the same features.
-    assert torch.equal(known.true, known.true.round())
+    # Every response has its own features and its own verdict.
+    for i, sequences in enumerate(rounds):
+        verdict = study_module.judged(CountsLetters(), model.load_tokenizer(), sequences)
+        assert torch.equal(known.true[:, i], verdict)
     assert (known.true.std(1) > 0).all()
-    distance = torch.cdist(known.responses, known.responses, compute_mode="donot_use_mm_for_euclid_dist")
-    assert not (known.true[:, :, None] != known.true[:, None])[distance < 1e-6].any()
 
 
 def test_the_study_reads_what_the_demo_reads():

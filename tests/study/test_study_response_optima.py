@@ -161,7 +161,7 @@ def test_every_estimator_is_a_setting(prepared, monkeypatch):
     monkeypatch.setattr(Learner, "learn", spy)
     assert list(experiment.settings) == ["four,pairs=20", "exact,pairs=20"]
     returns = [experiment.run(setting, Repetition(0, 3))[0].true_return for setting in experiment.settings]
-    assert [type(head) for head in learned] == [HeadEnsemble, BayesianLinear]
+    assert [(type(head), head.seed) for head in learned] == [(HeadEnsemble, 3), (BayesianLinear, 3)]
     assert returns[0] != returns[1]
 
 
