@@ -5,10 +5,13 @@ import itertools
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.loggers import WandbLogger
 
+from lit_vapo.callbacks.samples import SampleTable
 from lit_vapo.evaluation.policy import PolicyReport, compare
 from lit_vapo.evaluation.policy_files import (
     evaluation_row,
@@ -92,6 +95,28 @@ def test_figures_are_over_all_rows_and_not_over_batches():
     # "says 0", "0 0", "says so", "so so", "says so", "so 2", "2 0".
     expected |= {"distinct_pairs": 6 / 7, "repeated_words": 2 / 7}
     assert found == pytest.approx(expected)
+
+
+def test_of_many_members_the_first_are_shown_and_all_are_in_the_files(tmp_path):
+    rows = [record(i, 0, 1.0, 0.0) | {"members": [float(k) for k in range(20)]} for i in range(2)]
+    shown = [name for name in PolicyReport(rows).summary() if name.startswith("reward_member_")]
+    assert shown == [f"reward_member_{k}" for k in range(16)]
+    tables = {}
+
+    class Board(WandbLogger):
+        def __init__(self):
+            pass
+
+        def log_table(self, key, columns, data):
+            tables[key] = dict(zip(columns, data[0], strict=True))
+
+    trainer = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path, global_step=3, loggers=[Board()])
+    SampleTable().on_predict_end(trainer, SimpleNamespace(samples=rows))
+    assert [name for name in tables["predict/samples"] if name.startswith("member_")] == [
+        f"member_{k}" for k in range(16)
+    ]
+    (first, _) = map(json.loads, (tmp_path / "samples_predict.jsonl").read_text().splitlines())
+    assert len(first["members"]) == 20
 
 
 def test_best_of_n_takes_what_the_ensemble_prefers():

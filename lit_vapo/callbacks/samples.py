@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lit_vapo.evaluation.policy import MEMBERS_SHOWN
+
 
 class SampleTable(Callback):
     """Writes what the policy said at each evaluation: one JSON line for each response, and a W&B table.
@@ -52,7 +54,7 @@ class SampleTable(Callback):
     @staticmethod
     def _log_table(logger: WandbLogger, key: str, records: list[dict[str, Any]]) -> None:
         names = [name for name in records[0] if name != "members"]
-        count = len(records[0]["members"])
+        count = len(records[0]["members"][:MEMBERS_SHOWN])
         columns = names + [f"member_{k}" for k in range(count)]
-        rows = [[record[name] for name in names] + record["members"] for record in records]
+        rows = [[record[name] for name in names] + record["members"][:count] for record in records]
         logger.log_table(key, columns=columns, data=rows)

@@ -28,6 +28,7 @@ COLUMNS = (
     "members",
 )
 SCORES = ("reward", "gold")
+MEMBERS_SHOWN = 16  # with a hundred heads, a figure or a column for each hides the others; files have them all
 Records = list[dict[str, Any]]
 
 
@@ -58,7 +59,9 @@ def response_statistics(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         statistics["gold"] = columns["gold"].mean()
         statistics["gold_std"] = columns["gold"].std(correction=0)
     if "members" in columns:
-        statistics |= {f"reward_member_{k}": mean for k, mean in enumerate(columns["members"].mean(0))}
+        statistics |= {
+            f"reward_member_{k}": mean for k, mean in enumerate(columns["members"][:, :MEMBERS_SHOWN].mean(0))
+        }
     return statistics
 
 
