@@ -3,7 +3,8 @@
     python -m examples.pairs.prepare --preferences pairs.jsonl --base runs/demo/policy-base --output runs/pairs
 
 Half of the prompts are set aside: there the two responses of a pair are all there is, and the one that people preferred
-is truly better. Nobody else needs to judge. Files and their shapes are those of every stage (docs/data.md).
+is truly better. Nobody else needs to judge. Files and their shapes are those of every stage (docs/data.md). How sure a
+preference is (`agreement`) counts for the truth; ensembles learn from all that are no ties as if they were certain.
 """
 
 from __future__ import annotations
@@ -52,7 +53,6 @@ def prepare(
     root = Path(output)
     root.mkdir(parents=True, exist_ok=True)
     options = {"preferences": preferences, "base": base, "layer": layer, "held_out": held_out, "max_length": max_length}
-    claim_folder(root, "output", options)
 
     def write(folder: Path) -> None:
         data = PreferenceDataModule(
@@ -64,22 +64,24 @@ def prepare(
             skip_invalid=skip_invalid,
         )
         data.prepare_data()
-        held = data.preference_rows("val")
-        if not held:
+        counted = torch.tensor([row["weight"] > 0 for row in data.preference_rows("val")])
+        if not counted.any():
             raise ValueError(f"held_out: expected a share that sets a pair aside, got {held_out}")
+        claim_folder(root, "output", options)
         model, cpu = feature_model(FeatureSpec(Pretrained(base), pooling="mean", layer=layer)), torch.device("cpu")
         learn, judge = (
             [compute_features(model, side, cpu) for side in data.preferences(split)] for split in ("train", "val")
         )
         # Ties teach nothing.
         stated = torch.tensor([prefers(row) for row in data.preference_rows("train")])
-        better = pair_labels(held).probability
-        known = KnownResponses(
-            torch.stack(judge, 1), torch.stack([better, 1 - better], 1), *(side[stated] for side in learn)
-        )
+        better = pair_labels(data.preference_rows("val")).probability
+        responses, true = torch.stack(judge, 1), torch.stack([better, 1 - better], 1)
+        known = KnownResponses(responses[counted], true[counted], *(side[stated] for side in learn))
         known.save(folder)
-        print(f"{len(known.chosen)} pairs to learn from, {len(held)} to be judged on")
+        print(f"{len(known.chosen)} pairs to learn from, {len(known.true)} to be judged on")
 
+    if (root / "known").exists():
+        claim_folder(root, "output", options)
     once(root / "known", "features", write)
 
 

@@ -27,7 +27,7 @@ from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.reward import FeatureSpec
 from lit_vapo.study.learned_ensemble import LearnedEnsemble
-from lit_vapo.study.learner import state_pairs
+from lit_vapo.study.learner import draw_stated
 from lit_vapo.study.references import PromptValues, feature_model, reference_responses
 from lit_vapo.types import FeaturePairs, TextReward, TokenSequence
 
@@ -98,12 +98,7 @@ class SentimentStudy(LearnedEnsemble):
         Raises:
             ValueError: There are fewer.
         """
-        chosen, rejected = self.known["chosen"], self.known["rejected"]
-        if pairs > len(chosen):
-            raise ValueError(f"pairs: expected at most the {len(chosen)} that the demo has, got {pairs}")
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(len(chosen), generator=generator)[:pairs]
-        return state_pairs(chosen[drawn], rejected[drawn], flipped, generator)
+        return draw_stated(self.known["chosen"], self.known["rejected"], pairs, flipped, seed)
 
 
 def judged(judge: TextReward, tokenizer: PreTrainedTokenizerBase, responses: list[TokenSequence]) -> Tensor:

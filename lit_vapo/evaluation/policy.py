@@ -28,7 +28,7 @@ COLUMNS = (
     "members",
 )
 SCORES = ("reward", "gold")
-MEMBERS_SHOWN = 16  # with a hundred heads, a figure or a column for each hides the others; files have them all
+MEMBERS_SHOWN = 16  # of a hundred heads a figure for each would hide the others; responses keep the scores of all
 Records = list[dict[str, Any]]
 
 

@@ -117,7 +117,7 @@ def _scale(name: str, reference: Mapping[str, Any]) -> float:
 
 
 def _band(rows: Rows) -> tuple[list[float], list[float]] | None:
-    """Least and largest gain of any member, by evaluation; None where there are no two members."""
+    """Least and largest gain of any member that is logged, by evaluation; None where there are no two."""
     names = [name for name in rows[0] if name.startswith("reward_member_")]
     if len(names) < 2:
         return None

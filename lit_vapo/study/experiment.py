@@ -14,8 +14,6 @@ from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-HALVINGS = range(-7, 5)  # of β at the points of a run whose policies are exact
-
 
 class Repetition(NamedTuple):
     """One independent repetition of a setting.

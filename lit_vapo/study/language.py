@@ -190,19 +190,19 @@ class LanguageModelStudy(Experiment):
         same = Sampling(tokens or sampling.max_new_tokens, num_responses=sampling.num_responses)
         expect("training.sampling", sampling, sampling == same, f"that of the responses in {self.prepared}, {same}")
         head = self.ensemble(self.settings[setting], repetition.seed)
-        records = []
+        records, known = [], self._knows(head)
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) / "ensemble"
             RewardModel(self.features, head, None).save_pretrained(folder)
             for name, objective in self.methods.items():
                 seen = self._train(copy.deepcopy(objective), folder, repetition.seed)
-                base, extra = self.reference_return, self._knows(head) | seen.last
-                records.append(Record(name, setting, *repetition, seen.kl, seen.true_return, base, extra))
+                base = self.reference_return
+                records.append(Record(name, setting, *repetition, seen.kl, seen.true_return, base, known | seen.last))
         return records
 
     @torch.no_grad()
     def _knows(self, head: RewardHead) -> dict[str, float]:
-        """What an ensemble knows of the reference's responses, where the truth of them is known."""
+        """What an ensemble knows of the reference's responses, one to each prompt, where the truth of them is known."""
         if self.gold is not None:
             return {}
         features = self.reference_features

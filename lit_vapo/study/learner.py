@@ -31,6 +31,25 @@ def preference_settings(pairs: list[int], flipped: list[float]) -> dict[str, dic
     return settings_grid(pairs=pairs, flipped=flipped)
 
 
+def draw_stated(chosen: Tensor, rejected: Tensor, pairs: int, flipped: float, seed: int) -> FeaturePairs:
+    """Some of the preferences there are, none twice, some stated the wrong way round.
+
+    Args:
+        chosen: Features (M, H) of the better response of each preference there is.
+        rejected: Of the other.
+        pairs: How many to draw.
+        flipped: Probability that one is stated the wrong way round.
+        seed: Where the chance comes from.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    expect("pairs", pairs, pairs <= len(chosen), f"at most the {len(chosen)} there are")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(chosen), generator=generator)[:pairs]
+    return state_pairs(chosen[drawn], rejected[drawn], flipped, generator)
+
+
 def state_pairs(better: Tensor, worse: Tensor, flipped: float, generator: torch.Generator) -> FeaturePairs:
     """Preferences between responses, some stated the wrong way round.
 
@@ -92,9 +111,10 @@ class Learner:
 def examine(mean: Tensor, variance: Tensor, true: Tensor) -> dict[str, float]:
     """How good the rewards of an ensemble are, and whether its σ tells where they err.
 
-    Rewards and truth are taken less their means over the responses to a prompt, each in standard deviations of what is
-    left; the error is their difference. A variance-aware objective needs a σ that differs between responses and is
-    large where the error is.
+    Rewards and truth are taken less their means over the responses to a prompt, since a policy chooses between these,
+    each in standard deviations of what is left; the error is their difference. σ is compared between all responses: a
+    weight decides how far to go on one prompt rather than on another, too. A variance-aware objective needs a σ that
+    differs between responses and is large where the error is. (With two responses to a prompt both err by the same.)
 
     Args:
         mean: Mean reward (P, N) of N responses to each of P prompts.

@@ -1,4 +1,4 @@
-"""Between the levels: exact optima over responses whose true return is known, with ensembles that learn from people."""
+"""Learned rewards, exact optima: ensembles that learn from people, and responses whose true return is known."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from lit_vapo.functional import bregman_kl, optimal_policy
 from lit_vapo.objectives.base import Objective
-from lit_vapo.study.experiment import HALVINGS, Experiment, Record, Repetition, expect
-from lit_vapo.study.learner import Learner, examine, preference_settings, state_pairs
+from lit_vapo.study.experiment import Experiment, Record, Repetition, expect
+from lit_vapo.study.learner import Learner, draw_stated, examine, preference_settings
 from lit_vapo.types import FeaturePairs
 from lit_vapo.uncertainty.base import RewardHead
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 NAME = "responses.safetensors"
+# Of β at the points of a run, in powers of 2: near enough for lines between them, where effects are a hundredth.
+EXPONENTS = [k / 4 for k in range(28, -17, -1)]
 
 
 class KnownResponses(NamedTuple):
@@ -69,8 +71,8 @@ class ResponseOptima(Experiment):
     the errors are those of reward models that learned from preferences of people: every repetition draws its own, turns
     round each with the probability `flipped`, and has a new initialisation and bootstrap.
 
-    A run's points are the optima at coefficients that fall from 128 β to β/16 by halves. The one at β is the final
-    policy, which is compared at equal β. No KL exceeds log N.
+    A run's points are the optima at coefficients that fall from 128 β to β/16, four to a halving. The one at β is the
+    final policy, which is compared at equal β. No KL exceeds log N.
 
     Args:
         prepared: Folder with `KnownResponses`.
@@ -129,11 +131,7 @@ class ResponseOptima(Experiment):
         Raises:
             ValueError: There are fewer.
         """
-        there = len(self.known.chosen)
-        expect("pairs", pairs, pairs <= there, f"at most the {there} in {self.prepared}")
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(there, generator=generator)[:pairs]
-        return state_pairs(self.known.chosen[drawn], self.known.rejected[drawn], flipped, generator)
+        return draw_stated(self.known.chosen, self.known.rejected, pairs, flipped, seed)
 
     @torch.no_grad()
     def _repeat(self, setting: str, repetition: Repetition) -> list[Record]:
@@ -146,7 +144,7 @@ class ResponseOptima(Experiment):
         known = examine(estimate.mean.view(true.shape), estimate.variance.view(true.shape), true)
         reference = torch.full_like(true, 1 / true.shape[1])
         base = float((reference * true).sum(1).mean())
-        coefs = self.kl_coef * torch.tensor([2.0**-k for k in HALVINGS], dtype=torch.float64)[:, None]
+        coefs = self.kl_coef * torch.tensor(EXPONENTS, dtype=torch.float64).exp2()[:, None]
         records = []
         for name, objective in self.methods.items():
             objective.prepare(head.num_members, head.reference_variance)
@@ -157,5 +155,5 @@ class ResponseOptima(Experiment):
             # Rounding may leave a small divergence below zero.
             kl = bregman_kl(policy, start).mean(1).clamp_min(0).tolist()
             value = (policy * true).sum(-1).mean(1).tolist()
-            records.append(Record(name, setting, *repetition, kl, value, base, known, HALVINGS.index(0)))
+            records.append(Record(name, setting, *repetition, kl, value, base, known, EXPONENTS.index(0)))
         return records

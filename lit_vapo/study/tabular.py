@@ -15,9 +15,11 @@ from torch import Tensor
 
 from lit_vapo.functional import bregman_kl, optimal_policy, risk_vanilla, risk_variance_aware
 from lit_vapo.objectives.base import Objective
-from lit_vapo.study.experiment import HALVINGS, Experiment, Record, Repetition, expect, settings_grid
+from lit_vapo.study.experiment import Experiment, Record, Repetition, expect, settings_grid
 from lit_vapo.study.variance import Draws, Honest, ToldVariance
 from lit_vapo.types import RewardEstimate
+
+HALVINGS = range(-7, 5)  # of β at the points of a run
 
 
 @dataclass

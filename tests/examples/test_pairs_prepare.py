@@ -37,14 +37,19 @@ def test_half_of_the_prompts_are_judged_on_by_what_people_said(tmp_path, tiny_mo
     # Features are those of texts that no pair has twice, as an ensemble reads them.
     model = feature_model(FeatureSpec(Pretrained(str(tiny_model_dir)), pooling="mean", layer=1))
     encode = pair_encoder(model.load_tokenizer())
+    rows_of = []
     for side, index in (("chosen", 0), ("rejected", 1)):
         texts = [encode(row["prompt"], row[side], ended=False) for row in rows]
         expected = compute_features(model, texts, torch.device("cpu"))
         found = torch.cat([getattr(known, side), known.responses[:, index]])
-        # 60 rows less the ties among what is learned from.
         nearest = torch.cdist(found, expected, compute_mode="donot_use_mm_for_euclid_dist").min(1)
         assert nearest.values.max() < 1e-4
-        assert len(set(nearest.indices.tolist())) == len(found)
+        rows_of.append(nearest.indices.tolist())
+    # Both sides of a pair stand together, each pair once, the ties with the truth of ties.
+    assert rows_of[0] == rows_of[1]
+    assert len(set(rows_of[0])) == len(rows_of[0])
+    judged = rows_of[0][len(known.chosen) :]
+    assert known.true[:, 0].tolist() == [0.75 if row < 30 else 0.5 for row in judged]
 
 
 def test_other_options_and_unusable_rows_are_refused(tmp_path, tiny_model_dir, capsys):
@@ -58,5 +63,16 @@ def test_other_options_and_unusable_rows_are_refused(tmp_path, tiny_model_dir, c
     assert "pairs to learn from" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"output: .* was made with held_out 0\.5; expected another folder"):
         prepare(file, base, out, held_out=0.25, skip_invalid=True)
+    # What was refused for its options can be made with right ones.
+    file, out = write(tmp_path / "good.jsonl", good), str(tmp_path / "none")
     with pytest.raises(ValueError, match=r"held_out: expected a share that sets a pair aside, got 0"):
-        prepare(write(tmp_path / "good.jsonl", good), base, str(tmp_path / "none"), held_out=0.0)
+        prepare(file, base, out, held_out=0.0)
+    prepare(file, base, out, held_out=0.25)
+    assert 1 <= len(KnownResponses.load(tmp_path / "none" / "known").true) <= 9
+
+
+def test_pairs_that_do_not_count_judge_nobody(tmp_path, tiny_model_dir):
+    file = write(tmp_path / "pairs.jsonl", [pair(i, weight=i % 2) for i in range(40)])
+    prepare(file, str(tiny_model_dir), str(tmp_path / "out"))
+    known = KnownResponses.load(tmp_path / "out" / "known")
+    assert len(known.chosen) + len(known.true) == 20

@@ -140,10 +140,13 @@ def test_prepared_features_are_what_an_ensemble_reads(tmp_path, monkeypatch):
     known = KnownResponses.load(tmp_path / "responses")
     assert known.responses.shape == (6, responses_module.TIMES, WIDTH)
     assert torch.equal(known.chosen, found["chosen"])
+    assert torch.equal(known.rejected, found["rejected"])
     # Every response has its own features and its own verdict.
     for i, sequences in enumerate(rounds):
         verdict = study_module.judged(CountsLetters(), model.load_tokenizer(), sequences)
         assert torch.equal(known.true[:, i], verdict)
+        expected = compute_features(model, sequences, torch.device("cpu"))
+        torch.testing.assert_close(known.responses[:, i], expected)
     assert (known.true.std(1) > 0).all()
 
 
@@ -163,7 +166,7 @@ def test_the_study_reads_what_the_demo_reads():
 
 
 def test_what_is_missing_is_named(demo, tmp_path):
-    with pytest.raises(ValueError, match=r"pairs: expected at most the 40 that the demo has, got 41"):
+    with pytest.raises(ValueError, match=r"pairs: expected at most the 40 there are, got 41"):
         study(demo).preferences(41, 0.0, seed=0)
     with pytest.raises(ValueError, match=r"expected .*features\.safetensors, which `python -m examples.*` writes"):
         study(tmp_path).preferences(4, 0.0, seed=0)

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import save_file
 from scipy.optimize import minimize
 
+from lit_vapo.functional import match_kl, optimal_policy
 from lit_vapo.functional import objective as objective_value
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.study.experiment import HALVINGS, Repetition
+from lit_vapo.study.experiment import Repetition
 from lit_vapo.study.learner import Learner, examine
-from lit_vapo.study.response_optima import KnownResponses, ResponseOptima
+from lit_vapo.study.response_optima import EXPONENTS, KnownResponses, ResponseOptima
 from lit_vapo.types import RewardEstimate
 from lit_vapo.uncertainty.bayesian_linear import BayesianLinear
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
@@ -70,39 +71,54 @@ def test_optima_of_two_responses_by_hand(tmp_path, says):
     assert record.gain == pytest.approx((p + 0.5) / 2 - 0.5)
     kl = math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p)
     assert record.kl[record.final] == pytest.approx(kl / 2)
-    assert len(record.kl) == len(HALVINGS)
+    assert len(record.kl) == len(EXPONENTS)
     assert record.kl == sorted(record.kl)
     assert record.kl[-1] <= math.log(2) / 2
 
 
 def test_weighted_optima_are_those_of_another_optimiser(tmp_path, says):
-    mean, variance = torch.tensor([0.3, -0.2, 1.0]), torch.tensor([0.5, 2.0, 1.5])
-    features, true = torch.stack([mean, variance, torch.zeros(3)], 1)[None], torch.tensor([[0.0, 1.0, 3.0]])
+    mean = torch.tensor([[0.3, -0.2, 1.0], [2.0, 0.1, -1.0]])
+    variance = torch.tensor([[0.5, 2.0, 1.5], [3.0, 0.2, 0.8]])
+    features, true = torch.stack([mean, variance, mean], 2), torch.tensor([[0.0, 1.0, 3.0], [2.0, -1.0, 0.0]])
     KnownResponses(features, true, torch.ones(3, WIDTH), torch.zeros(3, WIDTH)).save(tmp_path)
     methods = {"aware": VarianceAware(min_weight=0.0)}
     (record,) = study(tmp_path, methods, pairs=3, kl_coef=0.7).run("pairs=3", Repetition(0, 0))
     # The scale `reference`: σ² over its mean on the reference, which is 4/3 here.
     weight, reference = variance.double() / (4 / 3), torch.full((3,), 1 / 3, dtype=torch.float64)
+    worth = []
+    for prompt in range(2):
 
-    def loss(logits):
-        policy = torch.softmax(torch.from_numpy(logits), 0)
-        return -float(objective_value(policy, mean.double(), reference, 0.7, weight))
+        def loss(logits, prompt=prompt):
+            policy = torch.softmax(torch.from_numpy(logits), 0)
+            return -float(objective_value(policy, mean[prompt].double(), reference, 0.7, weight[prompt]))
 
-    found = minimize(loss, np.zeros(3), method="BFGS", options={"gtol": 1e-9})
-    policy = torch.softmax(torch.from_numpy(found.x), 0)
-    assert record.true_return[record.final] == pytest.approx(float((policy * true[0]).sum()), abs=1e-5)
+        found = minimize(loss, np.zeros(3), method="BFGS", options={"gtol": 1e-9})
+        worth.append(float((torch.softmax(torch.from_numpy(found.x), 0) * true[prompt]).sum()))
+    assert record.true_return[record.final] == pytest.approx(sum(worth) / 2, abs=1e-5)
 
 
-def test_ensembles_that_learn_the_truth_gain_and_those_told_the_opposite_lose(prepared):
-    for flipped, sign in ((0.0, 1), (0.5, None)):
+def test_ensembles_gain_by_the_truth_and_by_a_coin_as_often_lose(prepared):
+    def gains(flipped):
         experiment = study(prepared, flipped=flipped)
         (setting,) = experiment.settings
-        gains = [experiment.run(setting, Repetition(n, n))[0].gain for n in range(8)]
-        if sign:
-            assert min(gains) > 0
-            assert sum(gains) / 8 > 0.1
-        else:
-            assert min(gains) < 0 < max(gains)
+        return [experiment.run(setting, Repetition(n, n))[0].gain for n in range(8)]
+
+    clear, coin = gains(0.0), gains(0.5)
+    assert min(clear) > 0
+    assert sum(clear) / 8 > 0.1
+    assert min(coin) < 0 < max(coin)
+
+
+def test_gain_at_a_kl_is_that_of_the_optimum_there(tmp_path, says):
+    generator = torch.Generator().manual_seed(0)
+    features, true = torch.rand(1, 8, WIDTH, generator=generator) * 2, torch.randn(1, 8, generator=generator)
+    KnownResponses(features, true, torch.ones(3, WIDTH), torch.zeros(3, WIDTH)).save(tmp_path)
+    (record,) = study(tmp_path, {"aware": VarianceAware(min_weight=0.0)}, pairs=3).run("pairs=3", Repetition(0, 0))
+    mean, variance, start = features[..., 0].double(), features[..., 1].double(), torch.full((1, 8), 1 / 8).double()
+    for level in (0.03, 0.1, 0.3):
+        exact = match_kl(lambda coef: optimal_policy(mean, start, coef, variance / variance.mean()), start, level)
+        gain = float((exact * true).sum() - true.double().mean())
+        assert record.gain_at(level) == pytest.approx(gain, rel=2e-3)
 
 
 def test_preferences_are_each_used_once_and_drawn_anew(prepared):
@@ -166,7 +182,7 @@ def test_every_estimator_is_a_setting(prepared, monkeypatch):
 
 
 def test_what_is_not_there_is_said(prepared, tmp_path):
-    with pytest.raises(ValueError, match=r"pairs: expected at most the 40 in .*, got 41"):
+    with pytest.raises(ValueError, match=r"pairs: expected at most the 40 there are, got 41"):
         study(prepared, pairs=41).run("pairs=41", Repetition(0, 0))
     with pytest.raises(ValueError, match=r"prepared: expected a folder with responses\.safetensors, got .*nowhere"):
         KnownResponses.load(tmp_path / "nowhere")
