@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -133,27 +133,48 @@ class ResponseOptima(Experiment):
         """
         return draw_stated(self.known.chosen, self.known.rejected, pairs, flipped, seed)
 
-    @torch.no_grad()
     def _repeat(self, setting: str, repetition: Repetition) -> list[Record]:
-        features, true = self.known.responses.flatten(0, 1), self.known.true.double()
-        params = self.settings[setting]
+        params, responses = self.settings[setting], self.known.responses
         pairs = self.preferences(params["pairs"], params["flipped"], repetition.seed)
-        with torch.enable_grad():
-            head = self.learners[params["head"]].learn(pairs, features, repetition.seed)
-        estimate = head(features)
-        known = examine(estimate.mean.view(true.shape), estimate.variance.view(true.shape), true)
-        reference = torch.full_like(true, 1 / true.shape[1])
-        base = float((reference * true).sum(1).mean())
-        coefs = self.kl_coef * torch.tensor(EXPONENTS, dtype=torch.float64).exp2()[:, None]
-        records = []
-        for name, objective in self.methods.items():
-            objective.prepare(head.num_members, head.reference_variance)
-            score = objective(estimate)
-            reward, weight = (x.double().view(true.shape) for x in (score.reward, score.kl_weight))
-            reward, weight, start = (x.expand(len(coefs), *x.shape) for x in (reward, weight, reference))
-            policy = optimal_policy(reward, start, coefs, weight)
-            # Rounding may leave a small divergence below zero.
-            kl = bregman_kl(policy, start).mean(1).clamp_min(0).tolist()
-            value = (policy * true).sum(-1).mean(1).tolist()
-            records.append(Record(name, setting, *repetition, kl, value, base, known, EXPONENTS.index(0)))
-        return records
+        head = self.learners[params["head"]].learn(pairs, responses.flatten(0, 1), repetition.seed)
+        return optima(self.methods, head, responses, self.known.true, self.kl_coef, setting, repetition)
+
+
+@torch.no_grad()
+def optima(
+    methods: Mapping[str, Objective],
+    head: RewardHead,
+    responses: Tensor,
+    true: Tensor,
+    kl_coef: float,
+    setting: str,
+    repetition: Repetition,
+) -> list[Record]:
+    """The exact optima of all methods, with one ensemble.
+
+    Args:
+        methods: What each method maximises, by name.
+        head: The ensemble, calibrated.
+        responses: Features (P, N, H) of N responses to each of P prompts, between which the reference is uniform.
+        true: What each is truly worth (P, N).
+        kl_coef: β of the final policy, in units of reward per nat.
+        setting: Name of the setting.
+        repetition: Which repetition it is.
+    """
+    estimate, true = head(responses.flatten(0, 1)), true.double()
+    known = examine(estimate.mean.view(true.shape), estimate.variance.view(true.shape), true)
+    reference = torch.full_like(true, 1 / true.shape[1])
+    base = float((reference * true).sum(1).mean())
+    coefs = kl_coef * torch.tensor(EXPONENTS, dtype=torch.float64).exp2()[:, None]
+    records = []
+    for name, objective in methods.items():
+        objective.prepare(head.num_members, head.reference_variance)
+        score = objective(estimate)
+        reward, weight = (x.double().view(true.shape) for x in (score.reward, score.kl_weight))
+        reward, weight, start = (x.expand(len(coefs), *x.shape) for x in (reward, weight, reference))
+        policy = optimal_policy(reward, start, coefs, weight)
+        # Rounding may leave a small divergence below zero.
+        kl = bregman_kl(policy, start).mean(1).clamp_min(0).tolist()
+        value = (policy * true).sum(-1).mean(1).tolist()
+        records.append(Record(name, setting, *repetition, kl, value, base, known, EXPONENTS.index(0)))
+    return records

@@ -26,6 +26,7 @@ from lit_vapo.study.experiment import Analysis, Repetition
 from lit_vapo.study.known_noise import KnownNoise
 from lit_vapo.study.language import Training
 from lit_vapo.study.learned_ensemble import LearnedEnsemble, draw_pairs
+from lit_vapo.study.planted_optima import PlantedOptima
 from lit_vapo.study.references import PromptValues, feature_model, reference_responses
 from lit_vapo.study.true_reward import TrueReward
 from lit_vapo.types import TextReward
@@ -394,3 +395,27 @@ def test_shipped_configs_run(name, prepared):
     records = experiment.run(setting, Repetition(0, 1))
     assert [r.method for r in records] == list(experiment.methods)
     assert set(given.analysis.baselines) <= set(experiment.methods)
+
+
+def test_planted_noise_has_optima_over_the_references_responses(prepared):
+    options = {"noise_ratio": [10.0], "kinds": 4, "noise": 2.0, "responses": 16}
+    experiment = PlantedOptima(str(prepared), METHODS, **options)
+    (setting,) = experiment.settings
+    single, mean, aware = experiment.run(setting, Repetition(0, 4))
+    features = experiment.features
+    assert features.shape == (12, 16, 32)
+    # Every response stands once, and the truth is that of its features.
+    reference = TrueReward.load(prepared / "true_reward").reference
+    assert sorted(features.flatten(0, 1)[:, 0].tolist()) == sorted(reference[:, 0].tolist())
+    true = experiment.planted.true(features.flatten(0, 1)).view(12, 16).double()
+    assert mean.reference_return == pytest.approx(float(true.mean()))
+    # At β the plain optimum is the softmax of the members' mean.
+    rewards = experiment.planted.ensemble(experiment.settings[setting], 4)(features.flatten(0, 1)).mean.double()
+    policy = rewards.view(12, 16).softmax(1)
+    assert mean.true_return[mean.final] == pytest.approx(float((policy * true).sum(1).mean()), abs=1e-5)
+    assert mean.kl[mean.final] == pytest.approx(float((policy * (policy * 16).log()).sum(1).mean()), abs=1e-5)
+    assert len({tuple(r.true_return) for r in (single, mean, aware)}) == 3
+    again = PlantedOptima(str(prepared), METHODS, **options).run_block(setting, [Repetition(1, 5), Repetition(0, 4)])
+    assert again[3:] == [single, mean, aware]
+    with pytest.raises(ValueError, match="responses: expected at least 2, got 1"):
+        PlantedOptima(str(prepared), METHODS, **options | {"responses": 1})
