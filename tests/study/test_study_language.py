@@ -410,7 +410,8 @@ def test_planted_noise_has_optima_over_the_references_responses(prepared):
     true = experiment.planted.true(features.flatten(0, 1)).view(12, 16).double()
     assert mean.reference_return == pytest.approx(float(true.mean()))
     # At β the plain optimum is the softmax of the members' mean.
-    rewards = experiment.planted.ensemble(experiment.settings[setting], 4)(features.flatten(0, 1)).mean.double()
+    planted = known(prepared, noise=2.0, members=8).ensemble({"noise_ratio": 10.0}, 4)
+    rewards = planted(features.flatten(0, 1)).mean.double()
     policy = rewards.view(12, 16).softmax(1)
     assert mean.true_return[mean.final] == pytest.approx(float((policy * true).sum(1).mean()), abs=1e-5)
     assert mean.kl[mean.final] == pytest.approx(float((policy * (policy * 16).log()).sum(1).mean()), abs=1e-5)
