@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_vapo.functional import bregman_kl, optimal_policy
 from lit_vapo.objectives.base import Objective
+from lit_vapo.study.exact import optimal_course
 from lit_vapo.study.experiment import Experiment, Record, Repetition, expect
 from lit_vapo.study.learner import Learner, draw_stated, examine, preference_settings
 from lit_vapo.types import FeaturePairs
@@ -165,16 +165,12 @@ def optima(
     known = examine(estimate.mean.view(true.shape), estimate.variance.view(true.shape), true)
     reference = torch.full_like(true, 1 / true.shape[1])
     base = float((reference * true).sum(1).mean())
-    coefs = kl_coef * torch.tensor(EXPONENTS, dtype=torch.float64).exp2()[:, None]
+    coefs = kl_coef * torch.tensor(EXPONENTS, dtype=torch.float64).exp2()
     records = []
     for name, objective in methods.items():
         objective.prepare(head.num_members, head.reference_variance)
         score = objective(estimate)
         reward, weight = (x.double().view(true.shape) for x in (score.reward, score.kl_weight))
-        reward, weight, start = (x.expand(len(coefs), *x.shape) for x in (reward, weight, reference))
-        policy = optimal_policy(reward, start, coefs, weight)
-        # Rounding may leave a small divergence below zero.
-        kl = bregman_kl(policy, start).mean(1).clamp_min(0).tolist()
-        value = (policy * true).sum(-1).mean(1).tolist()
+        kl, value = (x.mean(1).tolist() for x in optimal_course(reward, weight, reference, true, coefs))
         records.append(Record(name, setting, *repetition, kl, value, base, known, EXPONENTS.index(0)))
     return records

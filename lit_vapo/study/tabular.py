@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_vapo.functional import bregman_kl, optimal_policy, risk_vanilla, risk_variance_aware
+from lit_vapo.functional import bregman_kl, risk_vanilla, risk_variance_aware
 from lit_vapo.objectives.base import Objective
+from lit_vapo.study.exact import optimal_course
 from lit_vapo.study.experiment import Experiment, Record, Repetition, expect, settings_grid
 from lit_vapo.study.variance import Draws, Honest, ToldVariance
 from lit_vapo.types import RewardEstimate
@@ -181,16 +182,13 @@ class Optima(Experiment):
         n = len(true)
         reference = torch.full((n,), 1 / n, dtype=torch.float64)
         base = float(reference @ true)
-        coefs = params["kl_coef"] * torch.tensor([2.0**-k for k in HALVINGS], dtype=torch.float64)[:, None]
+        coefs = params["kl_coef"] * torch.tensor([2.0**-k for k in HALVINGS], dtype=torch.float64)
         records = []
         for name, method in self.methods.items():
             reward, weight = _scores(method, members, draws, reference)
-            reward, weight, start = (x.expand(len(coefs), *reward.shape) for x in (reward, weight, reference))
-            policy = optimal_policy(reward, start, coefs, weight)
-            # Rounding may leave a small divergence below zero.
-            divergence = bregman_kl(policy, start).clamp_min(0)
+            course = optimal_course(reward, weight, reference, true, coefs)
             # Eight decimals: the files would be twice as large with all of them.
-            kl, value = (x.T.round(decimals=8).tolist() for x in (divergence, policy @ true))
+            kl, value = (x.T.round(decimals=8).tolist() for x in course)
             for i, repetition in enumerate(repetitions):
                 records.append(Record(name, setting, *repetition, kl[i], value[i], base, final=HALVINGS.index(0)))
         return records
