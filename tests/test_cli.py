@@ -156,9 +156,13 @@ def test_export_keeps_its_hands_off_files(run, request, tmp_path):
 
 
 def test_export_wants_a_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="--checkpoint: expected a checkpoint file, got 'nowhere.ckpt'"):
+    with pytest.raises(
+        ValueError,
+        match=r"--checkpoint: expected a checkpoint, got 'nowhere.ckpt', which cannot be read \(it does not exist",
+    ):
         main(["export", "--checkpoint=nowhere.ckpt", f"--output={tmp_path / 'out'}"])
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    bare = {"state_dict": {}, "epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.6.6"}
+    torch.save(bare, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"other.ckpt: expected a checkpoint of lit-vapo .*, got stage None"):
         main(["export", f"--checkpoint={tmp_path / 'other.ckpt'}", f"--output={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()

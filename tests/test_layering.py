@@ -18,6 +18,7 @@ FLOORS = {
     "": 0,
     "folders": 0,
     "functional": 0,
+    "integrity": 0,
     "types": 0,
     "models": 1,
     "uncertainty": 1,

@@ -170,9 +170,10 @@ def test_export_refuses_what_it_cannot_do(sft, run, tmp_path):
     with pytest.raises(FileExistsError, match="expected a new or empty folder"):
         main(["export", last, f"--output={tmp_path}"])
     assert (tmp_path / "file").read_text() == "mine"
-    with pytest.raises(ValueError, match="expected a checkpoint file, got 'nowhere'"):
+    with pytest.raises(ValueError, match="expected a checkpoint, got 'nowhere'"):
         main(["export", "--checkpoint=nowhere", f"--output={tmp_path / 'new'}"])
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    bare = {"state_dict": {}, "epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.6.6"}
+    torch.save(bare, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"expected a checkpoint of lit-vapo \(sft, reward or ppo\), got stage None"):
         main(["export", f"--checkpoint={tmp_path}/other.ckpt", f"--output={tmp_path / 'new'}"])
 

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
-STAGE_KEY = "lit_vapo_stage"
-FIGURES_KEY = "lit_vapo_figures"
+from lit_vapo.modules.checkpoint_file import FIGURES_KEY, STAGE_KEY
+
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from lightning import LightningModule
 
 from lit_vapo.folders import check_new, new_folder
 from lit_vapo.modules.card import ensemble_card, policy_card
-from lit_vapo.modules.checkpoint import STAGE_KEY
+from lit_vapo.modules.checkpoint_file import STAGE_KEY, read_checkpoint
 from lit_vapo.modules.ppo import PPOModule
 from lit_vapo.modules.reward import RewardModule
 from lit_vapo.modules.sft import SFTModule
@@ -35,10 +33,8 @@ def export(checkpoint: str, output: str, merge: bool = False, classifier: bool =
         ValueError: There is no such checkpoint, it is of no known stage, or of one that has no such option.
         FileExistsError: The folder has files in it.
     """
-    if not Path(checkpoint).is_file():
-        raise ValueError(f"--checkpoint: expected a checkpoint file, got {checkpoint!r}")
     check_new(output, "--output")
-    stage = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(STAGE_KEY)
+    stage = read_checkpoint(checkpoint, "--checkpoint").get(STAGE_KEY)
     for option, given, owner in (("merge", merge, PPOModule.stage), ("classifier", classifier, RewardModule.stage)):
         if given and stage != owner:
             raise ValueError(f"--{option}: expected a checkpoint of the {owner} stage, got one of {stage!r}")

@@ -1,0 +1,31 @@
+"""Files that are not what they should be: how that is noticed, and said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def fault_of(path: str | Path) -> str:
+    """Why a file cannot be read, as far as a look at it tells, in words that follow `which cannot be read`.
+
+    Args:
+        path: A file whose reader gave up on it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return "it is a folder"
+    if not path.exists():
+        return "it does not exist"
+    if not path.is_file():
+        return "it is not an ordinary file"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        return "it is empty"
+    if start.startswith(LFS):
+        return f"it is a Git LFS pointer of {size} bytes; `git lfs pull` fetches what it stands for"
+    # Every binary format that is read here has zero bytes in its first line.
+    return "it is a text file" if b"\0" not in start and start.isascii() else "it is torn or damaged"
