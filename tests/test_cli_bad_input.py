@@ -81,8 +81,8 @@ def test_a_value_of_another_type_is_named(stage_args, tmp_path, capsys, untraine
 
 ROWS = [
     ('{"prompt": "p", "chosen": "a"}', "line 2: expected column 'rejected', got columns ['chosen', 'prompt']"),
-    ('{"prompt": "p", "chosen": "", "rejected": "b"}', "line 2: expected a response in column 'chosen', got an empty"),
-    ('{"prompt": "p", "chosen": "b", "rejected": "b"}', "line 2: expected two different responses"),
+    ('{"prompt": "p", "chosen": 3, "rejected": "b"}', "line 2: expected text or messages in column 'chosen', got"),
+    ('{"prompt": null, "chosen": "a", "rejected": "b"}', "line 2: expected a prompt in column 'prompt', as other rows"),
     ('{"prompt": "p", ', "line 2: expected a JSON object, got malformed JSON"),
 ]
 

@@ -237,7 +237,7 @@ def test_unknown_key_is_named(run, capsys):
     [
         ([{"prompt": "a", "chosen": "b"}], "line 1: expected column 'rejected', got columns"),
         (
-            [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": " ", "rejected": "c"}],
+            [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": 5, "rejected": "c"}],
             "line 2: ",
         ),
         ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "line 1: expected two different responses"),

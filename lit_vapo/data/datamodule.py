@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_vapo.data.collate import Collator, pair_labels
+from lit_vapo.data.columns import Columns
 from lit_vapo.data.held import TextSplits
 from lit_vapo.data.mixing import Sources
 from lit_vapo.data.readers import PairReader, PromptReader
@@ -49,8 +50,11 @@ class TextDataModule(TextSplits, LightningDataModule):
         stream_buffer: Pairs held to shuffle a stream, in each process that prepares batches.
         max_length: Most tokens of prompt and response; the prompt loses its beginning first.
         max_prompt_length: Most tokens of a prompt to respond to; longer ones are an error.
-        skip_invalid: Leave out rows that are no preference or prompt (an empty response, two equal ones, a prompt too
-            long) and say how many, in place of an error.
+        skip_invalid: Leave out whatever is wrong with a row and say how many, in place of an error. Rows that are well
+            written and of no use (an empty response, two equal ones, a prompt too long) are always left out, unless
+            they are more than half.
+        columns: Our name of a column to the files' (`{prompt: question}`), where they differ. `{prompt: null}`: the
+            prompt of a pair is what its two responses begin with. `null` for another name leaves that column out.
         append_eos: End preferred and other responses with the end-of-sequence token.
         batch_size: Pairs of a step in the sft and reward stages, prompts of an iteration in the ppo stage; for each
             process.
@@ -79,6 +83,7 @@ class TextDataModule(TextSplits, LightningDataModule):
         max_prompt_length: int = 512,
         append_eos: bool = True,
         skip_invalid: bool = False,
+        columns: dict[str, str | None] | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
@@ -108,6 +113,7 @@ class TextDataModule(TextSplits, LightningDataModule):
         self.max_prompt_length = max_prompt_length
         self.append_eos = append_eos
         self.skip_invalid = skip_invalid
+        self.columns = Columns(columns)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed

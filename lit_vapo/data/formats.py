@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from lit_vapo.data.labels import read_labels
-from lit_vapo.data.sources import Row
+from lit_vapo.data.row import Row, UnusableError
 
 TURN = "\n\nAssistant:"
 Messages = list[dict[str, str]]
@@ -72,9 +72,11 @@ def read_preference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Preference:
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     for name, response in (("chosen", chosen), ("rejected", rejected)):
         if not response.strip():
-            raise ValueError(f"{row.place}: expected a response in column {name!r}, got an empty one")
+            message = f"{row.place}: expected a response in column {name!r}, got an empty one"
+            raise UnusableError(message, "an empty response")
     if chosen == rejected:
-        raise ValueError(f"{row.place}: expected two different responses, got the same in 'chosen' and 'rejected'")
+        message = f"{row.place}: expected two different responses, got the same in 'chosen' and 'rejected'"
+        raise UnusableError(message, "two equal responses")
     return Preference(
         prompt, chosen, rejected, labels.margin, templated, labels.probability, labels.weight, labels.subset
     )

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from lit_vapo.data.collate import Collator, PromptBatch
+from lit_vapo.data.columns import Columns
 from lit_vapo.data.mixing import Sources
 from lit_vapo.data.readers import PairReader, PromptReader, first_prompts, read_all
 from lit_vapo.data.splits import Pairs, Rows, load_splits
@@ -28,6 +29,7 @@ class TextSplits:
     stream_buffer: int
     max_length: int
     skip_invalid: bool
+    columns: Columns
     batch_size: int
     seed: int
     collator: Collator
@@ -114,6 +116,7 @@ class TextSplits:
             num_replicas,
             rank,
             shuffle,
+            self.columns,
         )
 
     @property
@@ -133,13 +136,13 @@ class TextSplits:
         return self._rows[name]
 
     def _load_preferences(self, sources: Sources, key: str) -> Rows:
-        found = read_all(sources, key, self._pair_reader.read, self.skip_invalid)
+        found = read_all(sources, key, self._pair_reader.read, self.skip_invalid, self.columns)
         cut = self._pair_reader.truncation((cut for _, cut in found), key)
         if cut is not None:
             self.warn(cut)
         return [tokens for tokens, _ in found]
 
     def _load_prompts(self, sources: Sources, key: str) -> Rows:
-        rows = read_all(sources, key, self._prompt_reader.read, self.skip_invalid)
+        rows = read_all(sources, key, self._prompt_reader.read, self.skip_invalid, self.columns)
         # Several pairs may answer one prompt; a file of prompts is taken as it is.
         return rows if self.own_prompts else list({row["prompt"]: row for row in rows}.values())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from lit_vapo.data.sources import Row
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+
+from lit_vapo.data.row import Row
+from lit_vapo.data.schema import Number, Text, expect, validated
 
 
 class Stated(NamedTuple):
@@ -24,46 +26,47 @@ class Stated(NamedTuple):
     subset: str | None
 
 
+def _share(value: float) -> float:
+    if not 0.5 <= value <= 1:
+        raise expect("the share of annotators behind the majority, from 0.5 to 1,")
+    return value
+
+
+def _count(value: float) -> float:
+    if value < 0:
+        raise expect("a number of at least 0")
+    return value
+
+
+class _Labels(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    margin: Number | None = None
+    agreement: Annotated[Number, AfterValidator(_share)] | None = None
+    tie: bool | None = None
+    weight: Annotated[Number, AfterValidator(_count)] | None = None
+    subset: Text | None = None
+
+    @property
+    def probability(self) -> float:
+        """Probability that the chosen response is the better one."""
+        return 0.5 if self.tie else 1.0 if self.agreement is None else self.agreement
+
+    @model_validator(mode="after")
+    def _agree(self) -> _Labels:
+        if self.tie and self.agreement not in (None, 0.5):
+            raise expect("an agreement of 0.5 beside a tie", f"{self.agreement} in 'agreement'")
+        if self.probability == 0.5 and self.margin:
+            raise expect("no margin beside a tie", f"{self.margin} in column 'margin'")
+        return self
+
+
 def read_labels(row: Row) -> Stated:
     """The columns `margin`, `agreement`, `tie`, `weight` and `subset`, each of which may be missing or null.
 
     Raises:
         ValueError: A column is of another type or out of its range, or two contradict each other.
     """
-    margin = _number(row, "margin")
-    weight = _number(row, "weight")
-    if weight is not None and weight < 0:
-        raise ValueError(f"{row.place}: expected a number of at least 0 in column 'weight', got {weight}")
-    probability = _probability(row)
-    if probability == 0.5 and margin:
-        raise ValueError(f"{row.place}: expected no margin beside a tie, got {margin} in column 'margin'")
-    subset = row.values.get("subset")
-    if subset is not None and not isinstance(subset, str):
-        raise ValueError(f"{row.place}: expected text in column 'subset', got {type(subset).__name__}")
-    return Stated(margin or 0.0, probability, 1.0 if weight is None else weight, subset)
-
-
-def _probability(row: Row) -> float:
-    agreement, tie = _number(row, "agreement"), row.values.get("tie")
-    if agreement is not None and not 0.5 <= agreement <= 1:
-        raise ValueError(
-            f"{row.place}: expected the share of annotators behind the majority, from 0.5 to 1, in column "
-            f"'agreement', got {agreement}"
-        )
-    if tie is not None and not isinstance(tie, bool):
-        raise ValueError(f"{row.place}: expected true or false in column 'tie', got {tie!r}")
-    if not tie:
-        return 1.0 if agreement is None else agreement
-    if agreement not in (None, 0.5):
-        raise ValueError(f"{row.place}: expected an agreement of 0.5 beside a tie, got {agreement} in 'agreement'")
-    return 0.5
-
-
-def _number(row: Row, name: str) -> float | None:
-    value = row.values.get(name)
-    if value is None:
-        return None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value)):
-        raise ValueError(f"{row.place}: expected a number in column {name!r}, got {value!r}")
-    return float(value)
+    found = validated(_Labels, row)
+    weight = 1.0 if found.weight is None else found.weight
+    return Stated(found.margin or 0.0, found.probability, weight, found.subset)

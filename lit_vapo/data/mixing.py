@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import TypeVar
 
-from lit_vapo.data.sources import Row, iterate_rows
+from lit_vapo.data.columns import Columns
+from lit_vapo.data.row import Row
+from lit_vapo.data.sources import iterate_rows
 from lit_vapo.data.tokenise import stable_id
 
 T = TypeVar("T")
@@ -70,13 +72,13 @@ def interleave(streams: Sequence[Iterator[T]], parts: Sequence[float], random: R
         yield row
 
 
-def stream_rows(sources: Sources, key: str, random: Random) -> Iterator[Row]:
+def stream_rows(sources: Sources, key: str, random: Random, columns: Columns | None = None) -> Iterator[Row]:
     """Rows as they are read: mixed by their ratios where these are given, one source after another otherwise.
 
     Raises:
         ValueError: As in `load_rows` and `shares`.
     """
     if not isinstance(sources, dict):
-        return iterate_rows(sources, key)
+        return iterate_rows(sources, key, columns)
     parts = shares(sources, key)
-    return interleave([iterate_rows(source, key) for source in sources], parts, random)
+    return interleave([iterate_rows(source, key, columns) for source in sources], parts, random)

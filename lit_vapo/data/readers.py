@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_vapo.data.columns import Columns
 from lit_vapo.data.formats import read_preference, read_prompt
 from lit_vapo.data.mixing import Sources, counts, draw, row_hash, shares
-from lit_vapo.data.sources import Row, each_row, load_rows
+from lit_vapo.data.row import Row, UnusableError, attempt
+from lit_vapo.data.sources import LeftOut, each_row, load_rows
 from lit_vapo.data.tokenise import Truncation, tokenise_preference, tokenise_prompt
 
 T = TypeVar("T")
@@ -38,10 +39,11 @@ class PairReader(NamedTuple):
         preference = read_preference(row, self.tokenizer)
         tokens, cut = tokenise_preference(preference, self.tokenizer, self.max_length, self.append_eos)
         if tokens["chosen_ids"] == tokens["rejected_ids"]:
-            raise ValueError(
+            message = (
                 f"{row.place}: expected two responses that differ within data.max_length = {self.max_length} "
                 "tokens, got the same tokens"
             )
+            raise UnusableError(message, "two responses equal within data.max_length")
         return {**tokens, "place": row.place}, cut
 
     def truncation(self, cuts: Iterable[Truncation], key: str) -> str | None:
@@ -77,7 +79,9 @@ class PromptReader(NamedTuple):
         return tokenise_prompt(prompt, self.tokenizer, self.max_prompt_length, row.place)
 
 
-def read_all(sources: Sources, key: str, read: Callable[[Row], T], skip_invalid: bool) -> list[T]:
+def read_all(
+    sources: Sources, key: str, read: Callable[[Row], T], skip_invalid: bool, columns: Columns | None = None
+) -> list[T]:
     """What `read` makes of the rows of some sources; of a mapping, as many as its ratios allow.
 
     Args:
@@ -85,18 +89,19 @@ def read_all(sources: Sources, key: str, read: Callable[[Row], T], skip_invalid:
         key: The configuration key they were given under, for messages.
         read: Reads one row; raises ValueError where it is invalid.
         skip_invalid: Leave invalid rows out and warn of their number.
+        columns: Names of columns.
 
     Raises:
         ValueError: As in `load_rows`, `each_row` and `shares`, or a source's share is less than a row.
     """
     if not isinstance(sources, dict):
-        return each_row(load_rows(sources, key), read, key, skip_invalid)
+        return each_row(load_rows(sources, key, columns), read, key, skip_invalid)
 
     def hashed(row: Row) -> tuple[int, T]:
         return row_hash(row), read(row)
 
     parts = shares(sources, key)
-    found = [each_row(load_rows(source, key), hashed, key, skip_invalid) for source in sources]
+    found = [each_row(load_rows(source, key, columns), hashed, key, skip_invalid) for source in sources]
     wanted = counts([len(rows) for rows in found], parts)
     if not all(wanted):
         sizes = {source: len(rows) for source, rows in zip(sources, found, strict=True)}
@@ -124,18 +129,18 @@ def first_prompts(
         ValueError: A row is invalid and `skip_invalid` is off.
     """
     found: dict[str, dict[str, Any]] = {}
-    complaints: list[str] = []
+    left_out = LeftOut(key, skip_invalid)
+    total = 0
     for row in rows:
+        total += 1
         try:
-            tokens = reader.read(row)
+            tokens = attempt(reader.read, row)
         except ValueError as error:
-            if not skip_invalid:
-                raise
-            complaints.append(str(error))
+            left_out.add(error)
             continue
         found.setdefault(tokens["prompt"], tokens)
         if len(found) == count:
             break
-    if complaints:
-        warnings.warn(f"{key}: left out {len(complaints)} rows; the first: {complaints[0]}", stacklevel=2)
+    left_out.refuse(total)
+    left_out.warn(total)
     return list(found.values())

@@ -3,67 +3,62 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import datasets
 
+from lit_vapo.data.columns import Columns
+from lit_vapo.data.files import BATCH, read_json, read_parquet
+from lit_vapo.data.row import Row, UnusableError, attempt
+
 T = TypeVar("T")
-BATCH = 1000
-# What stands between the objects of an array.
-BETWEEN = re.compile(r"[\s,]*")
+# `name` or `owner/name`, perhaps with a configuration and a split.
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w. -]*){0,2}")
+FILES = {".jsonl": read_json, ".json": read_json, ".parquet": read_parquet}
+# What nobody calls a data set on the hub.
+FILE_LIKE = (*FILES, ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip", ".bz2", ".arrow", ".yaml", ".yml")
+SKIP = "data.skip_invalid=true leaves such rows out"
 
 
-class Row(NamedTuple):
-    """One row of a data set.
-
-    Attributes:
-        values: Column name to value.
-        place: Where it stands, for messages: `file, line 7`.
-    """
-
-    values: Mapping[str, Any]
-    place: str
-
-
-def load_rows(sources: str | list[str], key: str) -> list[Row]:
-    """All rows of one or several sources.
+def load_rows(sources: str | list[str], key: str, columns: Columns | None = None) -> list[Row]:
+    """All rows of one or several sources; those that cannot be read say why.
 
     Args:
         sources: Paths or globs of `.jsonl`, `.json` and `.parquet` files, or names of data sets on the hub (with a
             configuration and a split after colons, as in `name:config:test` or `name::test`; the split is `train`
             if not given).
         key: The configuration key they were given under, for messages.
+        columns: Names of columns.
 
     Raises:
-        ValueError: Nothing there, an unknown file type, or a malformed file or line.
+        ValueError: Nothing there, an unknown file type, or a file that cannot be read.
     """
-    return list(iterate_rows(sources, key, lazily=False))
+    return list(iterate_rows(sources, key, columns, lazily=False))
 
 
-def iterate_rows(sources: str | list[str], key: str, lazily: bool = True) -> Iterator[Row]:
+def iterate_rows(
+    sources: str | list[str], key: str, columns: Columns | None = None, lazily: bool = True
+) -> Iterator[Row]:
     """The rows of `load_rows` one after another.
 
     Args:
         sources: As in `load_rows`.
         key: The configuration key they were given under, for messages.
+        columns: Names of columns.
         lazily: Hold no more than a part of a file; data sets on the hub are then not downloaded but streamed.
 
     Raises:
         ValueError: As in `load_rows`.
     """
+    columns = columns or Columns()
     empty = True
     for source in [sources] if isinstance(sources, str) else sources:
-        prompted = None
-        for row in _read(source, key, lazily):
-            prompted = "prompt" in row.values if prompted is None else prompted
-            # A row that merely forgot its prompt would pass for a dialogue with an implicit one.
-            if ("prompt" in row.values) != prompted:
-                raise ValueError(f"{row.place}: expected column 'prompt' in all rows of a source or in none")
+        for row in columns.of_one_kind(_read(source, key, lazily), all_at_once=not lazily):
             empty = False
             yield row
     if empty:
@@ -71,110 +66,95 @@ def iterate_rows(sources: str | list[str], key: str, lazily: bool = True) -> Ite
 
 
 def each_row(rows: Sequence[Row], read: Callable[[Row], T], key: str, skip_invalid: bool) -> list[T]:
-    """What `read` makes of every row.
+    """What `read` makes of every row; those of no use are left out, with a warning for each kind of them.
 
     Args:
         rows: Rows of one or several sources.
-        read: Reads one row; raises ValueError where it is invalid.
+        read: Reads one row; raises ValueError where it is invalid, and UnusableError where it is of no use.
         key: The configuration key of the sources, for messages.
-        skip_invalid: Leave invalid rows out and warn once of their number.
+        skip_invalid: Leave invalid rows out, too.
 
     Raises:
-        ValueError: A row is invalid and `skip_invalid` is off, or no valid row is left.
+        ValueError: A row is invalid, or more than half of them are of no use, and `skip_invalid` is off; or no valid
+            row is left.
     """
     kept: list[T] = []
-    complaints: list[str] = []
+    left_out = LeftOut(key, skip_invalid)
     for row in rows:
         try:
-            kept.append(read(row))
+            kept.append(attempt(read, row))
         except ValueError as error:
-            if not skip_invalid:
-                raise
-            complaints.append(str(error))
-    if complaints and not kept:
-        raise ValueError(f"{key}: expected at least one valid row, got none; the first: {complaints[0]}")
-    if complaints:
-        message = f"{key}: left out {len(complaints)} of {len(rows)} rows; the first: {complaints[0]}"
-        warnings.warn(message, stacklevel=2)
+            left_out.add(error)
+    left_out.refuse(len(rows))
+    left_out.warn(len(rows))
     return kept
 
 
+class LeftOut:
+    """Rows that are left out, counted by kind.
+
+    Args:
+        key: The configuration key of the sources, for messages.
+        skip_invalid: Leave invalid rows out, and not only those of no use.
+    """
+
+    def __init__(self, key: str, skip_invalid: bool) -> None:
+        self.key = key
+        self.skip_invalid = skip_invalid
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, error: ValueError) -> None:
+        """Count a row.
+
+        Raises:
+            ValueError: It is invalid, and those are not left out.
+        """
+        if not isinstance(error, UnusableError) and not self.skip_invalid:
+            raise ValueError(f"{error}; {SKIP}") from error
+        kind = error.kind if isinstance(error, UnusableError) else "invalid"
+        self.counts[kind] += 1
+        self.first.setdefault(kind, str(error))
+
+    def refuse(self, total: int) -> None:
+        """Refuse rows of which too many are left out: all, or, unless invalid rows are meant to be, more than half.
+
+        Args:
+            total: How many rows there were.
+
+        Raises:
+            ValueError: Too many are.
+        """
+        number = self.counts.total()
+        if number and number == total:
+            first = next(iter(self.first.values()))
+            raise ValueError(f"{self.key}: expected at least one valid row, got none of {total}; the first: {first}")
+        if 2 * number > total and not self.skip_invalid:
+            kinds = ", ".join(f"{count} ({kind})" for kind, count in self.counts.items())
+            raise ValueError(
+                f"{self.key}: expected more than half of {total} rows to be of use, got {kinds} that are not; the "
+                f"first: {next(iter(self.first.values()))}; {SKIP}"
+            )
+
+    def warn(self, total: int) -> None:
+        """Say what was left out of `total` rows, a line for each kind."""
+        for kind, count in self.counts.items():
+            message = f"{self.key}: left out {count} of {total} rows ({kind}); the first: {self.first[kind]}"
+            warnings.warn(message, stacklevel=3)
+
+
 def _read(source: str, key: str, lazily: bool) -> Iterator[Row]:
-    paths = [Path(p) for p in sorted(glob.glob(str(Path(source).expanduser())))]
+    path = Path(source).expanduser()
+    # A file's own name may look like a pattern.
+    paths = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path)))]
     if not paths:
-        if Path(source).suffix in (".jsonl", ".json", ".parquet") or source.startswith((".", "/", "~")):
+        if path.suffix in FILE_LIKE or not HUB_NAME.fullmatch(source):
             raise ValueError(f"{key}: expected a file, got {source!r}, which does not exist")
         yield from _read_hub(source, lazily)
     for path in paths:
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path, lazily)
-        elif path.suffix in (".jsonl", ".json"):
-            yield from _read_array(path) if _is_array(path) else _read_jsonl(path)
-        else:
+        if path.suffix not in FILES or not path.is_file():
             raise ValueError(f"{key}: expected a .jsonl, .json or .parquet file, got {str(path)!r}")
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    """One JSON object a line; read here rather than by `datasets` so that a mistake has a line number."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                values = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{place}: expected a JSON object, got malformed JSON ({error})") from error
-            yield _object(values, place)
-
-
-def _is_array(path: Path) -> bool:
-    """Whether a `.json` file is one array, as LLMBar's are; lines of objects begin otherwise."""
-    if path.suffix != ".json":
-        return False
-    with path.open("rb") as file:
-        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-
-
-def _read_array(path: Path) -> Iterator[Row]:
-    """The objects of an array, each with the line that it begins on; the file is read as a whole."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected a JSON array, got malformed text ({error})") from error
-    decoder = json.JSONDecoder()
-    end, line = text.index("[") + 1, 1
-    counted = 0
-    while True:
-        start = BETWEEN.match(text, end).end()  # type: ignore[union-attr]
-        line, counted = line + text.count("\n", counted, start), start
-        if text[start : start + 1] == "]":
-            return
-        try:
-            values, end = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {line}: expected a JSON object, got malformed JSON ({error})") from error
-        yield _object(values, f"{path}, line {line}")
-
-
-def _object(values: Any, place: str) -> Row:
-    if not isinstance(values, dict):
-        raise ValueError(f"{place}: expected a JSON object, got {type(values).__name__}")
-    return Row(values, place)
-
-
-def _read_parquet(path: Path, lazily: bool) -> Iterator[Row]:
-    try:
-        if lazily:
-            table = datasets.load_dataset(
-                "parquet", data_files=str(path), split="train", streaming=True, batch_size=BATCH
-            )
-            yield from _one_by_one(table, str(path))
-            return
-        table = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
-    except Exception as error:  # pyarrow and datasets have many, and none of them names the file
-        raise ValueError(f"{path}: expected a Parquet file, got one that cannot be read ({error})") from error
-    yield from (Row(dict(values), f"{path}, row {i}") for i, values in enumerate(table, 1))
+        yield from FILES[path.suffix](path)
 
 
 def _read_hub(source: str, lazily: bool) -> Iterator[Row]:
@@ -185,19 +165,15 @@ def _read_hub(source: str, lazily: bool) -> Iterator[Row]:
         table = datasets.load_dataset(name, config or None, split=split, streaming=lazily)
     except Exception as error:  # the hub's client has many, and few of them name the source
         raise ValueError(f"{source}: expected a file or a data set on the hub, got none ({error})") from error
-    if lazily:
-        yield from _one_by_one(table, place)
-    else:
-        yield from (Row(dict(values), f"{place}, row {i}") for i, values in enumerate(table, 1))
+    rows: Iterable[Any] = _one_by_one(table) if lazily else table
+    yield from (Row(dict(values), f"{place}, row {i}") for i, values in enumerate(rows, 1))
 
 
-def _one_by_one(table: Any, place: str) -> Iterator[Row]:
+def _one_by_one(table: Any) -> Iterator[dict[str, Any]]:
     """The rows of a streamed table.
 
     Read in batches, since iterating over rows would deal them out to worker processes once more than `PairStream`.
     """
-    number = 0
     for batch in table.iter(BATCH):
         for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield Row(dict(zip(batch, values, strict=True)), f"{place}, row {number}")
+            yield dict(zip(batch, values, strict=True))

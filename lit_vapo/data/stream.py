@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from lit_vapo.data.columns import LOOK, Columns
 from lit_vapo.data.mixing import Sources, stream_rows
 from lit_vapo.data.readers import PairReader
-from lit_vapo.data.sources import Row
+from lit_vapo.data.row import Row, attempt
+from lit_vapo.data.sources import LeftOut
 from lit_vapo.data.splits import check_preferred, prefers
 from lit_vapo.data.tokenise import Truncation
-
-# How many pairs are looked at before training.
-LOOK = 1000
 
 
 class Shard(NamedTuple):
@@ -63,6 +62,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
         num_replicas: Number of processes that train.
         rank: Which of them this is.
         shuffle: False serves the pairs in the order in which they are read.
+        columns: Names of columns.
     """
 
     def __init__(
@@ -77,10 +77,12 @@ class PairStream(IterableDataset[dict[str, Any]]):
         num_replicas: int = 1,
         rank: int = 0,
         shuffle: bool = True,
+        columns: Columns | None = None,
     ) -> None:
         self.sources = sources
         self.key = key
         self.reader = reader
+        self.columns = columns
         self.skip_invalid = skip_invalid
         self.batch_size = batch_size
         self.buffer = buffer
@@ -106,27 +108,27 @@ class PairStream(IterableDataset[dict[str, Any]]):
 
     def rows(self) -> Iterator[Row]:
         """Rows as they are read in this epoch, the same for all processes."""
-        return stream_rows(self.sources, self.key, Random(f"{self.seed}/{int(self.epoch)}"))
+        return stream_rows(self.sources, self.key, Random(f"{self.seed}/{int(self.epoch)}"), self.columns)
 
     def pairs(self, shard: Shard | None = None) -> Iterator[tuple[dict[str, Any], Truncation]]:
         """Pairs as they are read, and what was cut off them.
 
         Raises:
-            ValueError: A row is invalid and `skip_invalid` is off, or there is no valid row.
+            ValueError: A row is invalid and `skip_invalid` is off, there is no valid row, or of a whole stream more
+                than half of the first are of no use.
         """
+        whole = shard is None
         shard = shard or Shard()
         last: tuple[dict[str, Any], Truncation] | None = None
-        owed = left_out = total = 0
-        for row in shard.take(self.rows()):
-            total += 1
+        left_out = LeftOut(self.key, self.skip_invalid)
+        owed = total = 0
+        for total, row in enumerate(shard.take(self.rows()), 1):
             try:
-                pair = self.reader.read(row)
+                pair = attempt(self.reader.read, row)
             except ValueError as error:
-                if not self.skip_invalid:
-                    raise
-                if not left_out:
-                    warnings.warn(f"{self.key}: invalid rows are left out; the first: {error}", stacklevel=2)
-                left_out += 1
+                left_out.add(error)
+                if left_out.counts.total() == 1:
+                    warnings.warn(f"{self.key}: rows are left out; the first: {error}", stacklevel=2)
                 owed += shard.even
             else:
                 last = pair
@@ -134,10 +136,11 @@ class PairStream(IterableDataset[dict[str, Any]]):
             while owed and last is not None:
                 owed -= 1
                 yield {**last[0], "weight": 0.0}, last[1]
-        if left_out and last is None:
-            raise ValueError(f"{self.key}: expected at least one valid row, got none of {total}")
-        if left_out:
-            warnings.warn(f"{self.key}: left out {left_out} of {total} rows", stacklevel=2)
+            if whole and total == LOOK:
+                left_out.refuse(total)
+        if last is None or (whole and total < LOOK):
+            left_out.refuse(total)
+        left_out.warn(total)
 
     def look(self) -> str | None:
         """Read the first pairs, so that mistakes come before a model is loaded.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_vapo.data.formats import Messages, Preference, Prompt, apply_template, end_at_stop
+from lit_vapo.data.row import UnusableError
 from lit_vapo.types import TokenSequence
 
 
@@ -159,9 +160,10 @@ def tokenise_prompt(
     """
     ids = prompt_ids(tokenizer, prompt.prompt, prompt.templated)
     if not 1 <= len(ids) <= max_prompt_length:
-        raise ValueError(
+        message = (
             f"{place}: expected a prompt of 1 … {max_prompt_length} tokens (data.max_prompt_length), got {len(ids)}"
         )
+        raise UnusableError(message, "a prompt longer than data.max_prompt_length" if ids else "an empty prompt")
     identity = stable_id(prompt.prompt)
     return {"prompt_ids": ids, "prompt": prompt.prompt, "example_id": identity, "messages": prompt.messages}
 

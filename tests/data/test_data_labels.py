@@ -42,11 +42,11 @@ def test_columns_are_read(values, expected):
         ({"tie": True, "agreement": 0.8}, "expected an agreement of 0.5 beside a tie, got 0.8 in 'agreement'"),
         ({"tie": True, "margin": 1}, "expected no margin beside a tie, got 1.0 in column 'margin'"),
         ({"agreement": 0.5, "margin": -1}, "expected no margin beside a tie, got -1.0 in column 'margin'"),
-        ({"weight": -1}, "expected a number of at least 0 in column 'weight', got -1.0"),
+        ({"weight": -1}, "expected a number of at least 0 in column 'weight', got -1"),
         ({"weight": math.nan}, "expected a number in column 'weight', got nan"),
         ({"weight": math.inf}, "expected a number in column 'weight', got inf"),
         ({"weight": "1"}, "expected a number in column 'weight', got '1'"),
-        ({"subset": 3}, "expected text in column 'subset', got int"),
+        ({"subset": 3}, "expected text in column 'subset', got 3"),
     ],
 )
 def test_bad_columns_are_named(values, message):

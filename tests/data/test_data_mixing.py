@@ -84,7 +84,10 @@ def test_held_rows_are_mixed_in_their_shares_whatever_the_order_of_the_files(tin
 def test_shares_are_those_of_valid_rows(tiny_model_dir, two, tmp_path):
     bad = write_jsonl(tmp_path / "bad.jsonl", [{**row, "chosen": "bad"} for row in pairs("c", 90)] + pairs("c", 10))
     mixed = made(PreferenceDataModule, tiny_model_dir, {two[0]: 1, bad: 1}, skip_invalid=True)
-    with pytest.warns(UserWarning, match=r"data.preferences: left out 90 of 100 rows; the first: .*bad.jsonl, line 1"):
+    with pytest.warns(
+        UserWarning,
+        match=r"data.preferences: left out 90 of 100 rows .two equal responses.; the first: .*bad.jsonl, line 1",
+    ):
         found = mixed.preference_rows("train")
     assert Counter(row["prompt"][0] for row in found) == {"a": 10, "c": 10}
 

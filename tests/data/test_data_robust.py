@@ -42,24 +42,43 @@ def test_a_data_set_that_the_hub_does_not_have_is_named():
         load_rows("owner/name", "k")
 
 
-def test_a_row_that_forgot_its_prompt_is_named(tmp_path):
-    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": "b c", "rejected": "b d"}]
-    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: expected column 'prompt' in all rows"):
-        load_rows(write_jsonl(tmp_path / "x.jsonl", rows), "k")
+GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
 
-def test_invalid_rows_are_left_out_only_on_request_and_counted(tiny_model_dir, tmp_path):
-    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    path = write_jsonl(tmp_path / "x.jsonl", [good, {**good, "chosen": " "}, {**good, "rejected": "b"}])
-    options = {"tokenizer": tiny_model_dir, "preferences": path, "validation_fraction": 0.0}
-    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: expected a response"):
-        PreferenceDataModule(**options).prepare_data()
-    data = PreferenceDataModule(**options, skip_invalid=True)
-    with pytest.warns(UserWarning, match=r"data\.preferences: left out 2 of 3 rows; the first: .*line 2"):
-        assert len(data.preference_rows("train")) == 1
-    bad = write_jsonl(tmp_path / "bad.jsonl", [{**good, "chosen": ""}])
-    with pytest.raises(ValueError, match="expected at least one valid row, got none"):
-        PreferenceDataModule(**{**options, "preferences": bad}, skip_invalid=True).prepare_data()
+def loaded(model, path, **options):
+    return PreferenceDataModule(model, path, validation_fraction=0.0, **options)
+
+
+def test_invalid_rows_are_left_out_on_request_alone(tiny_model_dir, tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD, {**GOOD, "chosen": 3}, {**GOOD, "rejected": None}])
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: expected text .* data.skip_invalid=true leaves such rows"):
+        loaded(tiny_model_dir, path).prepare_data()
+    with pytest.warns(UserWarning, match=r"data\.preferences: left out 2 of 3 rows .invalid.; the first: .*line 2"):
+        assert len(loaded(tiny_model_dir, path, skip_invalid=True).preference_rows("train")) == 1
+
+
+def test_rows_of_no_use_are_left_out_with_a_line_for_each_kind(tiny_model_dir, tmp_path):
+    useless = [{**GOOD, "chosen": " "}, {**GOOD, "rejected": "b"}, {**GOOD, "chosen": "", "rejected": "x"}]
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD, GOOD, GOOD, *useless])
+    with pytest.warns(UserWarning, match="left out") as caught:
+        assert len(loaded(tiny_model_dir, path).preference_rows("train")) == 3
+    empty, equal = (str(warning.message) for warning in caught)
+    assert empty.startswith(f"data.preferences: left out 2 of 6 rows (an empty response); the first: {path}, line 4: ")
+    assert equal.startswith(
+        f"data.preferences: left out 1 of 6 rows (two equal responses); the first: {path}, line 5: "
+    )
+
+
+def test_rows_of_no_use_are_no_rule(tiny_model_dir, tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD, {**GOOD, "chosen": ""}, {**GOOD, "rejected": "b"}])
+    with pytest.raises(ValueError, match=r"more than half of 3 rows .* got 1 .an empty.*, 1 .two equal.*data.skip_inv"):
+        loaded(tiny_model_dir, path).prepare_data()
+    with pytest.warns(UserWarning, match="left out 1 of 3"):
+        assert len(loaded(tiny_model_dir, path, skip_invalid=True).preference_rows("train")) == 1
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{**GOOD, "chosen": ""}])
+    for skip in (False, True):
+        with pytest.raises(ValueError, match="expected at least one valid row, got none of 1"):
+            loaded(tiny_model_dir, bad, skip_invalid=skip).prepare_data()
 
 
 def test_prompts_of_pairs_come_once_and_prompts_of_their_own_as_often_as_given(tiny_model_dir, tmp_path):

@@ -210,20 +210,20 @@ def bad_rows(*numbers):
 
 
 def test_an_invalid_row_stops_the_stream_with_its_place(tokenizer, tmp_path):
-    file = write_jsonl(tmp_path / "bad.jsonl", bad_rows(12))
-    with pytest.raises(ValueError, match=r"bad.jsonl, line 13: expected a response in column 'chosen', got an empty"):
+    file = write_jsonl(tmp_path / "bad.jsonl", [*pairs(12), {"prompt": "p", "chosen": 3, "rejected": "b"}])
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 13: expected text or messages in column 'chosen', got"):
         list(make(tokenizer, file))
 
 
-def test_invalid_rows_are_left_out_on_request_and_counted(tokenizer, tmp_path):
+@pytest.mark.parametrize("skip_invalid", [False, True])
+def test_rows_of_no_use_are_left_out_and_counted(tokenizer, tmp_path, skip_invalid):
     file = write_jsonl(tmp_path / "bad.jsonl", bad_rows(3, 12))
     with pytest.warns(UserWarning, match="data.preferences") as caught:
-        rows = list(make(tokenizer, file, skip_invalid=True))
+        rows = list(make(tokenizer, file, skip_invalid=skip_invalid))
     assert sorted(row["margin"] for row in rows) == [i for i in range(20) if i not in (3, 12)]
     assert [str(w.message) for w in caught] == [
-        f"data.preferences: invalid rows are left out; the first: {file}, line 4: "
-        "expected a response in column 'chosen', got an empty one",
-        "data.preferences: left out 2 of 20 rows",
+        f"data.preferences: {what}; the first: {file}, line 4: expected a response in column 'chosen', got an empty one"
+        for what in ("rows are left out", "left out 2 of 20 rows (an empty response)")
     ]
 
 
@@ -238,7 +238,7 @@ def test_processes_stay_in_step_where_rows_are_left_out(tokenizer, tmp_path, num
     assert sum(row["weight"] == 0 for part in parts for row in part) == len(numbers)
 
 
-@pytest.mark.filterwarnings("ignore:data.preferences. invalid rows:UserWarning")
+@pytest.mark.filterwarnings("ignore:data.preferences. rows are left out:UserWarning")
 def test_a_stream_without_a_valid_row_is_refused(tiny_model_dir, tmp_path):
     file = write_jsonl(tmp_path / "bad.jsonl", bad_rows(*range(20)))
     with pytest.raises(ValueError, match="data.preferences: expected at least one valid row, got none of 20"):
@@ -325,8 +325,8 @@ def test_the_first_pairs_are_looked_at_before_training(tiny_model_dir, tmp_path)
     message = r"data.preferences \(the first 1000\): data.max_length = 64 cut the beginning off 1 prompts and the end"
     with pytest.warns(UserWarning, match=message):
         data(PreferenceDataModule, tiny_model_dir, file).prepare_data()
-    rows[5]["chosen"] = ""
-    with pytest.raises(ValueError, match=r"again.jsonl, line 6: expected a response"):
+    rows[5]["chosen"] = None
+    with pytest.raises(ValueError, match=r"again.jsonl, line 6: expected text or messages in column 'chosen', got"):
         data(PreferenceDataModule, tiny_model_dir, write_jsonl(tmp_path / "again.jsonl", rows)).prepare_data()
 
 
@@ -353,14 +353,15 @@ def test_prompts_of_a_stream_are_read_as_they_are_needed(tiny_model_dir, tmp_pat
         module.prompt_batches("train", 11)
 
 
-def test_invalid_prompts_of_a_stream_are_named_or_left_out(tiny_model_dir, tmp_path):
+def test_invalid_prompts_of_a_stream_are_named_and_those_too_long_are_left_out(tiny_model_dir, tmp_path):
     rows = pairs(4)
+    file = write_jsonl(tmp_path / "bad.jsonl", [{**rows[0], "prompt": 3}, *rows])
+    with pytest.raises(ValueError, match="bad.jsonl, line 1: expected text or messages in column 'prompt', got"):
+        data(PreferenceDataModule, tiny_model_dir, file).prompt_batches("train", 3)
     rows[1]["prompt"] = "long " * 50
     file = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    with pytest.raises(ValueError, match="pairs.jsonl, line 2: expected a prompt of 1 … 20 tokens"):
-        data(PreferenceDataModule, tiny_model_dir, file, max_prompt_length=20).prompt_batches("train", 3)
-    module = data(PreferenceDataModule, tiny_model_dir, file, max_prompt_length=20, skip_invalid=True)
-    with pytest.warns(UserWarning, match="data.prompts: left out 1 rows; the first: .*line 2"):
+    module = data(PreferenceDataModule, tiny_model_dir, file, max_prompt_length=20)
+    with pytest.warns(UserWarning, match="data.prompts: left out 1 of 4 rows .a prompt longer.*; the first: .*line 2"):
         (batch,) = module.prompt_batches("train", 3)
     assert batch.prompts == ["Review 0:", "Review 2:", "Review 3:"]
 
