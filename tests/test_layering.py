@@ -17,6 +17,7 @@ MAX_LINES = 300
 FLOORS = {
     "": 0,
     "folders": 0,
+    "stops": 0,
     "functional": 0,
     "integrity": 0,
     "types": 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -115,23 +116,14 @@ def _as_templated(
 def tokenise_preference(
     preference: Preference, tokenizer: PreTrainedTokenizerBase, max_length: int, append_eos: bool
 ) -> tuple[dict[str, Any], Truncation]:
-    """Token ids of both sides of a pair, which share their prompt's tokens.
-
-    If prompt and response exceed `max_length`, the prompt loses its beginning (but not its beginning-of-sequence
-    token), down to one token; only then does the response lose its end.
-    """
+    """Token ids of both sides of a pair, which share their prompt's tokens; too long ones as in `fit`."""
     prompt = prompt_ids(tokenizer, preference.prompt, preference.templated)
     chosen = response_ids(tokenizer, preference.chosen, append_eos and not preference.templated)
     rejected = response_ids(tokenizer, preference.rejected, append_eos and not preference.templated)
-    # A response needs a position before it that predicts its first token.
-    least = min(1, len(prompt))
-    room = max(least, max_length - max(len(chosen), len(rejected)))
-    kept = _end(prompt, room, tokenizer.bos_token_id)
-    longest = max_length - len(kept)
-    cut = sum(len(ids) > longest for ids in (chosen, rejected))
+    kept, (chosen, rejected), cut = fit(prompt, (chosen, rejected), max_length, tokenizer.bos_token_id)
     row = {
-        "chosen_ids": kept + chosen[:longest],
-        "rejected_ids": kept + rejected[:longest],
+        "chosen_ids": kept + chosen,
+        "rejected_ids": kept + rejected,
         "prompt_length": len(kept),
         "margin": preference.margin,
         "probability": preference.probability,
@@ -140,7 +132,33 @@ def tokenise_preference(
         "example_id": stable_id(preference.prompt, preference.chosen, preference.rejected),
         "prompt": preference.prompt,
     }
-    return row, Truncation(int(len(kept) < len(prompt)), cut)
+    return row, cut
+
+
+def fit(
+    prompt: list[int], responses: Sequence[list[int]], max_length: int, bos: int | None
+) -> tuple[list[int], list[list[int]], Truncation]:
+    """Prompt and responses of at most `max_length` tokens together.
+
+    The prompt loses its beginning (but not its beginning-of-sequence token), down to one token; only then do responses
+    lose their ends.
+
+    Args:
+        prompt: Token ids of the prompt.
+        responses: Those of each response to it.
+        max_length: Most tokens of the prompt and a response.
+        bos: The beginning-of-sequence token, if there is one.
+
+    Returns:
+        What is left of the prompt and of each response, and how many were cut.
+    """
+    # A response needs a position before it that predicts its first token.
+    least = min(1, len(prompt))
+    room = max(least, max_length - max(map(len, responses)))
+    kept = _end(prompt, room, bos)
+    longest = max_length - len(kept)
+    cut = Truncation(int(len(kept) < len(prompt)), sum(len(ids) > longest for ids in responses))
+    return kept, [ids[:longest] for ids in responses], cut
 
 
 def _end(prompt: list[int], room: int, bos: int | None) -> list[int]:
