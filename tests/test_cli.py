@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers import CONFIGS, last
+from hostile_helpers import checkpoint
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,8 +99,13 @@ def test_an_estimator_beside_you_trains_exports_and_loads(stage_args, tmp_path, 
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(tmp_path)])
     own = ("--model.head=my_own_head.Paired", "--model.head.spread=0.5")
     main(stage_args("reward", "fit", tmp_path / "run", *own))
-    main(["export", f"--checkpoint={last(tmp_path / 'run')}", f"--output={tmp_path / 'out'}"])
-    head = RewardModel.from_pretrained(tmp_path / "out").head
+    words = ["export", f"--checkpoint={last(tmp_path / 'run')}", f"--output={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match=r"got class_path 'my_own_head.Paired', .* --trust='\[my_own_head.Paired\]'"):
+        main(words)
+    main([*words, "--trust=[my_own_head.Paired]"])
+    with pytest.raises(ValueError, match=r"ensemble.json: expected classes of lit_vapo, got class_path 'my_own_head"):
+        RewardModel.from_pretrained(tmp_path / "out")
+    head = RewardModel.from_pretrained(tmp_path / "out", trust=["my_own_head"]).head
     assert isinstance(head, importlib.import_module("my_own_head").Paired)
     assert head.spread == 0.5
     saved = torch.load(last(tmp_path / "run"), weights_only=True)["state_dict"]
@@ -161,8 +167,7 @@ def test_export_wants_a_checkpoint(tmp_path):
         match=r"--checkpoint: expected a checkpoint, got 'nowhere.ckpt', which cannot be read \(it does not exist",
     ):
         main(["export", "--checkpoint=nowhere.ckpt", f"--output={tmp_path / 'out'}"])
-    bare = {"state_dict": {}, "epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.6.6"}
-    torch.save(bare, tmp_path / "other.ckpt")
+    checkpoint(tmp_path / "other.ckpt", stage=None)
     with pytest.raises(ValueError, match=r"other.ckpt: expected a checkpoint of lit-vapo .*, got stage None"):
         main(["export", f"--checkpoint={tmp_path / 'other.ckpt'}", f"--output={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()

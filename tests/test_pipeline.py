@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import hostile_helpers
 import pytest
 import torch
 from helpers import read_jsonl, tiny_model, tiny_tokenizer, write_jsonl
@@ -172,8 +173,7 @@ def test_export_refuses_what_it_cannot_do(sft, run, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
     with pytest.raises(ValueError, match="expected a checkpoint, got 'nowhere'"):
         main(["export", "--checkpoint=nowhere", f"--output={tmp_path / 'new'}"])
-    bare = {"state_dict": {}, "epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.6.6"}
-    torch.save(bare, tmp_path / "other.ckpt")
+    hostile_helpers.checkpoint(tmp_path / "other.ckpt", stage=None)
     with pytest.raises(ValueError, match=r"expected a checkpoint of lit-vapo \(sft, reward or ppo\), got stage None"):
         main(["export", f"--checkpoint={tmp_path}/other.ckpt", f"--output={tmp_path / 'new'}"])
 

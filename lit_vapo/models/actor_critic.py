@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -13,11 +14,12 @@ from transformers import PreTrainedModel
 from lit_vapo.folders import new_folder
 from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.critic import Critic, CriticSpec, Reads, load_critic, own_trunk, save_critic, saved_trunk
+from lit_vapo.models.ensemble_file import read_trusted_config
 from lit_vapo.models.exported import same_place
 from lit_vapo.models.generation import Sampling, Shaping, generation_config, stop_ids
 from lit_vapo.models.policy import Policy, Role
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
-from lit_vapo.models.reward import RewardModel, head_class, read_config, read_spec
+from lit_vapo.models.reward import RewardModel, ensemble_class
 from lit_vapo.models.trunk import pool, response_states, run_trunk
 
 CRITIC_NAME = "critic"
@@ -79,6 +81,7 @@ class ActorCritic(nn.Module):
         critic: What the critic reads; `None` builds no critic.
         reward: Folder of the reward ensemble.
         policy: Folder of an exported policy to start from (see `Policy`), with its critic if that fits.
+        trust: Code that the ensemble may ask for (see `RewardModel.from_pretrained`).
 
     Attributes:
         critic_start: Where the critic's weights come from, in words.
@@ -91,17 +94,18 @@ class ActorCritic(nn.Module):
         critic: CriticSpec | None,
         reward: str,
         policy: str | None = None,
+        trust: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        config = read_config(reward)
-        spec, kind = read_spec(config), head_class(config["head"]["class_path"])
-        frozen = not config["own_backbone"] and kind.shares_features
+        config = read_trusted_config(reward, trust)
+        spec, kind = config.spec, ensemble_class(config)
+        frozen = not config.own_backbone and kind.shares_features
         same = _same_model(spec.base, base)
         self.shares_base = frozen and same
         # Members of a truncated base keep one of their own: the blocks above would run for nothing, K times over.
         adapts_base = same and not (kind.shares_features or kind.owns_backbones) and spec.layer is None
         if not adapts_base:
-            self.reward_model = RewardModel.from_pretrained(reward, with_backbone=not self.shares_base)
+            self.reward_model = RewardModel.from_pretrained(reward, with_backbone=not self.shares_base, trust=trust)
         self.base = base
         self.critic_trunk = None if critic is None else critic.trunk
         # Value and reward are read at the same depth where they read the same model.
@@ -112,7 +116,7 @@ class ActorCritic(nn.Module):
 
         def attach(backbone: PreTrainedModel) -> None:
             if adapts_base:
-                self.reward_model = RewardModel.from_pretrained(reward, lent=backbone)
+                self.reward_model = RewardModel.from_pretrained(reward, lent=backbone, trust=trust)
 
         # Above the depth at which it reads, the critic holds nothing: nothing there would ever get a gradient.
         self.policy = Policy(

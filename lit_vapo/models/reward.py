@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_vapo.models.adapters import load_adapter, save_adapter
-from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, load_backbone, load_tokenizer
-from lit_vapo.models.trunk import Pooling, pooled
+from lit_vapo.models.ensemble_file import CONFIG_NAME, WEIGHTS_NAME, EnsembleConfig, read_trusted_config
+from lit_vapo.models.ensemble_file import FeatureSpec as FeatureSpec
+from lit_vapo.models.pretrained import decoder_layers, freeze, load_backbone, load_tokenizer
+from lit_vapo.models.settings import Component, import_class, make
+from lit_vapo.models.tensors import check_finite, read_shapes, read_tensors
+from lit_vapo.models.trunk import pooled
 from lit_vapo.types import RewardEstimate
 from lit_vapo.uncertainty.base import RewardHead
 
-CONFIG_NAME = "ensemble.json"
-WEIGHTS_NAME = "head.safetensors"
 BACKBONE_NAME = "backbone"
-FORMAT_VERSION = 2
-
-
-@dataclass
-class FeatureSpec:
-    """Which hidden states of which model a head reads.
-
-    Args:
-        base: The backbone.
-        layer: Read after this many blocks; `None` after the last.
-        pooling: `last` or `mean` (see `pool`).
-    """
-
-    base: Pretrained
-    layer: int | None = None
-    pooling: Pooling = "last"
+# Rewards, their origins and units are of order one to a thousand; what is beyond would drown every other member.
+LARGEST = 1e6
 
 
 class RewardModel(nn.Module):
@@ -106,25 +93,25 @@ class RewardModel(nn.Module):
         for k, adapter in enumerate(self.head.adapters()):
             save_adapter(folder / f"member_{k}", adapter, self.backbone, self.spec.base.path)
         kind = type(self.head)
-        config = {
-            "format_version": FORMAT_VERSION,
-            "spec": asdict(self.spec),
-            "hidden_size": self.head.hidden_size,
-            "num_members": self.head.num_members,
-            "members": list(members),
-            "own_backbone": save_backbone and not self.head.owns_backbones,
-            "head": {
-                "class_path": f"{kind.__module__}.{kind.__qualname__}",
-                "init_args": self.head.init_args(),
-            },
-        }
+        config = EnsembleConfig(
+            spec=self.spec,
+            hidden_size=cast("int", self.head.hidden_size),
+            num_members=self.head.num_members,
+            members=list(members),
+            own_backbone=save_backbone and not self.head.owns_backbones,
+            head=Component(class_path=f"{kind.__module__}.{kind.__qualname__}", init_args=self.head.init_args()),
+        )
         save_file({k: v.contiguous() for k, v in self.head.saved_state().items()}, folder / WEIGHTS_NAME)
         # Written last: a folder with this file is complete.
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CONFIG_NAME).write_text(config.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, with_backbone: bool = True, lent: PreTrainedModel | None = None
+        cls,
+        folder: str | Path,
+        with_backbone: bool = True,
+        lent: PreTrainedModel | None = None,
+        trust: Sequence[str] | None = None,
     ) -> RewardModel:
         """Load what `save_pretrained` wrote, in evaluation mode.
 
@@ -133,17 +120,19 @@ class RewardModel(nn.Module):
             with_backbone: Load the backbone too; off if the caller brings features, which members must share.
             lent: A frozen backbone of the same base to attach the members to in place of one of their own. The caller
                 keeps it, and says with `lender` when it may be used.
+            trust: Code outside of this package that the folder may ask for: classes by their Python name, models that
+                bring code by folder or hub name.
 
         Raises:
-            ValueError: The folder holds no ensemble, one that this version cannot read, or one that lacks a member.
+            ValueError: The folder holds no ensemble, one that this version cannot read, one that lacks a member, or one
+                that asks for code it is not trusted with.
         """
         folder = Path(folder)
-        config = read_config(folder)
-        spec = read_spec(config)
-        head = build_head(config["head"]["class_path"], config["head"]["init_args"], config["hidden_size"])
-        if len(config["members"]) < head.num_members:
+        config = read_trusted_config(folder, trust)
+        spec, head = config.spec, _load_head(folder, config)
+        if len(config.members) < head.num_members:
             raise ValueError(
-                f"{folder}: expected all {head.num_members} members, got member {config['members']} alone. Join the "
+                f"{folder}: expected all {head.num_members} members, got member {config.members} alone. Join the "
                 "members' folders with `lit-vapo reward join`."
             )
         if not (with_backbone or head.shares_features):
@@ -154,8 +143,7 @@ class RewardModel(nn.Module):
         if lent is not None:
             _attach(folder, spec, head, lent)
         elif with_backbone:
-            backbone = _load_backbone(folder, spec, head, config["own_backbone"])
-        _load_head(head, folder / WEIGHTS_NAME)
+            backbone = _load_backbone(folder, spec, head, config.own_backbone)
         return cls(spec, head, backbone).requires_grad_(False).eval()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -191,53 +179,51 @@ def _load_saved(folder: Path, spec: FeatureSpec) -> PreTrainedModel:
     return cast("PreTrainedModel", freeze(load_backbone(saved)))
 
 
-def _load_head(head: RewardHead, path: Path) -> None:
-    weights = load_file(path)
-    expected = head.saved_state().keys()
-    if weights.keys() != expected:
-        raise ValueError(f"{path}: expected {sorted(expected)}, got {sorted(weights)}")
+def _load_head(folder: Path, config: EnsembleConfig) -> RewardHead:
+    """The head with the weights that are saved beside backbone and adapters."""
+    path, where = folder / WEIGHTS_NAME, folder / CONFIG_NAME
+    shapes = read_shapes(path)
+    members = shapes.get("reward_loc")
+    if members != (config.num_members,):
+        raise ValueError(f"{path}: expected reward_loc of shape ({config.num_members},), got {members}")
+    try:
+        # First without memory: a folder gets no more of it than its own file takes.
+        with torch.device("meta"):
+            empty = build_head(config.head, config.hidden_size).saved_state()
+    except ValueError as error:
+        raise ValueError(f"{where}: head.{error}") from error
+    expected = {name: tuple(x.shape) for name, x in empty.items()}
+    if shapes != expected:
+        name = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))[0]
+        raise ValueError(f"{path}: expected {name} of shape {expected.get(name)}, got {shapes.get(name)}")
+    head = build_head(config.head, config.hidden_size)
+    if head.num_members != config.num_members:
+        raise ValueError(f"{where}: expected num_members as in head, {head.num_members}, got {config.num_members}")
+    weights = read_tensors(path)
+    own = head.saved_state()
+    for name, value in weights.items():
+        if value.dtype != own[name].dtype:
+            raise ValueError(f"{path}: expected {name} in {own[name].dtype}, got {value.dtype}")
+    check_finite(weights, path, LARGEST)
+    for name in ("reward_scale", "reference_variance"):
+        least = weights[name].min()
+        if least < 0 or (least == 0 and name == "reward_scale"):
+            raise ValueError(f"{path}: expected {name} above 0, got {float(least)}")
     head.load_state_dict(weights, strict=False)
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The description of a saved ensemble.
-
-    Raises:
-        ValueError: The folder holds no ensemble, or one of another format.
-    """
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        raise ValueError(f"reward: expected a folder with {CONFIG_NAME} (written by `lit-vapo export`), got {folder}")
-    config: dict[str, Any] = json.loads(path.read_text())
-    if config.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {config.get('format_version')!r}")
-    return config
-
-
-def read_spec(config: dict[str, Any]) -> FeatureSpec:
-    """What the head of a saved ensemble reads."""
-    return FeatureSpec(**{**config["spec"], "base": Pretrained(**config["spec"]["base"])})
-
-
-def build_head(class_path: str, init_args: dict[str, Any], hidden_size: int) -> RewardHead:
-    """Import, construct and build a head.
-
-    Raises:
-        ValueError: The class is not a `RewardHead`.
-    """
-    head = head_class(class_path)(**init_args)
-    head.build(hidden_size)
     return head
 
 
-def head_class(class_path: str) -> type[RewardHead]:
-    """Import an estimator.
+def ensemble_class(config: EnsembleConfig) -> type[RewardHead]:
+    """The estimator of a saved ensemble, which was trusted already."""
+    return import_class(cast("Any", RewardHead), config.head.class_path)
+
+
+def build_head(component: Component, hidden_size: int) -> RewardHead:
+    """Import, construct and build a head, whose class was trusted already.
 
     Raises:
-        ValueError: The class is not a `RewardHead`.
+        ValueError: The class is not a `RewardHead`, or cannot be made with these settings.
     """
-    module, _, name = class_path.rpartition(".")
-    kind = getattr(importlib.import_module(module), name)
-    if not (isinstance(kind, type) and issubclass(kind, RewardHead)):
-        raise ValueError(f"head.class_path: expected a subclass of RewardHead, got {class_path}")
-    return kind
+    head = make(cast("Any", RewardHead), component)
+    head.build(hidden_size)
+    return head

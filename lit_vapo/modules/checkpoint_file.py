@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from lit_vapo.integrity import fault_of
+from lit_vapo.models.settings import every_dict, explain
 
 STAGE_KEY = "lit_vapo_stage"
 FIGURES_KEY = "lit_vapo_figures"
@@ -24,7 +25,7 @@ class _Contents(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, arbitrary_types_allowed=True)
 
     state_dict: dict[str, Tensor]
-    hyper_parameters: dict[str, Any] = {}
+    hyper_parameters: dict[str, Any]
     stage: str | None = Field(None, alias="lit_vapo_stage")
     figures: dict[str, float] = Field({}, alias="lit_vapo_figures")
     lightning: str = Field(alias="pytorch-lightning_version", pattern=r"^\d+(\.\d+)+")
@@ -109,11 +110,13 @@ def _unpickle(path: Path) -> dict[str, Any]:
 def _check_contents(checkpoint: dict[str, Any]) -> None:
     try:
         contents = _Contents.model_validate(checkpoint)
+        for part in (contents.hyper_parameters, contents.loops, contents.callbacks):
+            for _ in every_dict(part, "its settings"):
+                pass
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        got = "" if first["type"] == "missing" else f", got {str(first['input'])[:80]}"
-        raise _UnreadableError(f"{where}: {first['msg']}{got}") from None
+        raise _UnreadableError(explain(error)) from None
+    except ValueError as error:
+        raise _UnreadableError(str(error)) from None
     for name, tensor in contents.state_dict.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise _UnreadableError(f"state_dict.{name}: expected an ordinary tensor, got {tensor.layout}")

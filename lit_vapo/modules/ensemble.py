@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.evaluation.files import write_scores
 from lit_vapo.figures import member_scores, sigma_histogram
 from lit_vapo.folders import check_new, new_folder
+from lit_vapo.models.ensemble_file import CONFIG_NAME, WEIGHTS_NAME, read_config
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained, check_tokenizer, load_causal_lm, place
-from lit_vapo.models.reward import CONFIG_NAME, WEIGHTS_NAME, RewardModel, read_config
+from lit_vapo.models.reward import RewardModel
+from lit_vapo.models.tensors import read_tensors
 from lit_vapo.modules.checkpoint import seeded
 from lit_vapo.rollout import sample_references
 from lit_vapo.types import RewardEstimate
@@ -41,13 +43,14 @@ def join(members: list[str], output: str) -> None:
     first, found = configs[0], dict[int, Path]()
     for folder, config in zip(members, configs, strict=True):
         for name in ("spec", "head", "hidden_size"):
-            if config[name] != first[name]:
-                raise ValueError(f"{folder}: expected {name} as in {members[0]}, {first[name]}, got {config[name]}")
-        for k in config["members"]:
+            got, expected = getattr(config, name), getattr(first, name)
+            if got != expected:
+                raise ValueError(f"{folder}: expected {name} as in {members[0]}, {expected}, got {got}")
+        for k in config.members:
             if k in found:
                 raise ValueError(f"{folder}: expected each member once, got member {k} here and in {found[k]}")
             found[k] = Path(folder)
-    count = int(first["num_members"])
+    count = first.num_members
     missing = sorted(set(range(count)) - set(found))
     if missing:
         raise ValueError(f"--members: expected all {count} members, got none for {missing}")
@@ -57,8 +60,9 @@ def join(members: list[str], output: str) -> None:
     with new_folder(output, "--output") as target:
         for k, source in found.items():
             shutil.copytree(source / f"member_{k}", target / f"member_{k}")
-        save_file(_join_heads([load_file(found[k] / WEIGHTS_NAME) for k in range(count)]), target / WEIGHTS_NAME)
-        (target / CONFIG_NAME).write_text(json.dumps({**first, "members": list(range(count))}, indent=2) + "\n")
+        save_file(_join_heads([read_tensors(found[k] / WEIGHTS_NAME) for k in range(count)]), target / WEIGHTS_NAME)
+        whole = first.model_copy(update={"members": list(range(count))})
+        (target / CONFIG_NAME).write_text(whole.model_dump_json(indent=2) + "\n")
     print(f"joined {count} members to {output}; `lit-vapo reward calibrate` or the start of PPO makes them comparable")
 
 
@@ -81,6 +85,7 @@ def calibrate(
     sampling: Sampling | None = None,
     num_reference: int = 256,
     seed: int = 0,
+    trust: list[str] | None = None,
 ) -> None:
     """Centre and scale the members anew, on responses of a reference policy to the prompts of `data`.
 
@@ -92,12 +97,14 @@ def calibrate(
         sampling: How the reference responds; use what PPO will use.
         num_reference: How many prompts it responds to.
         seed: Seed of the responses.
+        trust: Code outside of lit_vapo that the ensemble may run: classes by their Python name, models that bring
+            code by folder or hub name.
 
     Raises:
         FileExistsError: The output has files in it.
     """
     check_new(output, "--output")
-    model = RewardModel.from_pretrained(ensemble)
+    model = RewardModel.from_pretrained(ensemble, trust=trust)
     check_tokenizer(data.text_tokenizer, model.spec.base, "--data.tokenizer")
     check_tokenizer(data.text_tokenizer, reference, "--reference")
     lm = place(load_causal_lm(reference), _device())
@@ -123,6 +130,7 @@ def disagreement(
     pairs: list[int] | None = None,
     split: Literal["train", "val", "test", "ood"] = "val",
     max_pairs: int = 500,
+    trust: list[str] | None = None,
 ) -> None:
     """Draw the scores of all members on a few responses, and the distribution of σ over a data set.
 
@@ -136,13 +144,14 @@ def disagreement(
         pairs: Numbers of the pairs to draw, in the split's order; `null` draws four with a small, four with a large σ.
         split: `train`, `val`, `test` or `ood`.
         max_pairs: Most pairs to score.
+        trust: Code outside of lit_vapo that the ensemble may run, as in `calibrate`.
 
     Raises:
         ValueError: The ensemble has fewer than two members, or there is no such pair.
         FileExistsError: The output has files in it.
     """
     check_new(output, "--output")
-    count = int(read_config(ensemble)["num_members"])
+    count = read_config(ensemble).num_members
     if count < 2:
         raise ValueError(f"--ensemble: expected at least 2 members to disagree, got {count}")
     rows = data.preference_rows(split)[:max_pairs]
@@ -151,7 +160,7 @@ def disagreement(
     for number in pairs or []:
         if not 0 <= number < len(rows):
             raise ValueError(f"--pairs: expected numbers 0 … {len(rows) - 1}, got {number}")
-    model = _on(RewardModel.from_pretrained(ensemble), _device())
+    model = _on(RewardModel.from_pretrained(ensemble, trust=trust), _device())
     check_tokenizer(data.text_tokenizer, model.spec.base, "--data.tokenizer")
     both = data.preferences(split)
     sequences = [*both.chosen[: len(rows)], *both.rejected[: len(rows)]]

@@ -17,10 +17,10 @@ from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.metrics import rollout_statistics
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.critic import CriticSpec
+from lit_vapo.models.ensemble_file import read_trusted_config
 from lit_vapo.models.exported import check_policy
 from lit_vapo.models.generation import Generator, Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained
-from lit_vapo.models.reward import read_config
 from lit_vapo.modules.checkpoint import (
     check_context,
     check_positive,
@@ -74,6 +74,8 @@ class PPOModule(EvaluatedPolicy):
         num_reference: How many reference responses calibrate an ensemble that is not calibrated yet.
         seed: Seed of evaluation samples, so that evaluations differ by the policy alone.
         generator: Who draws the responses; `null` for transformers.
+        trust: Code outside of lit_vapo that the ensemble in `reward` may run: classes by their Python name, models that
+            bring code by folder or hub name.
     """
 
     stage = "ppo"
@@ -101,6 +103,7 @@ class PPOModule(EvaluatedPolicy):
         num_reference: int = 256,
         seed: int = 0,
         generator: Generator | None = None,
+        trust: list[str] | None = None,
     ) -> None:
         super().__init__()
         check_positive(
@@ -134,11 +137,12 @@ class PPOModule(EvaluatedPolicy):
         self.num_reference = num_reference
         self.seed = seed
         self.generator = generator
+        self.trust = trust
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))
         self.networks: ActorCritic | None = None
         # What the objective or the advantage cannot use is refused before anything heavy is loaded.
         self.advantage.check_responses(self.sampling.num_responses)
-        self.objective.check_members(int(read_config(reward)["num_members"]))
+        self.objective.check_members(read_trusted_config(reward, trust).num_members)
         self.objective.check_responses(self.sampling.num_responses)
 
     # 1. Building.
@@ -147,7 +151,7 @@ class PPOModule(EvaluatedPolicy):
         """Load actor, reference, critic and reward ensemble."""
         if self.networks is not None:
             return
-        self.networks = ActorCritic(self.base, self.lora, self.critic, self.reward, self.policy)
+        self.networks = ActorCritic(self.base, self.lora, self.critic, self.reward, self.policy, self.trust)
         if self.policy is not None:
             rank_zero_info(f"policy: starts from {self.policy}; its critic from {self.networks.critic_start}")
         head = self.networks.reward_model.head

@@ -10,6 +10,7 @@ import lit_vapo.uncertainty
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, hidden_size, load_backbone
 from lit_vapo.models.reward import FeatureSpec, RewardModel, build_head
+from lit_vapo.models.settings import Component
 from lit_vapo.types import FeaturePairs, PairLabels, TokenSequence
 from lit_vapo.uncertainty.base import RewardHead
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
@@ -198,7 +199,8 @@ class TestEveryHead:
 
     def test_init_args_build_the_same_head_again(self, kind):
         head, _ = trained(built(kind), steps=2)
-        again = build_head(f"{kind.__module__}.{kind.__qualname__}", head.init_args(), HIDDEN)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        again = build_head(Component(class_path=name, init_args=head.init_args()), HIDDEN)
         again.load_state_dict(head.state_dict())
         torch.testing.assert_close(again(features(again)), head(features(head)))
 
@@ -266,4 +268,4 @@ def test_hidden_layer_is_a_loop_over_members():
 
 def test_another_class_in_a_folder_is_refused():
     with pytest.raises(ValueError, match="expected a subclass of RewardHead, got collections"):
-        build_head("collections.OrderedDict", {}, HIDDEN)
+        build_head(Component(class_path="collections.OrderedDict"), HIDDEN)
