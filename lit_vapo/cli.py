@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from lit_vapo.console import lasting, reported
+
 USAGE = """usage: lit-vapo STAGE COMMAND [options]
 
 stages:
@@ -32,12 +34,25 @@ STUDY = ("run", "report")
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one stage.
+    """Run one command.
 
     Args:
-        args: Command line without the program's name; `sys.argv` if `None`.
+        args: Command line without the program's name. If `None`, it is that of the process, which then ends as a
+            command does: an error of the user is one message and exit code 2. Who calls this from Python gets the
+            exception.
+
+    Raises:
+        ValueError: There is no such command, or it refuses what it was given.
     """
-    words = list(sys.argv[1:] if args is None else args)
+    if args is None:
+        sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
+        with reported():
+            _run(sys.argv[1:])
+    else:
+        _run(list(args))
+
+
+def _run(words: list[str]) -> None:
     # Your own estimators, objectives and judges are found from where you stand, as with `python -m`.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -52,10 +67,10 @@ def main(args: Sequence[str] | None = None) -> None:
     elif words[0] in STAGES:
         _stage(words[0], words[1:])
     else:
-        print(USAGE, file=sys.stderr)
         given = " ".join(words[:2]) if words[0] == "study" else words[0]
-        raise SystemExit(
-            f"lit-vapo: expected a stage ({', '.join(STAGES)}), export, study run or study report, got {given!r}"
+        raise ValueError(
+            f"expected a stage ({', '.join(STAGES)}), export, study run or study report, got {given!r}\n"
+            "All commands: lit-vapo --help"
         )
 
 
@@ -78,16 +93,15 @@ def _stage(stage: str, words: list[str]) -> None:
 def _tool(name: str, words: list[str]) -> None:
     import inspect
 
-    from jsonargparse import ArgumentParser
-
     from lit_vapo.data.datamodule import PreferenceDataModule
     from lit_vapo.models.pretrained import quiet
     from lit_vapo.modules import ensemble
+    from lit_vapo.modules.options import Parser
 
     quiet()
     function = getattr(ensemble, name)
     summary = (inspect.getdoc(function) or "").partition("\n\n")[0]
-    parser = ArgumentParser(prog=f"lit-vapo reward {name}", description=summary)
+    parser = Parser(prog=f"lit-vapo reward {name}", description=summary)
     parser.add_argument("--config", action="config", help="Options from a file.")
     takes_data = "data" in inspect.signature(function).parameters
     if takes_data:
@@ -99,11 +113,12 @@ def _tool(name: str, words: list[str]) -> None:
 
 
 def _export(words: list[str]) -> None:
-    from jsonargparse import auto_cli
-
     from lit_vapo.modules.export import export
+    from lit_vapo.modules.options import Parser
 
-    auto_cli(export, args=words, as_positional=False, prog="lit-vapo export")
+    parser = Parser(prog="lit-vapo export", description=(export.__doc__ or "").partition("\n\n")[0])
+    parser.add_function_arguments(export, as_group=False)
+    export(**parser.parse_args(words).as_dict())
 
 
 def _study(words: list[str]) -> None:
@@ -112,6 +127,6 @@ def _study(words: list[str]) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("joblib", "scipy", "statsmodels"):
             raise
-        raise SystemExit(f"lit-vapo study needs {error.name}: pip install 'lit-vapo[study]'") from error
+        raise ValueError(f"lit-vapo study needs {error.name}: pip install 'lit-vapo[study]'") from error
 
     study(words)

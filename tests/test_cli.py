@@ -26,13 +26,12 @@ def test_usage(capsys):
         assert all(f"\n  {word} " in text for word in (*STAGES, "export"))
 
 
-def test_an_unknown_stage_is_refused_with_the_usage(capsys):
-    with pytest.raises(
-        SystemExit,
-        match=r"lit-vapo: expected a stage \(sft, reward, ppo\), export, study run or study report, got 'dpo'",
-    ):
+def test_an_unknown_stage_is_refused():
+    message = (
+        r"expected a stage \(sft, reward, ppo\), export, study run or study report, got 'dpo'\nAll commands: lit-v"
+    )
+    with pytest.raises(ValueError, match=message):
         main(["dpo", "fit"])
-    assert "usage: lit-vapo" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["reward"], ["reward", "train"]])
@@ -40,8 +39,8 @@ def test_a_stage_wants_a_command(words, capsys):
     with pytest.raises(SystemExit):
         main(words)
     error = capsys.readouterr().err
-    assert "usage: lit-vapo reward" in error
-    assert "{fit,validate,test,predict}" in error
+    assert all(command in error for command in ("fit", "validate", "test", "predict"))
+    assert "All options: lit-vapo reward --help" in error
 
 
 def test_usage_answers_without_loading_torch():
@@ -61,7 +60,7 @@ def test_export_explains_its_options(capsys):
         main(["export", "--output=somewhere"])
     error = capsys.readouterr().err
     assert "required" in error
-    assert "checkpoint" in error.splitlines()[-1]
+    assert "checkpoint" in error
 
 
 # Classes of one's own.

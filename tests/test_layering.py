@@ -16,6 +16,7 @@ MAX_LINES = 300
 # imported before any of them, so it stands on the ground floor too.
 FLOORS = {
     "": 0,
+    "console": 0,
     "folders": 0,
     "stops": 0,
     "functional": 0,

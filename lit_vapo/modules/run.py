@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_vapo.callbacks.checkpoint import RunCheckpoint
 from lit_vapo.callbacks.samples import SampleTable
 from lit_vapo.models.pretrained import quiet
+from lit_vapo.modules.options import StageParser
 
 FINISHED = "finished.json"
 # What Lightning takes for --ckpt_path in place of a file; all of them lie in the run's own folder.
@@ -75,6 +76,7 @@ class StageCLI(LightningCLI):
             model_class,
             datamodule_class,
             save_config_callback=SaveConfig,
+            parser_class=StageParser,
             # The modules make their own optimisers; options that do nothing would mislead.
             auto_configure_optimizers=False,
             seed_everything_default=0,

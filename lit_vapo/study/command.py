@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentParser
 
+from lit_vapo.modules.options import Parser
 from lit_vapo.study import execution
 from lit_vapo.study.execution import Study
 from lit_vapo.study.report import report
@@ -23,7 +23,7 @@ def main(words: Sequence[str]) -> None:
     """
     command, *options = words
     summary = {"run": "Run what is missing of a study, and report.", "report": "Report on what there is of a study."}
-    parser = ArgumentParser(prog=f"lit-vapo study {command}", description=summary[command])
+    parser = Parser(prog=f"lit-vapo study {command}", description=summary[command])
     parser.add_argument("--config", action="config", help="Options from a file.")
     parser.add_class_arguments(Study, as_group=False)
     if command == "run":

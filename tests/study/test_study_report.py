@@ -254,7 +254,7 @@ def test_command_runs_reports_and_refuses(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("words", [["study"], ["study", "fit"]])
 def test_a_study_wants_a_command(words, capsys):
-    with pytest.raises(SystemExit, match="export, study run or study report, got 'study"):
+    with pytest.raises(ValueError, match="export, study run or study report, got 'study"):
         main(words)
     assert "study run" in capsys.readouterr().err
 

@@ -1,0 +1,163 @@
+"""Parsers of options: short errors, `~` in every path, and YAML in which nothing is lost and nothing explodes."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse._paths import Path as ConfigPath
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_vapo.console import DEBUG, USAGE_ERROR, complain
+
+# Far more than anybody writes; what is above was made to exhaust whoever reads it.
+MAX_CHARACTERS, MAX_NODES, MAX_DEPTH = 1_000_000, 100_000, 100
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are one message, and for which `~` is the home folder in every option."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong and where help is, rather than all that could be given."""
+        if not self.exit_on_error:
+            # The parser of a part: that of the whole says which.
+            super().error(message, ex)
+        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        complain(f"{message}\nAll options: {parser.prog.replace(' [options]', '')} --help")
+        raise SystemExit(USAGE_ERROR) from ex
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse, and put the home folder in place of `~` wherever a value begins with it."""
+        parsed: Namespace = at_home(super().parse_args(*args, **kwargs))
+        return parsed
+
+
+class StageParser(Parser, LightningArgumentParser):
+    """The parser of a stage."""
+
+
+def at_home(value: Any) -> Any:
+    """Options with the home folder in place of `~`.
+
+    A shell puts it there in `--key ~/x`, not in `--key=~/x`, and nobody does in a file. No option that is not a path
+    begins with `~`, so that none needs to say that it is one.
+    """
+    if isinstance(value, Namespace):
+        for key, inner in vars(value).items():
+            setattr(value, key, at_home(inner))
+        return value
+    if isinstance(value, dict):
+        return {at_home(key): at_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [at_home(inner) for inner in value]
+    return os.path.expanduser(value) if type(value) is str and value.startswith("~") else value
+
+
+# YAML.
+
+
+class OptionsError(yaml.YAMLError):
+    """A text of options that cannot be meant as it stands."""
+
+
+class _FileText(str):
+    """What a file says, and which it is."""
+
+    file: str
+
+
+def _read_text(path: ConfigPath) -> str:
+    """The text of options, in UTF-8 whatever the locale is."""
+    if path.is_url or path.is_fsspec or path.relative == "-":
+        text = _FileText(_jsonargparse_read(path))
+    else:
+        try:
+            text = _FileText(Path(path.absolute).read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise TypeError(f"{path}: expected a text in UTF-8, got {error.reason} at byte {error.start}") from error
+    text.file = path.relative
+    return text
+
+
+def _load(text: str) -> Any:
+    """Read YAML, as jsonargparse does, once it is known to be harmless.
+
+    Raises:
+        OptionsError: A key stands twice, the text is no YAML, or it is larger than options can be.
+    """
+    place = f"{text.file}, " if isinstance(text, _FileText) else ""
+    if len(text) > MAX_CHARACTERS:
+        raise OptionsError(f"{place}expected options of at most {MAX_CHARACTERS} characters, got {len(text)}")
+    try:
+        _check(str(text))
+        value = _jsonargparse_load(str(text))
+    except OptionsError as error:
+        raise OptionsError(f"{place}{error}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise OptionsError(f"{place}{line}expected YAML, got {error.problem}") from error
+    except Exception as error:  # what stands behind a tag (`!!int`, say) is read without a check
+        raise OptionsError(f"{place}expected YAML, got {error}") from error
+    # A file of comments alone sets nothing.
+    return {} if value is None and place else value
+
+
+def _check(text: str) -> None:
+    """Look at the events of a text, of which there are no more than it has characters; nothing is built.
+
+    Raises:
+        OptionsError: A key stands twice, or there are too many levels or values.
+    """
+    parents = [_Node(None)]
+    sizes: dict[str | None, int] = {}
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        line = cast("yaml.Mark", event.start_mark).line + 1
+        if isinstance(event, yaml.NodeEvent):
+            parents[-1].see(event, line)
+            parents.append(_Node(event))
+        if isinstance(event, yaml.CollectionStartEvent):
+            # An alias within what it stands for has no end.
+            sizes[event.anchor] = MAX_NODES
+        if isinstance(event, (yaml.ScalarEvent, yaml.AliasEvent, yaml.CollectionEndEvent)):
+            node = parents.pop()
+            size = sizes.get(node.anchor, 1) if isinstance(event, yaml.AliasEvent) else node.size
+            sizes[node.anchor] = size
+            parents[-1].size += size
+        if len(parents) > MAX_DEPTH:
+            raise OptionsError(f"line {line}: expected at most {MAX_DEPTH} levels, got more")
+        if parents[-1].size > MAX_NODES:
+            raise OptionsError(f"line {line}: expected at most {MAX_NODES} values, aliases spelt out, got more")
+
+
+class _Node:
+    """A value, list or mapping whose end has not come; or all of the text."""
+
+    def __init__(self, start: yaml.NodeEvent | None) -> None:
+        self.anchor: Any = start and start.anchor
+        self.size = 1
+        self.lines: dict[Any, int] | None = {} if isinstance(start, yaml.MappingStartEvent) else None
+        self.is_key = True
+
+    def see(self, event: yaml.NodeEvent, line: int) -> None:
+        """Take notice of the next key, value or entry.
+
+        Raises:
+            OptionsError: It is a key that was there before.
+        """
+        if self.lines is not None and self.is_key and isinstance(event, yaml.ScalarEvent):
+            first = self.lines.get(event.value)
+            if first is not None:
+                raise OptionsError(f"line {line}: expected each key once, got {event.value!r} here and in line {first}")
+            self.lines[event.value] = line
+        self.is_key = not self.is_key
+
+
+_jsonargparse_load, _jsonargparse_read = get_loader("yaml"), ConfigPath.read_text
+set_loader("yaml", _load, (yaml.YAMLError,))
+ConfigPath.read_text = _read_text  # type: ignore[assignment,method-assign]
