@@ -123,7 +123,8 @@ def test_the_kl_of_a_reference_to_itself_is_zero_under_a_minimum_length(make):
 
 def test_a_minimum_length_needs_a_stop_token(tiny_model_dir, monkeypatch):
     lm = load_causal_lm(Pretrained(tiny_model_dir))
-    monkeypatch.setattr(lm.generation_config, "eos_token_id", None)
+    for config in (lm.generation_config, lm.config):
+        monkeypatch.setattr(config, "eos_token_id", None)
     with pytest.raises(ValueError, match=r"min_new_tokens: expected 0 for a model without stop tokens, got 3"):
         stop_ids(lm, Sampling(min_new_tokens=3), None)
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 from transformers import GenerationConfig
 
+from lit_vapo.models.pretrained import vocabulary_size
+from lit_vapo.stops import stop_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -130,11 +133,16 @@ def stop_ids(lm: PreTrainedModel, sampling: Sampling, eos_token_id: int | None) 
     """All tokens that end a response: the model's, the tokenizer's and the user's.
 
     Raises:
-        ValueError: There is none that a minimum length could hold back.
+        ValueError: The user's are no tokens of the model, or there is none that a minimum length could hold back.
     """
-    configured = getattr(lm.generation_config, "eos_token_id", None)
-    own = configured if isinstance(configured, list) else [configured]
-    ids = sorted({i for i in (*own, eos_token_id, *(sampling.stop_token_ids or [])) if i is not None})
+    text, size = lm.config.get_text_config(), vocabulary_size(lm.config)
+    wrong = [i for i in sampling.stop_token_ids or [] if not 0 <= i < size]
+    if wrong:
+        raise ValueError(f"sampling.stop_token_ids: expected token ids 0 … {size - 1} of the model, got {wrong}")
+    configured = (lm.generation_config, lm.config, text)
+    sources = (getattr(config, "eos_token_id", None) for config in configured)
+    # What the model has no embedding for it never writes.
+    ids = [i for i in stop_tokens(*sources, eos_token_id, sampling.stop_token_ids) if i < size]
     if sampling.min_new_tokens and not ids:
         raise ValueError(
             f"sampling.min_new_tokens: expected 0 for a model without stop tokens, got {sampling.min_new_tokens}"

@@ -144,6 +144,32 @@ def hidden_size(spec: Pretrained) -> int:
     return int(model_config(spec).hidden_size)
 
 
+def vocabulary_size(config: Any) -> int:
+    """How many tokens a model has embeddings for, V."""
+    return int(config.get_text_config().vocab_size)
+
+
+def check_embeddings(config: Any, model: str, largest: int, token: str | None, place: str) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Args:
+        config: The model's configuration.
+        model: Its path, for the message.
+        largest: The largest token id that it is to read.
+        token: That token, if it has a name.
+        place: Where it stands.
+
+    Raises:
+        ValueError: The model has too few embeddings.
+    """
+    size = vocabulary_size(config)
+    if largest >= size:
+        raise ValueError(
+            f"data.tokenizer: expected token ids below {size}, for which {model!r} has embeddings, got {largest} "
+            f"({token!r}) in {place}"
+        )
+
+
 def load_tokenizer(spec: Pretrained) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `spec`."""
     _require(spec)

@@ -84,6 +84,8 @@ def test_the_model_s_own_generation_settings_do_not_shape_the_distribution(lm, s
 
 def test_stop_tokens_come_from_model_tokenizer_and_user(lm, monkeypatch):
     monkeypatch.setattr(lm.generation_config, "eos_token_id", [7, 3])
-    assert stop_ids(lm, Sampling(stop_token_ids=[9, 3]), 5) == [3, 5, 7, 9]
+    assert stop_ids(lm, Sampling(stop_token_ids=[9, 3]), 5) == [0, 3, 5, 7, 9]
     monkeypatch.setattr(lm.generation_config, "eos_token_id", None)
+    assert stop_ids(lm, Sampling(), None) == [0]
+    monkeypatch.setattr(lm.config, "eos_token_id", None)
     assert stop_ids(lm, Sampling(), None) == []
