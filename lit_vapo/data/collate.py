@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_vapo.data.formats import Messages
+from lit_vapo.data.conversation import Messages, Prompt
 from lit_vapo.types import PairLabels
 
 
@@ -40,15 +40,21 @@ class PromptBatch(NamedTuple):
         lengths: Tokens of each prompt (B,).
         prompts: Text of each prompt.
         example_ids: Stable identity of each prompt (B,), int64.
-        messages: The messages each prompt's text was made of, for models that write messages down in another way;
-            `None` for a text that was none.
+        asked: What each prompt says, for models that write it down in another way.
     """
 
     input_ids: Tensor
     lengths: Tensor
     prompts: list[str]
     example_ids: Tensor
-    messages: list[Messages | None] | None = None
+    asked: list[Prompt] | None = None
+
+    @property
+    def messages(self) -> list[Messages | None] | None:
+        """The messages each prompt's text was made of; `None` for a text that was none."""
+        if self.asked is None:
+            return None
+        return [asked.content if isinstance(asked.content, list) else None for asked in self.asked]
 
     def to(self, device: torch.device) -> PromptBatch:
         """The batch on a device."""
@@ -118,7 +124,7 @@ class Collator:
         """A batch of prompts."""
         ids, lengths = pad([r["prompt_ids"] for r in rows], self.pad_id, left=True)
         identities = torch.tensor([r["example_id"] for r in rows])
-        return PromptBatch(ids, lengths, [r["prompt"] for r in rows], identities, [r.get("messages") for r in rows])
+        return PromptBatch(ids, lengths, [r["prompt"] for r in rows], identities, [r["asked"] for r in rows])
 
     def sft(self, rows: list[dict[str, Any]]) -> SFTBatch:
         """A batch of demonstrations: the preferred responses."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -12,17 +12,16 @@ from torch.utils.data import DataLoader
 
 from lit_vapo.data.collate import Collator, pair_labels
 from lit_vapo.data.columns import Columns
-from lit_vapo.data.held import TextSplits
+from lit_vapo.data.encoder import Encoder
+from lit_vapo.data.loaders import TextLoaders
 from lit_vapo.data.mixing import Sources
 from lit_vapo.data.readers import PairReader, PromptReader
-from lit_vapo.data.sampler import LengthSampler
-from lit_vapo.data.splits import FeatureRows, Rows, check_fractions, check_preferred, check_streaming, prefers
-from lit_vapo.data.stream import StreamLoader
+from lit_vapo.data.splits import FeatureRows, check_fractions, check_preferred, check_streaming, prefers
 from lit_vapo.data.tokenise import load_text_tokenizer
 from lit_vapo.types import FeaturePairs
 
 
-class TextDataModule(TextSplits, LightningDataModule):
+class TextDataModule(TextLoaders, LightningDataModule):
     """What the stages share: where texts come from, how they are split, tokenised and cut.
 
     Preferences have the columns `chosen` and `rejected`, and `prompt` unless both are whole dialogues that share
@@ -55,7 +54,12 @@ class TextDataModule(TextSplits, LightningDataModule):
             they are more than half.
         columns: Our name of a column to the files' (`{prompt: question}`), where they differ. `{prompt: null}`: the
             prompt of a pair is what its two responses begin with. `null` for another name leaves that column out.
-        append_eos: End preferred and other responses with the end-of-sequence token.
+        append_eos: End responses that have no end with the end-of-sequence token.
+        templated: Texts are written in the model's chat template already, so that control tokens in them act. Otherwise
+            their names are ordinary text.
+        chat_template_kwargs: Arguments of the chat template, such as `{enable_thinking: false}`.
+        stop_token_ids: Tokens that end a response, besides the end of sequence.
+        trust_remote_code: Let code run that lies beside the tokenizer.
         batch_size: Pairs of a step in the sft and reward stages, prompts of an iteration in the ppo stage; for each
             process.
         num_workers: Processes that prepare batches.
@@ -82,6 +86,10 @@ class TextDataModule(TextSplits, LightningDataModule):
         max_length: int = 1024,
         max_prompt_length: int = 512,
         append_eos: bool = True,
+        templated: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        stop_token_ids: list[int] | None = None,
+        trust_remote_code: bool = False,
         skip_invalid: bool = False,
         columns: dict[str, str | None] | None = None,
         batch_size: int = 32,
@@ -111,67 +119,24 @@ class TextDataModule(TextSplits, LightningDataModule):
         self.stream_buffer = stream_buffer
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
-        self.append_eos = append_eos
         self.skip_invalid = skip_invalid
         self.columns = Columns(columns)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.text_tokenizer = load_text_tokenizer(tokenizer)
+        self.text_tokenizer = load_text_tokenizer(tokenizer, trust_remote_code)
+        self.encoder = Encoder(
+            self.text_tokenizer,
+            stop_token_ids or (),
+            template_kwargs=chat_template_kwargs,
+            templated=templated,
+            append_eos=append_eos,
+        )
         self.collator = Collator(int(self.text_tokenizer.pad_token_id))
-        self._pair_reader = PairReader(self.text_tokenizer, max_length, append_eos)
-        self._prompt_reader = PromptReader(self.text_tokenizer, max_prompt_length)
+        self._pair_reader = PairReader(self.encoder, max_length, self.columns.implicit)
+        self._prompt_reader = PromptReader(self.encoder, max_prompt_length, self.columns.implicit)
         self._rows = {}
         self._features: dict[str, FeatureRows] = {}
-
-    # Loaders.
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
-
-    def _loader(self, rows: Any, collate: Callable[..., Any], **kwargs: Any) -> DataLoader[Any]:
-        return DataLoader(
-            rows,
-            batch_size=self.batch_size,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            **kwargs,
-        )
-
-    def _pair_loader(self, rows: Rows, collate: Callable[..., Any], train: bool) -> DataLoader[Any]:
-        if not train:
-            return self._loader(rows, collate)
-        ranks = self._ranks()
-        batch_size = self.batch_size * ranks.get("num_replicas", 1)
-        lengths = [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
-        return self._loader(rows, collate, sampler=LengthSampler(lengths, batch_size, self.seed, **ranks))
-
-    def _training_pairs(self, collate: Callable[..., Any]) -> DataLoader[Any]:
-        if not self.streams:
-            return self._pair_loader(self.preference_rows("train"), collate, train=True)
-        if self.trainer is not None and self.trainer.max_steps < 0:
-            # Learning rates decay to the end of the run, which a stream does not tell.
-            raise ValueError("trainer.max_steps: expected the steps of a run on data that streams, got -1")
-        return StreamLoader(
-            self.stream(**self._ranks()),
-            lambda: self.trainer.current_epoch if self.trainer is not None else None,
-            batch_size=self.batch_size,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def _ranks(self) -> dict[str, Any]:
-        return (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
-
-    def _prepare_preferences(self) -> None:
-        """Read and check what is held, and the beginning of what streams."""
-        self.preference_rows("val")
-        cut = self.stream().look() if self.streams else None
-        if cut is not None:
-            self.warn(cut)
 
 
 class PreferenceDataModule(TextDataModule):

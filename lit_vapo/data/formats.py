@@ -1,112 +1,70 @@
-"""From a row in one of the usual shapes to plain texts.
+"""From a row in one of the usual shapes to what it says: a prompt, or a preference.
 
 The shapes are those of TRL: an explicit prompt (RewardBench's, too), an implicit one (the two responses are whole
-dialogues that share their beginning), and conversations of role/content messages, which go through the tokenizer's
-chat template. And that of LLMBar: two outputs and the number of the better one.
+dialogues that share their beginning), and conversations of role/content messages. And that of LLMBar: two outputs and
+the number of the better one. No tokenizer plays a part here.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase
-
+from lit_vapo.data.columns import advice, listed
+from lit_vapo.data.conversation import Message, Messages, Preference, Prompt
 from lit_vapo.data.labels import read_labels
-from lit_vapo.data.row import Row, UnusableError
+from lit_vapo.data.row import Row, UnusableError, shown
+from lit_vapo.data.schema import PairColumns, PromptColumns, validated
 
 TURN = "\n\nAssistant:"
-Messages = list[dict[str, str]]
+Said = str | Messages
 
 
-class Preference(NamedTuple):
-    """A stated preference, as texts.
-
-    Attributes:
-        prompt: What both responses answer.
-        chosen: The preferred response.
-        rejected: The other one.
-        margin: By how much it was preferred, in units of reward.
-        templated: The texts hold a chat template's special tokens, so none are to be added.
-        probability: Probability that it is the better one, in [0.5, 1]; 0.5 for a tie.
-        weight: How often the pair counts.
-        subset: Name of the part of the data set it belongs to.
-    """
-
-    prompt: str
-    chosen: str
-    rejected: str
-    margin: float
-    templated: bool
-    probability: float = 1.0
-    weight: float = 1.0
-    subset: str | None = None
-
-
-class Prompt(NamedTuple):
-    """A prompt, as text; `templated` as in `Preference`, and `messages` are those the text was made of, if it was."""
-
-    prompt: str
-    templated: bool
-    messages: Messages | None = None
-
-
-def read_preference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Preference:
+def read_preference(row: Row, implicit: bool = False) -> Preference:
     """The preference that a row states.
 
+    Args:
+        row: The row.
+        implicit: Texts without a prompt begin with it, whether they look like dialogues or not.
+
     Raises:
-        ValueError: A column is missing, of another type or out of its range, a response is empty, both are the
-            same, or messages meet a tokenizer without a chat template.
+        ValueError: A column is missing or holds something else, or the prompt cannot be told from the responses.
+        UnusableError: A response is empty, or both are the same.
     """
     row = _numbered(row)
-    chosen, rejected = column(row, "chosen"), column(row, "rejected")
-    labels = read_labels(row)
-    if isinstance(chosen, list) or isinstance(rejected, list):
-        prompt, chosen, rejected = _conversation(row, tokenizer)
-        templated = True
-    else:
-        templated = False
-        if row.values.get("prompt") is not None:
-            prompt = _text(row, "prompt")
-        else:
-            prompt = shared_prompt(chosen, rejected)
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    prompt, chosen, rejected = _parts(row, implicit)
     for name, response in (("chosen", chosen), ("rejected", rejected)):
-        if not response.strip():
+        if _empty(response):
             message = f"{row.place}: expected a response in column {name!r}, got an empty one"
             raise UnusableError(message, "an empty response")
     if chosen == rejected:
         message = f"{row.place}: expected two different responses, got the same in 'chosen' and 'rejected'"
         raise UnusableError(message, "two equal responses")
-    return Preference(
-        prompt, chosen, rejected, labels.margin, templated, labels.probability, labels.weight, labels.subset
-    )
+    return Preference(prompt, chosen, rejected, read_labels(row))
 
 
-def read_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The prompt of a row: its column `prompt`, or what `chosen` and `rejected` share.
+def read_prompt(row: Row, implicit: bool = False) -> Prompt:
+    """What a row asks: its column `prompt`, or what `chosen` and `rejected` share.
+
+    Args:
+        row: The row.
+        implicit: As in `read_preference`.
 
     Raises:
-        ValueError: There is none, or it is empty.
+        ValueError: There is none, or as in `read_preference`.
+        UnusableError: It is empty.
     """
     row = _numbered(row)
-    value = row.values.get("prompt")
-    if value is None and "chosen" in row.values:
-        preference = read_preference(row, tokenizer)
-        found = Prompt(preference.prompt, preference.templated, _turns(row)[0] if preference.templated else None)
-    elif isinstance(value, str) and isinstance(row.values.get("chosen"), list):
-        # As in `_turns`: a text beside messages is what the user says.
-        found = _templated(row, [{"role": "user", "content": value}], tokenizer)
-    elif isinstance(value, list):
-        found = _templated(row, _messages(row, "prompt"), tokenizer)
+    if "chosen" in row.values and "rejected" in row.values:
+        prompt = _parts(row, implicit)[0]
     else:
-        found = Prompt(_text(row, "prompt"), False)
-    if not found.prompt:
-        raise ValueError(f"{row.place}: expected a prompt in column 'prompt', got an empty one")
-    return found
-
-
-def _templated(row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    return Prompt(_template(row, messages, tokenizer, respond=True), True, messages)
+        columns = validated(PromptColumns, row)
+        if columns.prompt is None:
+            raise ValueError(_no_prompt(row))
+        prompt = _prompt(row, columns, cast("Said", columns.prompt))
+    if not prompt.content:
+        raise UnusableError(f"{row.place}: expected a prompt in column 'prompt', got an empty one", "an empty prompt")
+    return prompt
 
 
 def _numbered(row: Row) -> Row:
@@ -116,120 +74,141 @@ def _numbered(row: Row) -> Row:
         return row
     label = values.get("label")
     if label not in (1, 2) or isinstance(label, bool):
-        raise ValueError(f"{row.place}: expected 1 or 2 in column 'label', got {label!r}")
+        raise ValueError(f"{row.place}: expected 1 or 2 in column 'label', got {shown(label)}")
     better, other = ("output_1", "output_2") if label == 1 else ("output_2", "output_1")
     columns = {"prompt": values["input"], "chosen": values[better], "rejected": values[other]}
-    return Row({**values, **columns}, row.place)
+    return row._replace(values={**values, **columns})
 
 
-def column(row: Row, name: str) -> Any:
-    """A column's text or messages.
+def _parts(row: Row, implicit: bool) -> tuple[Prompt, Said, Said]:
+    """The prompt of a pair, and both responses without it."""
+    columns = validated(PairColumns, row)
+    prompt = cast("Said | None", columns.prompt)
+    chosen, rejected = cast("tuple[Said, Said]", (columns.chosen, columns.rejected))
+    if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
+        text, chosen, rejected = _texts(row, prompt, chosen, rejected, implicit)
+        return _prompt(row, columns, text), chosen, rejected
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        # Beside messages, a text is what the assistant says.
+        answers = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        answers = [chosen, rejected]
+    else:
+        raise ValueError(f"{row.place}: expected texts or messages in both 'chosen' and 'rejected', got one of each")
+    shared, answers = _conversations(row, prompt, answers)
+    return _prompt(row, columns, shared), answers[0], answers[1]
 
-    Raises:
-        ValueError: The column is missing, or holds something else.
+
+def _prompt(row: Row, columns: PromptColumns, content: Said) -> Prompt:
+    """The prompt with what further columns say of it."""
+    if isinstance(content, str):
+        for name, value in (("system", columns.system), ("tools", columns.tools)):
+            if value:
+                raise ValueError(
+                    f"{row.place}: expected messages beside the column {name!r}, got a text; write messages, or leave "
+                    f"the column out with data.columns={{{name}: null}}"
+                )
+        return Prompt(content)
+    if not content:
+        none = f"{row.place}: expected a prompt of at least one message, got none"
+        raise ValueError(_no_prompt(row) if row.values.get("prompt") is None else none)
+    system = {"role": "system", "content": columns.system}
+    turn = next((message for message in content if message["role"] in ("system", "developer")), None)
+    if columns.system and turn is None:
+        content = [system, *content]
+    elif columns.system and turn and (turn.get("content") or "").strip() != columns.system.strip():
+        raise ValueError(
+            f"{row.place}: expected column 'system' to say what the system's message says, got {shown(columns.system)}"
+        )
+    return Prompt(content, columns.tools or None)
+
+
+def _no_prompt(row: Row) -> str:
+    return f"{row.place}: expected column 'prompt', got {listed(row.values)}; {advice(row.values)}"
+
+
+# Texts.
+
+
+def _texts(row: Row, prompt: str | None, chosen: str, rejected: str, implicit: bool) -> tuple[str, str, str]:
+    if prompt is None:
+        prompt = shared_prompt(chosen, rejected, implicit)
+        if prompt is None:
+            raise ValueError(_no_prompt(row) + "; or {prompt: null} if both responses begin with it")
+    elif TURN not in prompt or not (chosen.startswith(prompt) or rejected.startswith(prompt)):
+        return prompt, chosen, rejected
+    # A dialogue, and whole dialogues beside it.
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text.startswith(prompt):
+            raise ValueError(
+                f"{row.place}: expected both responses to begin with the prompt, or none; {name!r} does not"
+            )
+    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+
+
+def shared_prompt(chosen: str, rejected: str, implicit: bool = False) -> str | None:
+    """What two dialogues share, up to and with the last `Assistant:` they have in common (HH-RLHF).
+
+    Args:
+        chosen: A whole dialogue.
+        rejected: The other.
+        implicit: Without such a mark, take all that they share, up to its last space, so that no word is torn apart.
+
+    Returns:
+        The prompt; `None` if there is no mark.
     """
-    if name not in row.values:
-        raise ValueError(f"{row.place}: expected column {name!r}, got columns {sorted(row.values)}")
-    value = row.values[name]
-    if not isinstance(value, (str, list)):
-        raise ValueError(f"{row.place}: expected text or messages in column {name!r}, got {type(value).__name__}")
-    return value
-
-
-def shared_prompt(chosen: str, rejected: str) -> str:
-    """What two dialogues share, up to and with the last `Assistant:` they have in common (HH-RLHF)."""
-    size = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
-    )
-    common = chosen[:size]
+    common = chosen[: _shared(chosen, rejected)]
     turn = common.rfind(TURN)
     if turn >= 0:
         return common[: turn + len(TURN)]
-    # No dialogue markers: cut at a space, so that no word is torn apart.
-    return common[: common.rfind(" ")] if " " in common else ""
+    return common[: max(0, common.rfind(" "))] if implicit else None
 
 
-def _text(row: Row, name: str) -> str:
-    value = column(row, name)
-    if not isinstance(value, str):
-        raise ValueError(f"{row.place}: expected text in column {name!r}, got {type(value).__name__}")
-    return value
+# Messages.
 
 
-def _messages(row: Row, name: str) -> Messages:
-    value = column(row, name)
-    if not isinstance(value, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    ):
-        raise ValueError(f"{row.place}: expected a list of messages with role and content (texts) in column {name!r}")
-    return value
-
-
-def _template(row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase, respond: bool) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{row.place}: expected a tokenizer with a chat template for conversational data, got "
-            f"{tokenizer.name_or_path!r}, which has none"
-        )
-    if not messages:
-        raise ValueError(f"{row.place}: expected a prompt of at least one message, got none")
-    return apply_template(messages, tokenizer, respond, row.place)
-
-
-def apply_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, respond: bool, place: str) -> str:
-    """Messages as the tokenizer's chat template writes them.
-
-    Args:
-        messages: The messages.
-        tokenizer: Whose template.
-        respond: Open the assistant's turn at the end.
-        place: Where the messages are from, for the error.
-
-    Raises:
-        ValueError: The template refuses them.
-    """
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=respond))
-    except Exception as error:  # whatever the template raises, such as that roles must alternate
-        raise ValueError(
-            f"{place}: expected messages that the chat template of {tokenizer.name_or_path!r} takes, got: {error}"
-        ) from error
-
-
-def end_at_stop(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Without the white space that a template writes after a turn's stop token, where a sampled response ends."""
-    stripped = text.rstrip()
-    return stripped if stripped.endswith(tuple(tokenizer.all_special_tokens)) else text
-
-
-def _turns(row: Row) -> tuple[Messages, list[Messages]]:
+def _conversations(row: Row, prompt: Said | None, answers: list[Messages]) -> tuple[Messages, list[Messages]]:
     """The messages that both responses answer, and those of the two responses."""
-    answers = [_messages(row, "chosen"), _messages(row, "rejected")]
-    if row.values.get("prompt") is not None:
-        value = column(row, "prompt")
-        shared = _messages(row, "prompt") if isinstance(value, list) else [{"role": "user", "content": value}]
-        if all(answer[: len(shared)] == shared for answer in answers):
+    said = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if prompt is not None:
+        if all(_begins(answer, said) for answer in answers):
             # Some data sets (UltraFeedback, say) give the prompt in its column and in the conversations again.
-            answers = [answer[len(shared) :] for answer in answers]
-    else:
-        count = next((i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), min(map(len, answers)))
-        # Dialogues may part at a user's message; the responses then begin with the assistant's one before.
-        while 0 < count < min(map(len, answers)) and any(a[count]["role"] != "assistant" for a in answers):
-            count -= 1
-        shared, answers = answers[0][:count], [a[count:] for a in answers]
-    return shared, answers
+            return said, [answer[len(said) :] for answer in answers]
+        if not any(message["role"] in ("user", "system", "developer") for answer in answers for message in answer):
+            return said, answers
+    count = _shared(*[[_content(message) for message in answer] for answer in answers])
+    # Dialogues may part at a user's message; the responses then begin with the assistant's one before.
+    while 0 < count < min(map(len, answers)) and any(answer[count]["role"] != "assistant" for answer in answers):
+        count -= 1
+    shared = answers[0][:count]
+    if prompt is not None and not _begins(shared[-len(said) :], said):
+        raise ValueError(
+            f"{row.place}: expected in column 'prompt' the beginning of the conversations in 'chosen' and 'rejected', "
+            f"or the last of what they share, got {shown(said[-1].get('content') if said else '')}"
+        )
+    return shared, [answer[count:] for answer in answers]
 
 
-def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    shared, answers = _turns(row)
-    prompt = _template(row, shared, tokenizer, respond=True)
-    texts = []
-    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if not "".join(message["content"] for message in answer).strip():
-            texts.append("")
-            continue
-        whole = _template(row, shared + answer, tokenizer, respond=False)
-        if not whole.startswith(prompt):
-            raise ValueError(f"{row.place}: expected {name!r} to continue the prompt under the chat template")
-        texts.append(end_at_stop(whole[len(prompt) :], tokenizer))
-    return prompt, texts[0], texts[1]
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items both begin with."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _begins(messages: Messages, said: Messages) -> bool:
+    return len(messages) >= len(said) and all(map(_same, messages, said))
+
+
+def _same(one: Message, other: Message) -> bool:
+    return _content(one) == _content(other)
+
+
+def _content(message: Message) -> tuple[Any, ...]:
+    """What a message says; its other keys (a name, say) are no part of that."""
+    return message["role"], (message.get("content") or "").strip(), message.get("tool_calls") or None
+
+
+def _empty(response: Said) -> bool:
+    if isinstance(response, str):
+        return not response.strip()
+    return not any((m.get("content") or "").strip() or m.get("tool_calls") for m in response)

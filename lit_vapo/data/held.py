@@ -145,4 +145,4 @@ class TextSplits:
     def _load_prompts(self, sources: Sources, key: str) -> Rows:
         rows = read_all(sources, key, self._prompt_reader.read, self.skip_invalid, self.columns)
         # Several pairs may answer one prompt; a file of prompts is taken as it is.
-        return rows if self.own_prompts else list({row["prompt"]: row for row in rows}.values())
+        return rows if self.own_prompts else list({row["identity"]: row for row in rows}.values())

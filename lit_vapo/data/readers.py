@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-from transformers import PreTrainedTokenizerBase
-
 from lit_vapo.data.columns import Columns
+from lit_vapo.data.conversation import Messages
+from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.formats import read_preference, read_prompt
 from lit_vapo.data.mixing import Sources, counts, draw, row_hash, shares
 from lit_vapo.data.row import Row, UnusableError, attempt
 from lit_vapo.data.sources import LeftOut, each_row, load_rows
-from lit_vapo.data.tokenise import Truncation, tokenise_preference, tokenise_prompt
+from lit_vapo.data.tokenise import Truncation, fit, stable_id
 
 T = TypeVar("T")
 
@@ -21,14 +22,14 @@ class PairReader(NamedTuple):
     """Reads a preference. It holds what that takes and no more, since processes that prepare batches get a copy.
 
     Attributes:
-        tokenizer: The tokenizer.
+        encoder: Makes tokens of it.
         max_length: Most tokens of prompt and response.
-        append_eos: End responses with the end of sequence.
+        implicit: As in `read_preference`.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
     max_length: int
-    append_eos: bool
+    implicit: bool = False
 
     def read(self, row: Row) -> tuple[dict[str, Any], Truncation]:
         """The tokens of a pair with its place, and what was cut.
@@ -36,15 +37,31 @@ class PairReader(NamedTuple):
         Raises:
             ValueError: The row is no preference, or its responses do not differ within `max_length`.
         """
-        preference = read_preference(row, self.tokenizer)
-        tokens, cut = tokenise_preference(preference, self.tokenizer, self.max_length, self.append_eos)
-        if tokens["chosen_ids"] == tokens["rejected_ids"]:
+        preference = read_preference(row, self.implicit)
+        pair = self.encoder.pair(preference, row.place)
+        sides = (pair.chosen_ids, pair.rejected_ids)
+        prompt, (chosen, rejected), cut = fit(
+            pair.prompt_ids, sides, self.max_length, self.encoder.tokenizer.bos_token_id
+        )
+        if chosen == rejected:
             message = (
                 f"{row.place}: expected two responses that differ within data.max_length = {self.max_length} "
                 "tokens, got the same tokens"
             )
             raise UnusableError(message, "two responses equal within data.max_length")
-        return {**tokens, "place": row.place}, cut
+        identity = preference.prompt.identity
+        tokens = {
+            "chosen_ids": prompt + chosen,
+            "rejected_ids": prompt + rejected,
+            "prompt_length": len(prompt),
+            **preference.labels._asdict(),
+            # Of what the row says, so that neither a template nor a tokenizer moves it to another split.
+            "example_id": stable_id(identity, _text(preference.chosen), _text(preference.rejected)),
+            "identity": identity,
+            "prompt": pair.prompt,
+            "place": row.place,
+        }
+        return tokens, cut
 
     def truncation(self, cuts: Iterable[Truncation], key: str) -> str | None:
         """What was cut, in words; None if nothing was."""
@@ -62,12 +79,14 @@ class PromptReader(NamedTuple):
     """Reads a prompt.
 
     Attributes:
-        tokenizer: The tokenizer.
+        encoder: Makes tokens of it.
         max_prompt_length: Most tokens of a prompt.
+        implicit: As in `read_prompt`.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
     max_prompt_length: int
+    implicit: bool = False
 
     def read(self, row: Row) -> dict[str, Any]:
         """The tokens of a prompt.
@@ -75,8 +94,25 @@ class PromptReader(NamedTuple):
         Raises:
             ValueError: The row has no prompt, or one that is too long.
         """
-        prompt = read_prompt(row, self.tokenizer)
-        return tokenise_prompt(prompt, self.tokenizer, self.max_prompt_length, row.place)
+        asked = read_prompt(row, self.implicit)
+        ids, text = self.encoder.prompt(asked, row.place)
+        if not 1 <= len(ids) <= self.max_prompt_length:
+            message = f"{row.place}: expected a prompt of 1 … {self.max_prompt_length} tokens (data.max_prompt_length)"
+            kind = "a prompt longer than data.max_prompt_length" if ids else "an empty prompt"
+            raise UnusableError(f"{message}, got {len(ids)}", kind)
+        identity = asked.identity
+        return {
+            "prompt_ids": ids,
+            "prompt": text,
+            "asked": asked,
+            "example_id": stable_id(identity),
+            "identity": identity,
+            "place": row.place,
+        }
+
+
+def _text(response: str | Messages) -> str:
+    return response if isinstance(response, str) else json.dumps(response, sort_keys=True, ensure_ascii=False)
 
 
 def read_all(
@@ -138,7 +174,7 @@ def first_prompts(
         except ValueError as error:
             left_out.add(error)
             continue
-        found.setdefault(tokens["prompt"], tokens)
+        found.setdefault(tokens["identity"], tokens)
         if len(found) == count:
             break
     left_out.refuse(total)

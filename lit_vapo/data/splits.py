@@ -51,11 +51,11 @@ def set_aside(rows: Rows, validation: float, test: float = 0.0) -> tuple[Rows, R
     Validation takes the lowest hashes and the test the highest, so that neither depends on the other's size.
     Where nearly all rows share one prompt, it cannot tell them apart: the whole example does.
     """
-    prompts = {row["prompt"] for row in rows}
+    prompts = {row["identity"] for row in rows}
     by_prompt = 2 * len(prompts) > len(rows) or len(prompts) >= 100
     parts: tuple[Rows, Rows, Rows] = ([], [], [])
     for row in rows:
-        where = position(stable_id(row["prompt"]) if by_prompt else row["example_id"])
+        where = position(stable_id(row["identity"]) if by_prompt else row["example_id"])
         parts[1 if where < validation else 2 if where >= 1 - test else 0].append(row)
     return parts
 

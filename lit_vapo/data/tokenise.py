@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from pathlib import Path
+from typing import NamedTuple, Protocol, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lit_vapo.data.formats import Messages, Preference, Prompt, apply_template, end_at_stop
-from lit_vapo.data.row import UnusableError
+from lit_vapo.data.conversation import Messages
 from lit_vapo.types import TokenSequence
 
 
@@ -20,20 +20,31 @@ class Truncation(NamedTuple):
     responses: int
 
 
-def load_text_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_text_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """A tokenizer with a padding token: its own, or the end of sequence.
 
     Padding may equal the end of sequence, since masks come from lengths.
 
+    Args:
+        path: Folder or hub name.
+        trust_remote_code: Whether code that lies beside the tokenizer may run.
+
     Raises:
-        ValueError: There is no tokenizer at `path`, or it has neither token.
+        ValueError: There is no tokenizer at `path`, it brings code, or it has neither token.
     """
+    place = str(Path(path).expanduser()) if path.startswith("~") else path
     try:
-        tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(path))
+        found = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"data.tokenizer: expected a tokenizer without code of its own, got {path!r}; if you trust the code, "
+                "allow it with data.trust_remote_code=true"
+            ) from error
         raise ValueError(
             f"data.tokenizer: expected a folder or hub name of a tokenizer, got {path!r} ({error})"
         ) from error
+    tokenizer = cast("PreTrainedTokenizerBase", found)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"data.tokenizer: expected a pad or an end-of-sequence token, got neither in {path!r}")
@@ -113,26 +124,30 @@ def _as_templated(
     return prompt, end_at_stop(whole[len(prompt) :], tokenizer), False
 
 
-def tokenise_preference(
-    preference: Preference, tokenizer: PreTrainedTokenizerBase, max_length: int, append_eos: bool
-) -> tuple[dict[str, Any], Truncation]:
-    """Token ids of both sides of a pair, which share their prompt's tokens; too long ones as in `fit`."""
-    prompt = prompt_ids(tokenizer, preference.prompt, preference.templated)
-    chosen = response_ids(tokenizer, preference.chosen, append_eos and not preference.templated)
-    rejected = response_ids(tokenizer, preference.rejected, append_eos and not preference.templated)
-    kept, (chosen, rejected), cut = fit(prompt, (chosen, rejected), max_length, tokenizer.bos_token_id)
-    row = {
-        "chosen_ids": kept + chosen,
-        "rejected_ids": kept + rejected,
-        "prompt_length": len(kept),
-        "margin": preference.margin,
-        "probability": preference.probability,
-        "weight": preference.weight,
-        "subset": preference.subset,
-        "example_id": stable_id(preference.prompt, preference.chosen, preference.rejected),
-        "prompt": preference.prompt,
-    }
-    return row, cut
+def apply_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, respond: bool, place: str) -> str:
+    """Messages as the tokenizer's chat template writes them.
+
+    Args:
+        messages: The messages.
+        tokenizer: Whose template.
+        respond: Open the assistant's turn at the end.
+        place: Where the messages are from, for the error.
+
+    Raises:
+        ValueError: The template refuses them.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=respond))
+    except Exception as error:  # whatever the template raises, such as that roles must alternate
+        raise ValueError(
+            f"{place}: expected messages that the chat template of {tokenizer.name_or_path!r} takes, got: {error}"
+        ) from error
+
+
+def end_at_stop(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Without the white space that a template writes after a turn's stop token, where a sampled response ends."""
+    stripped = text.rstrip()
+    return stripped if stripped.endswith(tuple(tokenizer.all_special_tokens)) else text
 
 
 def fit(
@@ -166,24 +181,6 @@ def _end(prompt: list[int], room: int, bos: int | None) -> list[int]:
     if len(prompt) <= room:
         return prompt
     return [prompt[0], *prompt[1 - room :]] if room > 1 and prompt[0] == bos else prompt[-room:]
-
-
-def tokenise_prompt(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, place: str
-) -> dict[str, Any]:
-    """Token ids of a prompt to respond to.
-
-    Raises:
-        ValueError: The prompt is longer than allowed, or has no token.
-    """
-    ids = prompt_ids(tokenizer, prompt.prompt, prompt.templated)
-    if not 1 <= len(ids) <= max_prompt_length:
-        message = (
-            f"{place}: expected a prompt of 1 … {max_prompt_length} tokens (data.max_prompt_length), got {len(ids)}"
-        )
-        raise UnusableError(message, "a prompt longer than data.max_prompt_length" if ids else "an empty prompt")
-    identity = stable_id(prompt.prompt)
-    return {"prompt_ids": ids, "prompt": prompt.prompt, "example_id": identity, "messages": prompt.messages}
 
 
 def stable_id(*texts: str) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_vapo.data.collate import PromptBatch
-from lit_vapo.data.formats import Messages
+from lit_vapo.data.conversation import Messages
 from lit_vapo.data.tokenise import PairEncoder, pair_encoder
 from lit_vapo.functional import clip_rewards, sequence_log_ratio
 from lit_vapo.models.actor_critic import ActorCritic, Rows

@@ -3,6 +3,7 @@
 import torch
 
 from lit_vapo.data.collate import Collator, PreferenceBatch, PromptBatch, SFTBatch
+from lit_vapo.data.conversation import Prompt
 
 END = 7  # pads, and ends every response
 LARGE = 2**63 - 1
@@ -50,7 +51,10 @@ def test_lengths_give_back_every_row():
 
 
 def test_prompts_are_padded_on_the_left_and_move_as_one():
-    rows = [{"prompt_ids": ids, "prompt": str(ids), "example_id": len(ids)} for ids in ([END, 2, END], [5])]
+    rows = [
+        {"prompt_ids": ids, "prompt": str(ids), "asked": Prompt(str(ids)), "example_id": len(ids)}
+        for ids in ([END, 2, END], [5])
+    ]
     batch = Collator(END).prompts(rows)
     assert batch.input_ids.tolist() == [[END, 2, END], [END, END, 5]]
     for row, ids, size in zip(rows, batch.input_ids, batch.lengths, strict=True):

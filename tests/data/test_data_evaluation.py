@@ -28,11 +28,11 @@ def make(kind, model, file, **options):
 
 
 def prompts(rows):
-    return {row["prompt"] for row in rows}
+    return {row["identity"] for row in rows}
 
 
 def test_three_parts_of_a_whole():
-    rows = [{"prompt": f"p{i}", "example_id": i} for i in range(4000)]
+    rows = [{"identity": f"p{i}", "example_id": i} for i in range(4000)]
     train, val, test = set_aside(rows, 0.1, 0.2)
     assert prompts(train) | prompts(val) | prompts(test) == prompts(rows)
     assert len(train) + len(val) + len(test) == 4000

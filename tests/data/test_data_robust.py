@@ -2,39 +2,13 @@
 
 import pytest
 import torch
-from helpers import tiny_preferences, tiny_tokenizer, write_jsonl
+from helpers import tiny_preferences, write_jsonl
 from lightning.pytorch import Trainer
 from torch.utils.data import DistributedSampler
 
 from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule
-from lit_vapo.data.formats import read_preference
 from lit_vapo.data.sampler import LengthSampler
-from lit_vapo.data.sources import Row, load_rows
-
-CHATML = (
-    "{% for m in messages %}"
-    "<bos>{{ m['role'] }}:{{ m['content'] }}<eos>\n{% endfor %}{% if add_generation_prompt %}<bos>assistant:{% endif %}"
-)
-
-
-def said(role, content):
-    return {"role": role, "content": content}
-
-
-@pytest.fixture
-def chat(tmp_path):
-    fast = tiny_tokenizer(tmp_path / "chat", chat_template=True)
-    fast.chat_template = CHATML
-    fast.save_pretrained(tmp_path / "chat")
-    return fast
-
-
-def test_dialogues_that_part_at_a_user_turn_answer_the_turn_before(chat):
-    start = [said("user", "q"), said("assistant", "a")]
-    row = Row({"chosen": [*start, said("user", "x")], "rejected": [*start, said("user", "z")]}, "p")
-    assert read_preference(row, chat)[:3] == (
-        "<bos>user:q<eos>\n<bos>assistant:", "a<eos>\n<bos>user:x<eos>", "a<eos>\n<bos>user:z<eos>"
-    )  # fmt: skip
+from lit_vapo.data.sources import load_rows
 
 
 def test_a_data_set_that_the_hub_does_not_have_is_named():

@@ -13,7 +13,7 @@ from lit_vapo.types import PairLabels
 
 def rows(count, per_prompt=1, generic=False):
     prompts = ["Review:" if generic else f"p{i // per_prompt}" for i in range(count)]
-    return [{"prompt": p, "example_id": stable_id(p, str(i))} for i, p in enumerate(prompts)]
+    return [{"prompt": p, "identity": p, "example_id": stable_id(p, str(i))} for i, p in enumerate(prompts)]
 
 
 def ids(part):

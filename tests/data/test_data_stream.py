@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lit_vapo.cli import main
 from lit_vapo.data.collate import PreferenceBatch, SFTBatch
 from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule, SFTDataModule
+from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.readers import PairReader
 from lit_vapo.data.stream import LOOK, PairStream, Shard, by_length
 
@@ -40,7 +41,7 @@ def file(tmp_path_factory):
 
 
 def make(tokenizer, sources, **options):
-    return PairStream(sources, "data.preferences", PairReader(tokenizer, 64, True), **{"batch_size": 4, **options})
+    return PairStream(sources, "data.preferences", PairReader(Encoder(tokenizer), 64), **{"batch_size": 4, **options})
 
 
 def data(kind, model, sources, **options):

@@ -1,4 +1,4 @@
-"""Tokens: one beginning of sequence, the same prompt on every path, and truncation that spares the response."""
+"""Tokens: the same prompt on every path, truncation that spares the response, identities that no template moves."""
 
 import hashlib
 
@@ -6,16 +6,10 @@ import pytest
 from helpers import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from lit_vapo.data.formats import Preference, Prompt, read_preference, read_prompt
-from lit_vapo.data.sources import Row
-from lit_vapo.data.tokenise import (
-    load_text_tokenizer,
-    position,
-    response_ids,
-    stable_id,
-    tokenise_preference,
-    tokenise_prompt,
-)
+from lit_vapo.data.encoder import Encoder
+from lit_vapo.data.readers import PairReader, PromptReader
+from lit_vapo.data.row import Row, UnusableError
+from lit_vapo.data.tokenise import fit, load_text_tokenizer, position, response_ids, stable_id
 
 USER = {"role": "user", "content": "the film"}
 SHAPES = {
@@ -50,73 +44,50 @@ def tokenizer(request, tmp_path):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_preference_path_and_prompt_path_agree(tokenizer, shape):
     row = Row(SHAPES[shape], "here")
-    pair, _ = tokenise_preference(read_preference(row, tokenizer), tokenizer, 100, append_eos=True)
-    prompt = tokenise_prompt(read_prompt(row, tokenizer), tokenizer, 100, "here")
+    encoder = Encoder(tokenizer)
+    pair, _ = PairReader(encoder, 100).read(row)
+    prompt = PromptReader(encoder, 100).read(row)
     size = pair["prompt_length"]
     assert pair["chosen_ids"][:size] == pair["rejected_ids"][:size] == prompt["prompt_ids"]
-    assert pair["prompt"] == prompt["prompt"]
+    assert (pair["prompt"], pair["identity"]) == (prompt["prompt"], prompt["identity"])
     # One end of sequence, where a policy would write it.
     assert pair["chosen_ids"][size:].count(tokenizer.eos_token_id) == 1
     assert pair["chosen_ids"][-1] == pair["rejected_ids"][-1] == tokenizer.eos_token_id
     assert prompt["prompt_ids"][-1] != tokenizer.eos_token_id
 
 
+BOS, PROMPT = 1, [1, 11, 12, 13]
+
+
 @pytest.mark.parametrize(
-    ("text", "templated", "count"),
-    [("the film", False, 1), ("<bos>the film", False, 1), ("<bos>user:the film", True, 1)],
+    ("prompt", "responses", "size", "kept", "left", "cut"),
+    [
+        (PROMPT, [[5, 6], [7]], 6, PROMPT, [[5, 6], [7]], (0, 0)),
+        # Both sides lose the same prompt token, though only the longer one has to; the beginning of sequence stays.
+        (PROMPT, [[5, 6], [7]], 5, [1, 12, 13], [[5, 6], [7]], (1, 0)),
+        (PROMPT, [[5, 6], [7]], 3, [13], [[5, 6], [7]], (1, 0)),
+        (PROMPT[1:], [[5, 6], [7]], 4, [12, 13], [[5, 6], [7]], (1, 0)),
+        # Responses lose their end last, and one by one.
+        (PROMPT, [[5, 6, 7], [8]], 2, [13], [[5], [8]], (1, 1)),
+        (PROMPT, [[5, 6, 7], [8, 9]], 2, [13], [[5], [8]], (1, 2)),
+        ([], [[5, 6, 7], [8]], 2, [], [[5, 6], [8]], (0, 1)),
+    ],
 )
-def test_beginning_of_sequence_comes_once(tmp_path, text, templated, count):
-    tokenizer = wrapping(tmp_path, "<bos> $A")
-    ids = tokenise_prompt(Prompt(text, templated), tokenizer, 100, "here")["prompt_ids"]
-    assert ids[0] == tokenizer.bos_token_id
-    assert ids.count(tokenizer.bos_token_id) == count
+def test_truncation_spares_the_response(prompt, responses, size, kept, left, cut):
+    assert fit(prompt, responses, size, BOS) == (kept, left, cut)
 
 
-def preference(prompt="the film was good and", chosen=" good", rejected=" bad bad"):
-    return Preference(prompt, chosen, rejected, 0.0, False)
-
-
-def test_truncation_starts_exactly_above_the_limit(tmp_path):
-    tokenizer = tiny_tokenizer(tmp_path)
-    whole, _ = tokenise_preference(preference(), tokenizer, 1000, append_eos=True)
-    longest = max(len(whole["chosen_ids"]), len(whole["rejected_ids"]))
-    assert tokenise_preference(preference(), tokenizer, longest, append_eos=True) == (whole, (0, 0))
-    cut, counted = tokenise_preference(preference(), tokenizer, longest - 1, append_eos=True)
-    assert counted == (1, 0)
-    # Both sides lose the same prompt token, though only the longer one had to.
-    assert cut["chosen_ids"] == whole["chosen_ids"][1:]
-    assert cut["rejected_ids"] == whole["rejected_ids"][1:]
-
-
-def test_truncation_keeps_the_beginning_of_sequence(tmp_path):
-    tokenizer = wrapping(tmp_path, "<bos> $A")
-    whole, _ = tokenise_preference(preference(), tokenizer, 1000, append_eos=True)
-    size, response = whole["prompt_length"], whole["rejected_ids"][whole["prompt_length"] :]
-    cut, counted = tokenise_preference(preference(), tokenizer, len(response) + 3, append_eos=True)
-    assert counted == (1, 0)
-    assert cut["rejected_ids"] == [tokenizer.bos_token_id, *whole["rejected_ids"][size - 2 : size], *response]
-    least, _ = tokenise_preference(preference(), tokenizer, len(response) + 1, append_eos=True)
-    assert least["rejected_ids"] == [whole["rejected_ids"][size - 1], *response]
-
-
-def test_truncation_cuts_responses_last_and_one_by_one(tmp_path):
-    tokenizer = tiny_tokenizer(tmp_path)
-    pair = preference(chosen=" good", rejected=" bad" * 10)
-    whole, _ = tokenise_preference(pair, tokenizer, 1000, append_eos=True)
+def test_pairs_are_cut_and_lose_what_tells_them_apart(tmp_path):
+    encoder = Encoder(tiny_tokenizer(tmp_path))
+    row = Row({"prompt": "the film", "chosen": " was good", "rejected": " was bad"}, "q.jsonl, line 9")
+    whole, _ = PairReader(encoder, 100).read(row)
     size = whole["prompt_length"]
-    chosen = whole["chosen_ids"][size:]
-    cut, counted = tokenise_preference(pair, tokenizer, len(chosen) + 1, append_eos=True)
-    assert counted == (1, 1)
-    assert cut["chosen_ids"] == [whole["chosen_ids"][size - 1], *chosen]
-    assert cut["rejected_ids"] == whole["rejected_ids"][size - 1 : size + len(chosen)]
-
-
-def test_without_a_prompt_the_response_may_fill_everything(tmp_path):
-    tokenizer = tiny_tokenizer(tmp_path)
-    row, counted = tokenise_preference(preference(prompt="", chosen=" good"), tokenizer, 3, append_eos=True)
-    assert row["prompt_length"] == 0
-    assert len(row["rejected_ids"]) == 3
-    assert counted.prompts == 0
+    cut, counted = PairReader(encoder, len(whole["chosen_ids"]) - 1).read(row)
+    assert (cut["chosen_ids"], counted) == (whole["chosen_ids"][1:], (1, 0))
+    assert cut["example_id"] == whole["example_id"] == stable_id("the film", " was good", " was bad")
+    with pytest.raises(UnusableError, match="line 9: expected two responses that differ within data.max_length"):
+        PairReader(encoder, 2).read(row)
+    assert size > 1
 
 
 def test_the_end_of_sequence_is_optional_and_never_double(tmp_path):
@@ -128,14 +99,25 @@ def test_the_end_of_sequence_is_optional_and_never_double(tmp_path):
     assert response_ids(tokenizer, " good<eos>", append_eos=True) == [*bare, end]
 
 
-def test_prompts_fit_exactly_or_are_refused(tmp_path):
+def test_prompts_fit_exactly_or_are_of_no_use(tmp_path):
     tokenizer = tiny_tokenizer(tmp_path)
     size = len(tokenizer("the film was good")["input_ids"])
-    prompt = Prompt("the film was good", False)
-    assert len(tokenise_prompt(prompt, tokenizer, size, "q.jsonl, line 9")["prompt_ids"]) == size
+    row = Row({"prompt": "the film was good"}, "q.jsonl, line 9")
+    assert len(PromptReader(Encoder(tokenizer), size).read(row)["prompt_ids"]) == size
     message = rf"q.jsonl, line 9: expected a prompt of 1 … {size - 1} tokens \(data.max_prompt_length\), got {size}"
-    with pytest.raises(ValueError, match=message):
-        tokenise_prompt(prompt, tokenizer, size - 1, "q.jsonl, line 9")
+    with pytest.raises(UnusableError, match=message):
+        PromptReader(Encoder(tokenizer), size - 1).read(row)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_neither_template_nor_tokenizer_moves_a_row_to_another_split(tmp_path, shape):
+    one, other = tiny_tokenizer(tmp_path / "a", chat_template=True), wrapping(tmp_path / "b", "<bos> $A <eos>")
+    other.chat_template = "today is {{ strftime_now('%s') }} " + one.chat_template
+    found = [PairReader(Encoder(tokenizer), 100).read(Row(SHAPES[shape], "here"))[0] for tokenizer in (one, other)]
+    asked = [PromptReader(Encoder(tokenizer), 100).read(Row(SHAPES[shape], "here")) for tokenizer in (one, other)]
+    for rows in (found, asked):
+        assert len({(row["example_id"], row["identity"]) for row in rows}) == 1
+    assert stable_id(found[0]["identity"]) == asked[0]["example_id"]
 
 
 def test_padding_token_is_the_tokenizers_own_or_the_end(tmp_path):
