@@ -251,7 +251,7 @@ def test_bad_rows_are_named_before_training(run, tmp_path, rows, message):
 def test_conversations_need_a_chat_template(run, tmp_path):
     plain = tiny_model(tmp_path / "plain", tiny_tokenizer(tmp_path / "plain"))
     turn = [{"role": "user", "content": "a"}]
-    rows = [{"prompt": turn, "chosen": [{"role": "assistant", "content": w}], "rejected": turn} for w in "bc"]
+    rows = [{"prompt": turn, "chosen": w, "rejected": "z"} for w in "bc"]
     with pytest.raises(ValueError, match="expected a tokenizer with a chat template for conversational data, got"):
         run(
             "reward",
