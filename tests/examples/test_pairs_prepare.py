@@ -54,9 +54,9 @@ def test_half_of_the_prompts_are_judged_on_by_what_people_said(tmp_path, tiny_mo
 
 def test_other_options_and_unusable_rows_are_refused(tmp_path, tiny_model_dir, capsys):
     good = [pair(i) for i in range(20)]
-    file = write(tmp_path / "pairs.jsonl", [*good, {"prompt": "film", "chosen": "", "rejected": " b"}])
+    file = write(tmp_path / "pairs.jsonl", [*good, {"prompt": "film", "chosen": 3, "rejected": " b"}])
     out, base = str(tmp_path / "out"), str(tiny_model_dir)
-    with pytest.raises(ValueError, match=r"pairs\.jsonl, line 21: expected a response"):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl, line 21: expected text or messages"):
         prepare(file, base, out)
     with pytest.warns(UserWarning, match="left out 1 of 21 rows"):
         prepare(file, base, out, skip_invalid=True)
