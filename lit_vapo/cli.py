@@ -24,6 +24,9 @@ commands for a finished ensemble:
   reward calibrate     centre and scale the members anew on responses of a reference policy
   reward disagreement  draw the scores of all members, and the distribution of their σ
 
+commands for data:
+  data show            show what training makes of a file, token by token, and count what is wrong with it
+
 commands for repeated runs:
   study run            run what is missing of a study, and report
   study report         tables, pictures and verdicts of a study
@@ -62,14 +65,16 @@ def _run(words: list[str]) -> None:
         _export(words[1:])
     elif words[0] == "reward" and words[1:2] and words[1] in TOOLS:
         _tool(words[1], words[2:])
+    elif words[:2] == ["data", "show"]:
+        _data_show(words[2:])
     elif words[0] == "study" and words[1:2] and words[1] in STUDY:
         _study(words[1:])
     elif words[0] in STAGES:
         _stage(words[0], words[1:])
     else:
-        given = " ".join(words[:2]) if words[0] == "study" else words[0]
+        given = " ".join(words[:2]) if words[0] in ("study", "data") else words[0]
         raise ValueError(
-            f"expected a stage ({', '.join(STAGES)}), export, study run or study report, got {given!r}\n"
+            f"expected a stage ({', '.join(STAGES)}), export, data show, study run or study report, got {given!r}\n"
             "All commands: lit-vapo --help"
         )
 
@@ -119,6 +124,12 @@ def _export(words: list[str]) -> None:
     parser = Parser(prog="lit-vapo export", description=(export.__doc__ or "").partition("\n\n")[0])
     parser.add_function_arguments(export, as_group=False)
     export(**parser.parse_args(words).as_dict())
+
+
+def _data_show(words: list[str]) -> None:
+    from lit_vapo.modules.data_show import main as show
+
+    show(words)
 
 
 def _study(words: list[str]) -> None:

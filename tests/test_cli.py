@@ -27,9 +27,7 @@ def test_usage(capsys):
 
 
 def test_an_unknown_stage_is_refused():
-    message = (
-        r"expected a stage \(sft, reward, ppo\), export, study run or study report, got 'dpo'\nAll commands: lit-v"
-    )
+    message = r"expected a stage \(sft, reward, ppo\), export, data show, study run or study report, got 'dpo'\nAll"
     with pytest.raises(ValueError, match=message):
         main(["dpo", "fit"])
 

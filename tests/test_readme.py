@@ -77,6 +77,8 @@ def stage_problems(arguments: list[str], root: Path, stages: set[str]) -> list[s
     stage, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if stage == "study":
         found += [] if rest and rest[0] in cli.STUDY else [f"lit-vapo study has no command {rest[:1]}"]
+    elif stage == "data":
+        found += [] if rest[:1] == ["show"] else [f"lit-vapo data has no command {rest[:1]}"]
     elif stage not in stages | {"export", "--help"}:
         found.append(f"lit-vapo has no stage {stage!r}")
     elif stage in stages and (
@@ -165,6 +167,8 @@ def test_named_classes_exist(readme: str) -> None:
         ("make demo PYTHON=python3.12", None),
         ("lit-vapo pppo fit", "lit-vapo has no stage 'pppo'"),
         ("lit-vapo ppo train", "lit-vapo ppo has no command ['train']"),
+        ("lit-vapo data fit", "lit-vapo data has no command ['fit']"),
+        ("lit-vapo data show my/pairs.jsonl", None),
         ("lit-vapo study fit", "lit-vapo study has no command ['fit']"),
         ("lit-vapo study run --config configs/there.yaml", None),
         ("lit-vapo ppo fit --config configs/none.yaml", "no file configs/none.yaml"),

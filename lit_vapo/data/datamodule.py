@@ -12,12 +12,10 @@ from torch.utils.data import DataLoader
 
 from lit_vapo.data.collate import Collator, pair_labels
 from lit_vapo.data.columns import Columns
-from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.loaders import TextLoaders
 from lit_vapo.data.mixing import Sources
-from lit_vapo.data.readers import PairReader, PromptReader
+from lit_vapo.data.readers import PairReader, PromptReader, load_encoder
 from lit_vapo.data.splits import FeatureRows, check_fractions, check_preferred, check_streaming, prefers
-from lit_vapo.data.tokenise import load_text_tokenizer
 from lit_vapo.types import FeaturePairs
 
 
@@ -58,7 +56,7 @@ class TextDataModule(TextLoaders, LightningDataModule):
         templated: Texts are written in the model's chat template already, so that control tokens in them act. Otherwise
             their names are ordinary text.
         chat_template_kwargs: Arguments of the chat template, such as `{enable_thinking: false}`.
-        stop_token_ids: Tokens that end a response, besides the end of sequence.
+        stop_token_ids: Tokens that end a response, besides those that the model's configuration names.
         trust_remote_code: Let code run that lies beside the tokenizer.
         batch_size: Pairs of a step in the sft and reward stages, prompts of an iteration in the ppo stage; for each
             process.
@@ -124,14 +122,10 @@ class TextDataModule(TextLoaders, LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.text_tokenizer = load_text_tokenizer(tokenizer, trust_remote_code)
-        self.encoder = Encoder(
-            self.text_tokenizer,
-            stop_token_ids or (),
-            template_kwargs=chat_template_kwargs,
-            templated=templated,
-            append_eos=append_eos,
+        self.encoder = load_encoder(
+            tokenizer, append_eos, templated, chat_template_kwargs, stop_token_ids, trust_remote_code
         )
+        self.text_tokenizer = self.encoder.tokenizer
         self.collator = Collator(int(self.text_tokenizer.pad_token_id))
         self._pair_reader = PairReader(self.encoder, max_length, self.columns.implicit)
         self._prompt_reader = PromptReader(self.encoder, max_prompt_length, self.columns.implicit)

@@ -13,9 +13,36 @@ from lit_vapo.data.formats import read_preference, read_prompt
 from lit_vapo.data.mixing import Sources, counts, draw, row_hash, shares
 from lit_vapo.data.row import Row, UnusableError, attempt
 from lit_vapo.data.sources import LeftOut, each_row, load_rows
-from lit_vapo.data.tokenise import Truncation, fit, stable_id
+from lit_vapo.data.stopping import find_stops
+from lit_vapo.data.tokenise import Truncation, fit, load_text_tokenizer, stable_id
 
 T = TypeVar("T")
+
+
+def load_encoder(
+    tokenizer: str,
+    append_eos: bool = True,
+    templated: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    stop_token_ids: list[int] | None = None,
+    trust_remote_code: bool = False,
+) -> Encoder:
+    """What makes tokens of texts and messages.
+
+    Args:
+        tokenizer: Folder or hub name of the tokenizer.
+        append_eos: As in `Encoder`.
+        templated: As in `Encoder`.
+        chat_template_kwargs: Arguments of the chat template.
+        stop_token_ids: Tokens that end a response, besides those that the model's configuration names.
+        trust_remote_code: Whether code that lies beside the tokenizer may run.
+
+    Raises:
+        ValueError: There is no such tokenizer, it brings code, or one of the options does not fit it.
+    """
+    loaded = load_text_tokenizer(tokenizer, trust_remote_code)
+    stops = find_stops(tokenizer, loaded, stop_token_ids)
+    return Encoder(loaded, stops, template_kwargs=chat_template_kwargs, templated=templated, append_eos=append_eos)
 
 
 class PairReader(NamedTuple):
