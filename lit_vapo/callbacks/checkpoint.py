@@ -2,18 +2,69 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+PARTIAL = ".{}.partial"
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its destination and moves it there when it is complete.
+
+    Lightning's own goes through the folder for temporary files: one that is small ends the run, and from another file
+    system the last step is a copy that a full disk or a kill tears.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save, whole or not at all; the checkpoint that was there before stays until then."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(PARTIAL.format(target.name))
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, whose `last.ckpt` really is the last.
+    """Lightning's ModelCheckpoint, whose `last.ckpt` really is the last, and whose files are whole.
 
     With a validation interval Lightning saves at validations only, and what was trained after the last of them would
     be in no file.
+
+    Attributes:
+        trained: Whether a batch was trained on.
     """
+
+    trained = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write whole files, and clear away what a killed process left of one."""
+        super().setup(trainer, pl_module, stage)
+        # A strategy that writes a part for each process has a way of its own.
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        if stage == "fit" and trainer.is_global_zero and self.dirpath is not None:
+            for path in Path(self.dirpath).glob(PARTIAL.format("*")):
+                path.unlink()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Take notice that something was learned."""
+        self.trained = True
+        super().on_train_batch_end(trainer, *args, **kwargs)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of training."""

@@ -219,8 +219,13 @@ class PromptDataModule(TextDataModule):
         return self._loader(rows, self.collator.prompts) if rows else []
 
     def predict_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
-        """Prompts to respond to: those of the test."""
-        return self.test_dataloader()
+        """Prompts to respond to: those of `prompts_test`, or else all of `prompts`, those to learn on first."""
+        if self.prompt_sources["test"] or self._prompts_stream:
+            return self.test_dataloader()
+        train, val, test = (self.prompt_rows(split) for split in ("train", "val", "test"))
+        # Validation prompts may come from elsewhere, and may stand in for a test.
+        rows = [*train, *([] if self.prompt_sources["val"] else val), *([] if test is val else test)]
+        return self._loader(rows, self.collator.prompts)
 
 
 class SFTDataModule(TextDataModule):

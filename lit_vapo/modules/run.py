@@ -10,19 +10,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_vapo.callbacks.checkpoint import RunCheckpoint
 from lit_vapo.callbacks.samples import SampleTable
+from lit_vapo.console import INTERRUPTED, TERMINATED
 from lit_vapo.models.pretrained import quiet
+from lit_vapo.modules.checkpoint_file import check_checkpoint
 from lit_vapo.modules.options import StageParser
+from lit_vapo.modules.run_folder import (
+    CHECKPOINTS,
+    FINISHED,
+    Claim,
+    checkpoint_meant,
+    held_by_run,
+    refuse_foreign,
+    replaced_by_run,
+)
 
-FINISHED = "finished.json"
-# What Lightning takes for --ckpt_path in place of a file; all of them lie in the run's own folder.
-RESUME_WORDS = ("best", "last", "hpc")
+# What --ckpt_path takes in place of a file of the run's own folder.
+RESUME_WORDS = ("best", "last")
 NOISE = (
     # Lightning is handed arguments while the command line has some: the stage's name, here.
     ".*LightningCLI's args parameter is intended to run from within.*",
@@ -69,21 +81,35 @@ class StageCLI(LightningCLI):
     ) -> None:
         self.stage = stage
         self.replaced: list[Path] = []
+        self.claim: Claim | None = None
+        self.trial = False
         quiet()
         for message in NOISE:
             warnings.filterwarnings("ignore", message=message)
-        super().__init__(
-            model_class,
-            datamodule_class,
-            save_config_callback=SaveConfig,
-            parser_class=StageParser,
-            # The modules make their own optimisers; options that do nothing would mislead.
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            trainer_defaults={"default_root_dir": f"runs/{stage}"},
-            parser_kwargs={"prog": f"lit-vapo {stage}"},
-            args=list(args) if args is not None else None,
-        )
+        try:
+            super().__init__(
+                model_class,
+                datamodule_class,
+                save_config_callback=SaveConfig,
+                parser_class=StageParser,
+                # The modules make their own optimisers; options that do nothing would mislead.
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                trainer_defaults={"default_root_dir": f"runs/{stage}"},
+                parser_kwargs={"prog": f"lit-vapo {stage}"},
+                args=list(args) if args is not None else None,
+            )
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
+        except SystemExit as error:
+            # Lightning ends with 0 or 1, which says too little to whoever waits for this run.
+            if isinstance(error, SIGTERMException):
+                raise SystemExit(TERMINATED) from error
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise SystemExit(INTERRUPTED) from error
+            raise
+        finally:
+            self._leave()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of a run: checkpoints, sample tables, overwriting."""
@@ -104,27 +130,59 @@ class StageCLI(LightningCLI):
         return
 
     def before_instantiate_classes(self) -> None:
-        """Checkpoints go to a place that does not depend on the logger, and are read without pickles."""
+        """Say where the run lives, and refuse what can be refused before models are loaded."""
         config = self.config[self.subcommand]
+        if self.subcommand != "fit":
+            # A checkpoint may be judged anywhere, and nothing is saved there.
+            warnings.filterwarnings("ignore", message="The dirpath has changed from .*")
+        if self.subcommand == "predict" and self.stage != "ppo":
+            raise ValueError(f"lit-vapo {self.stage}: expected fit, validate or test, got predict")
         if config["trainer"]["default_root_dir"] is None:
             raise ValueError("trainer.default_root_dir: expected a folder for the run, got null")
-        self.root = Path(config["trainer"]["default_root_dir"]).expanduser()
-        if config["checkpoint"]["dirpath"] is None:
-            config["checkpoint"]["dirpath"] = str(self.root / "checkpoints")
+        self.root = Path(config["trainer"]["default_root_dir"])
+        self.trial = bool(config["trainer"]["fast_dev_run"])
+        if self.trial:
+            # Every process finds this place, and nothing in it outlives the trial.
+            self.root = self.root.with_name(f".{self.root.name}.fast_dev_run")
+            config["trainer"]["default_root_dir"] = str(self.root)
+        # Not a setting: it would be saved with the others, and go along into the next run that is made of them.
+        self.checkpoints = Path(config["checkpoint"]["dirpath"] or self.root / CHECKPOINTS)
         if "weights_only" in config and config["weights_only"] is None:
             config["weights_only"] = True
-        # Before the models are loaded: a refusal should come at once.
-        resumed = config["ckpt_path"]
-        if resumed not in (None, *RESUME_WORDS) and "://" not in resumed and not Path(resumed).exists():
-            raise ValueError(f"--ckpt_path: expected a checkpoint, got {resumed!r}, which does not exist")
-        if self.subcommand == "fit":
+        self._check_resumed(config)
+        if self.subcommand == "fit" and not self.trial:
             self._guard(config)
+        # Said once, of one run: the saved configuration would say it for ever.
+        config["overwrite"] = False
+
+    def _check_resumed(self, config: Any) -> None:
+        """Find the checkpoint that is meant, and refuse one that cannot be.
+
+        Raises:
+            ValueError: It is missing, no checkpoint, or none is given where random weights would be judged.
+        """
+        given = config["ckpt_path"]
+        if given in RESUME_WORDS:
+            config["ckpt_path"] = given = checkpoint_meant(given, self.checkpoints)
+        if given is None and self.stage == "reward" and self.subcommand != "fit":
+            raise ValueError(
+                f"--ckpt_path: expected the checkpoint of the ensemble to {self.subcommand}, got none: its members "
+                "would be random"
+            )
+        if given is None or given == "hpc" or "://" in given:
+            return
+        if not Path(given).exists():
+            raise ValueError(f"--ckpt_path: expected a checkpoint, got {given!r}, which does not exist")
+        check_checkpoint(given, "--ckpt_path")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that always keeps a metrics.csv."""
         if self.config[self.subcommand]["trainer"]["logger"] in (None, True, False):
             kwargs["logger"] = False
+        self._get(self.config_init, "checkpoint").dirpath = str(self.checkpoints.resolve())
         trainer = super().instantiate_trainer(**kwargs)
+        if self.trial:
+            return trainer
         others: list[Logger] = list(trainer.loggers)
         csv = [x for x in others if isinstance(x, CSVLogger)] or [CSVLogger(str(self.root), name="logs")]
         # First, since the first logger's folder is where the configuration goes.
@@ -133,27 +191,33 @@ class StageCLI(LightningCLI):
 
     @rank_zero_only
     def _guard(self, config: Any) -> None:
-        """Refuse a folder that holds a run, unless told to resume or to overwrite.
+        """Claim the run's folder; refuse one that holds a run, unless told to resume or to overwrite.
 
         Raises:
-            ValueError: The folder holds a run.
+            ValueError: The folder holds a run, or another run holds the folder.
         """
-        checkpoints = Path(config["checkpoint"]["dirpath"])
-        held = [p for p in (self.root / FINISHED, *sorted(checkpoints.glob("*.ckpt"))) if p.exists()]
         resumed = config["ckpt_path"]
-        if resumed is not None and (resumed in RESUME_WORDS or Path(resumed).resolve().parent == checkpoints.resolve()):
-            return
-        if not held:
+        own = resumed is not None and (resumed == "hpc" or Path(resumed).resolve().parent == self.checkpoints.resolve())
+        refuse_foreign(self.root, self.checkpoints, own)
+        self.claim = Claim(self.root)
+        held = held_by_run(self.root, self.checkpoints)
+        if own or not held:
             return
         if not config["overwrite"]:
             raise ValueError(
                 f"trainer.default_root_dir: expected a folder without a run, got {self.root}, which holds "
-                f"{held[0].name}. "
-                f"Resume with --ckpt_path={checkpoints}/last.ckpt, replace it with --overwrite=true, or choose "
+                f"{held[0].relative_to(self.root)}. "
+                f"Resume with --ckpt_path={self.checkpoints}/last.ckpt, replace it with --overwrite=true, or choose "
                 "another folder."
             )
-        written = ("samples_*.jsonl", "evaluations.csv", "overoptimisation.png", "test")
-        self.replaced = [*held, *(path for pattern in written for path in self.root.glob(pattern))]
+        self.replaced = replaced_by_run(self.root, held)
+
+    def _leave(self) -> None:
+        """Let the folder of the run go."""
+        if self.claim is not None:
+            self.claim.release()
+        if self.trial:
+            rank_zero_only(shutil.rmtree)(self.root, ignore_errors=True)
 
     @rank_zero_only
     def before_fit(self) -> None:
@@ -161,12 +225,43 @@ class StageCLI(LightningCLI):
         for path in self.replaced:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    @rank_zero_only
     def after_fit(self) -> None:
-        """Mark the run as finished."""
+        """Mark the run as finished.
+
+        Raises:
+            ValueError: It had nothing to do.
+        """
+        if not self._get(self.config_init, "checkpoint").trained and not self.trainer.interrupted:
+            raise ValueError(
+                f"fit: expected at least one batch to train on, got none at step {self.trainer.global_step} of "
+                f"trainer.max_steps={self.trainer.max_steps}, epoch {self.trainer.current_epoch} of "
+                f"trainer.max_epochs={self.trainer.max_epochs}"
+            )
+        if self.trial or not self.trainer.is_global_zero:
+            return
         record = {
             "stage": self.stage,
             "steps": self.trainer.global_step,
             "ended": datetime.now(UTC).isoformat(),
         }
         (self.root / FINISHED).write_text(json.dumps(record, indent=2) + "\n")
+
+    def after_validate(self) -> None:
+        """Refuse to end as if something had been validated."""
+        self._refuse_nothing("validate on", "validation", self.trainer.num_val_batches)
+
+    def after_test(self) -> None:
+        """Refuse to end as if something had been tested."""
+        self._refuse_nothing("test on", "test", self.trainer.num_test_batches)
+
+    def after_predict(self) -> None:
+        """Refuse to end as if something had been answered."""
+        self._refuse_nothing("respond to", "test", self.trainer.num_predict_batches)
+
+    def _refuse_nothing(self, what: str, split: str, batches: Sequence[int | float]) -> None:
+        if not sum(batches):
+            kind = "prompts" if self.stage == "ppo" else "preferences"
+            raise ValueError(
+                f"data.{kind}_{split}: expected {kind} to {what}, got none; give files, or set a part aside "
+                f"(data.{split}_fraction)"
+            )

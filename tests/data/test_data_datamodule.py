@@ -107,6 +107,19 @@ def test_files_of_their_own_for_validation_and_test(files):
     assert [len(b.prompts) for b in data.predict_dataloader()] == [4, 1]
 
 
+@pytest.mark.parametrize("fractions", [(0.0, 0.0), (0.3, 0.0), (0.3, 0.3)])
+def test_all_prompts_given_are_answered(files, fractions):
+    shares = dict(zip(("validation_fraction", "test_fraction"), fractions, strict=True))
+    data = make(PromptDataModule, files, prompts=files.prompts, **shares)
+    every = make(PromptDataModule, files, prompts=files.prompts, validation_fraction=0).prompt_rows("train")
+    answered = [prompt for batch in data.predict_dataloader() for prompt in batch.prompts]
+    assert sorted(answered) == sorted(row["prompt"] for row in every)
+    # Those of another file are for validation alone.
+    data = make(PromptDataModule, files, prompts=files.prompts, prompts_validation=files.few)
+    answered = [prompt for batch in data.predict_dataloader() for prompt in batch.prompts]
+    assert sorted(answered) == sorted(row["prompt"] for row in every)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_set_aside_validates_on_nothing(files, kind):
     data = make(kind, files, validation_fraction=0.0)
