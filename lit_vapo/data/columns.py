@@ -52,17 +52,16 @@ class Columns:
         """The row with our names."""
         if not self.names or row.problem:
             return row
-        values: dict[str, Any] = dict(row.values)
+        given = row.values
+        taken = {name: own for name, own in self.names.items() if own in given}
+        values = {name: value for name, value in given.items() if name not in taken.values()}
+        values |= {name: given[own] for name, own in taken.items() if own is not None}
         for name, own in self.names.items():
-            if own is None:
-                # A row of a prompt alone keeps it: it has nothing else.
-                if name != "prompt" or "chosen" in values:
-                    values.pop(name, None)
-            elif own in values:
-                values[name] = values.pop(own)
-            elif name not in values:
-                problem = f"expected column {own!r} (data.columns.{name}), got {listed(values)}"
-                return Row({}, row.place, problem)
+            # A row of a prompt alone keeps it: it has nothing else.
+            if own is None and (name != "prompt" or "chosen" in values):
+                values.pop(name, None)
+            elif own is not None and name not in values:
+                return Row({}, row.place, f"expected column {own!r} (data.columns.{name}), got {listed(given)}")
         return row._replace(values=values)
 
     def of_one_kind(self, rows: Iterable[Row], all_at_once: bool) -> Iterator[Row]:
