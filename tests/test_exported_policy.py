@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lit_vapo.cli import main
 from lit_vapo.models.critic import CriticSpec
+from lit_vapo.models.digests import seal
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.modules.ppo import PPOModule
 
@@ -158,6 +159,7 @@ def test_a_critic_that_reads_something_else_stays(tiny_model_dir, reward, tmp_pa
     again.configure_model()
     assert again.networks.critic_start == "the ensemble's mean reward"
     shutil.rmtree(tmp_path / "policy" / "critic")
+    seal(tmp_path / "policy")
     again = ppo_module(tiny_model_dir, reward, critic=CriticSpec(warm_start=False), policy=str(tmp_path / "policy"))
     again.configure_model()
     assert again.networks.critic_start == "zeros"
@@ -191,6 +193,7 @@ def light(monkeypatch, exported):
 def edit(folder, **values):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    seal(folder)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +217,8 @@ def test_a_policy_that_does_not_fit_is_refused_at_once(
 ):
     shutil.copytree(exported("adapter"), tmp_path / "policy")
     spoil(tmp_path / "policy")
+    # As another program would have written it.
+    (tmp_path / "policy" / "digests.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=message):
         ppo_module(tiny_model_dir, reward, lora=Lora(4), policy=str(tmp_path / "policy"))
 

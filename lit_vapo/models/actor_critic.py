@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lit_vapo.folders import new_folder
 from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.critic import Critic, CriticSpec, Reads, load_critic, own_trunk, save_critic, saved_trunk
+from lit_vapo.models.digests import seal
 from lit_vapo.models.ensemble_file import read_trusted_config
 from lit_vapo.models.exported import same_place
 from lit_vapo.models.generation import Sampling, Shaping, generation_config, stop_ids
@@ -238,6 +239,7 @@ class ActorCritic(nn.Module):
             generation_config(sampling, stops, **pad).save_pretrained(target)
             if self.critic is not None:
                 save_critic(target / CRITIC_NAME, self.critic, adapters, self.reads)
+            seal(target)
 
 
 def _same_model(one: Pretrained, other: Pretrained) -> bool:

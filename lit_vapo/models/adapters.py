@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import cast
 
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_vapo.models.exported import ADAPTER_CONFIG, AdapterFile, same_place
+from lit_vapo.models.exported import ADAPTER_WEIGHTS as WEIGHTS_NAME
+from lit_vapo.models.settings import read_settings
+from lit_vapo.models.tensors import check_finite, read_tensors
 from lit_vapo.types import Adapter
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 ROOT = "base_model.model."
 SCORE = f"{ROOT}score.weight"
 
@@ -57,23 +60,29 @@ def load_adapter(folder: Path, backbone: PreTrainedModel, base: str) -> Adapter:
     Raises:
         ValueError: The folder is missing or incomplete, or the adapter belongs to another base.
     """
-    for name in ("adapter_config.json", WEIGHTS_NAME):
+    for name in (ADAPTER_CONFIG, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: expected a member with {name}, got none")
-    config = LoraConfig.from_pretrained(folder)
-    if config.base_model_name_or_path != base:
+    config = read_settings(folder / ADAPTER_CONFIG, AdapterFile)
+    if not same_place(config.base_model_name_or_path, base):
         raise ValueError(f"{folder}: expected an adapter of {base!r}, got one of {config.base_model_name_or_path!r}")
-    weights = load_file(folder / WEIGHTS_NAME)
+    weights = read_tensors(folder / WEIGHTS_NAME)
+    check_finite(weights, folder / WEIGHTS_NAME)
     score = weights.pop(SCORE, None)
     prefix = _prefix(backbone)
     strange = [key for key in weights if not key.startswith(prefix)]
     if score is None or strange:
         raise ValueError(f"{folder}: expected a reward head and adapters below {prefix!r}, got {sorted(strange)[:3]}")
     names = sorted({key.removeprefix(prefix).rsplit(".", 2)[0] for key in weights})
-    pairs: dict[str, tuple[Tensor, Tensor]] = {
-        name: (weights[f"{prefix}{name}.lora_A.weight"], weights[f"{prefix}{name}.lora_B.weight"]) for name in names
-    }
-    return Adapter(int(config.r), float(config.lora_alpha), pairs, score[0])
+    keys = {name: [f"{prefix}{name}.lora_{side}.weight" for side in "AB"] for name in names}
+    expected = sorted(key for pair in keys.values() for key in pair)
+    if expected != sorted(weights) or score.ndim != 2 or len(score) != 1:
+        raise ValueError(
+            f"{folder}: expected {SCORE} of shape (1, H) and two matrices for each layer, got shape "
+            f"{tuple(score.shape)} and {sorted(set(expected) ^ set(weights))[:3]} without their like"
+        )
+    pairs: dict[str, tuple[Tensor, Tensor]] = {name: (weights[a], weights[b]) for name, (a, b) in keys.items()}
+    return Adapter(config.r, config.lora_alpha, pairs, score[0])
 
 
 def _prefix(backbone: PreTrainedModel) -> str:

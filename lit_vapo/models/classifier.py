@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from lit_vapo.folders import check_new
+from lit_vapo.models.digests import seal
 from lit_vapo.models.reward import RewardModel
 
 OFFSET = "reward_offset"
@@ -59,6 +60,7 @@ def save_classifier(model: RewardModel, folder: str | Path) -> None:
     with torch.no_grad():
         classifier.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    seal(folder)
 
 
 def _unused_token(tokenizer: Any) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, Field
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_vapo.models.exported import same_place
 from lit_vapo.models.pretrained import Pretrained, disable_dropout, load_backbone
+from lit_vapo.models.settings import STRICT, read_settings
+from lit_vapo.models.tensors import check_finite, read_tensors
 
 CONFIG_NAME, WEIGHTS_NAME, TRUNK_NAME = "critic.json", "critic.safetensors", "trunk"
 HEAD = "value_head."
@@ -100,6 +103,16 @@ class Reads(NamedTuple):
         return (self.trunk, self.layer) == (other.trunk, other.layer) and same_place(self.base, other.base)
 
 
+class _ReadsFile(BaseModel):
+    """What `critic.json` says: a `Reads`."""
+
+    model_config = STRICT
+
+    trunk: Literal["reference", "lora", "own"]
+    base: str
+    layer: Annotated[int, Field(ge=1)] | None
+
+
 def save_critic(folder: Path, critic: Critic, adapters: dict[str, Tensor], reads: Reads) -> None:
     """Write a critic: value head, its adapters by name, its own trunk, and what it reads."""
     folder.mkdir(parents=True)
@@ -125,7 +138,8 @@ def load_critic(folder: Path, critic: Critic, adapters: dict[str, nn.Parameter],
     if not _reads_same(folder, reads):
         return False
     own = {**{f"{HEAD}{n}": p for n, p in critic.value_head.named_parameters()}, **adapters}
-    saved = load_file(folder / WEIGHTS_NAME)
+    saved = read_tensors(folder / WEIGHTS_NAME)
+    check_finite(saved, folder / WEIGHTS_NAME)
     if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in saved.items()}:
         return False
     for name, parameter in own.items():
@@ -135,4 +149,4 @@ def load_critic(folder: Path, critic: Critic, adapters: dict[str, nn.Parameter],
 
 def _reads_same(folder: Path, reads: Reads) -> bool:
     path = folder / CONFIG_NAME
-    return path.is_file() and reads.same(Reads(**json.loads(path.read_text())))
+    return path.is_file() and reads.same(Reads(**read_settings(path, _ReadsFile).model_dump()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from lit_vapo.models.digests import check_sealed
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.models.settings import STRICT, Component, read_settings
+from lit_vapo.models.settings import STRICT, Component, read_settings, whole_paths
 from lit_vapo.models.trunk import Pooling
 from lit_vapo.models.trust import check_trusted
 
@@ -47,7 +49,7 @@ class EnsembleConfig(BaseModel):
 
     model_config = STRICT
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     spec: FeatureSpec
     # Bounds far above any use: a folder should not be able to ask for all the memory there is.
     hidden_size: Annotated[int, Field(ge=1, le=1_000_000)]
@@ -66,18 +68,26 @@ class EnsembleConfig(BaseModel):
         return self
 
 
+def write_config(folder: Path, config: EnsembleConfig) -> None:
+    """Write the description of an ensemble, with the folder of its base as an absolute path."""
+    whole = json.dumps(whole_paths(config.model_dump(mode="json")), indent=2)
+    (folder / CONFIG_NAME).write_text(whole + "\n")
+
+
 def read_config(folder: str | Path) -> EnsembleConfig:
     """The description of a saved ensemble. Nothing that it names is imported.
 
     Raises:
-        ValueError: The folder holds no ensemble, or one of another format.
+        ValueError: The folder holds no ensemble, one of another format, or one that was changed since it was written.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise ValueError(
             f"reward: expected a folder with {CONFIG_NAME} (written by `lit-vapo export`), got {str(folder)!r}"
         )
-    return read_settings(path, EnsembleConfig)
+    config = read_settings(path, EnsembleConfig)
+    check_sealed(folder, CONFIG_NAME)
+    return config
 
 
 def read_trusted_config(folder: str | Path, trust: Sequence[str] | None) -> EnsembleConfig:

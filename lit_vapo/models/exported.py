@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from pydantic import BaseModel, ConfigDict, Field
 
+from lit_vapo.models.digests import check_sealed
 from lit_vapo.models.pretrained import Lora, Pretrained, model_config
+from lit_vapo.models.settings import read_settings
+from lit_vapo.models.tensors import check_finite, read_tensors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Kinds of adapters whose update is not alpha / rank · B·A on the layers named by `target_modules`.
@@ -17,6 +19,20 @@ UNSUPPORTED = (
     *("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication"),
     *("target_parameters", "trainable_token_indices", "exclude_modules"),
 )
+
+
+class AdapterFile(BaseModel):
+    """What is read of the `adapter_config.json` that peft writes."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    r: Annotated[int, Field(ge=1, le=100_000)]
+    lora_alpha: Annotated[float, Field(gt=0)]
+    target_modules: str | list[str]
+    layers_to_transform: list[int] | None = None
+    bias: str = "none"
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -39,6 +55,8 @@ def check_policy(folder: str, base: Pretrained, lora: Lora | None) -> Lora | Non
         ValueError: There is no policy in the folder, it belongs to another base, or it contradicts `lora`.
     """
     path = Path(folder)
+    # Other programs write such folders, too, and note no digests.
+    check_sealed(path, required=False)
     if is_adapter(path):
         found = _adapter_settings(path, base)
         if lora is not None:
@@ -64,19 +82,19 @@ def _adapter_settings(path: Path, base: Pretrained) -> Lora:
     """Settings of an adapter of `base`."""
     if not (path / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"model.policy: expected {ADAPTER_WEIGHTS} beside {ADAPTER_CONFIG}, got none in {str(path)!r}")
-    config: dict[str, Any] = json.loads((path / ADAPTER_CONFIG).read_text())
-    if not same_place(config.get("base_model_name_or_path"), base.path):
+    config = read_settings(path / ADAPTER_CONFIG, AdapterFile)
+    if not same_place(config.base_model_name_or_path, base.path):
         raise ValueError(
             f"model.policy: expected an adapter of model.base, {base.path!r}, got one of "
-            f"{config.get('base_model_name_or_path')!r} in {str(path)!r}"
+            f"{config.base_model_name_or_path!r} in {str(path)!r}"
         )
-    kind, odd = config.get("peft_type"), [name for name in UNSUPPORTED if config.get(name)]
-    if kind != "LORA" or odd or config.get("bias", "none") != "none":
+    kind, odd = config.peft_type, [name for name in UNSUPPORTED if (config.model_extra or {}).get(name)]
+    if kind != "LORA" or odd or config.bias != "none":
         raise ValueError(
-            f"model.policy: expected a plain LoRA adapter, got peft_type {kind!r} with {odd or config.get('bias')} "
+            f"model.policy: expected a plain LoRA adapter, got peft_type {kind!r} with {odd or config.bias} "
             f"in {str(path)!r}"
         )
-    layers, top, count = config.get("layers_to_transform"), None, _num_layers(base)
+    layers, top, count = config.layers_to_transform, None, _num_layers(base)
     if layers is not None:
         top = len(layers)
         if sorted(layers) != list(range(count - top, count)):
@@ -84,10 +102,8 @@ def _adapter_settings(path: Path, base: Pretrained) -> Lora:
                 f"model.policy: expected an adapter of the topmost layers of {count}, got one of layers {layers} in "
                 f"{str(path)!r}"
             )
-    targets = config["target_modules"]
-    return Lora(
-        int(config["r"]), float(config["lora_alpha"]), targets if isinstance(targets, str) else sorted(targets), top
-    )
+    targets = config.target_modules
+    return Lora(config.r, config.lora_alpha, targets if isinstance(targets, str) else sorted(targets), top)
 
 
 def _refuse_contradiction(folder: str, asked: Lora, found: Lora, count: int) -> None:
@@ -109,7 +125,8 @@ def load_adapter_weights(lm: PeftModel, name: str, folder: str | Path) -> None:
     Raises:
         ValueError: The saved one has other layers or shapes.
     """
-    saved = load_file(Path(folder) / ADAPTER_WEIGHTS)
+    saved = read_tensors(Path(folder) / ADAPTER_WEIGHTS)
+    check_finite(saved, Path(folder) / ADAPTER_WEIGHTS)
     own = {k: v.shape for k, v in get_peft_model_state_dict(lm, adapter_name=name).items()}
     differing = [k for k in sorted(own.keys() | saved.keys()) if k not in saved or own.get(k) != saved[k].shape]
     if differing:

@@ -8,16 +8,19 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_vapo.models.reward import FeatureSpec, RewardModel
+from lit_vapo.models.tensors import check_finite, read_metadata, read_tensors
 from lit_vapo.models.trunk import pooled
 from lit_vapo.types import TokenSequence
 
 TOKENS_PER_BATCH = 4096
+FEATURES, DIGEST = "features", "sha256"
 # What a layer makes of more tokens than these no longer stays in a processor's cache.
 TOKENS_ON_CPU = 1024
 
@@ -94,14 +97,31 @@ def feature_path(folder: Path, key: str) -> Path:
 
 
 def save_features(folder: Path, key: str, features: Tensor) -> None:
-    """Write a cache file; readers see all of it or nothing."""
+    """Write a cache file, with a digest of what it holds; readers see all of it or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{key}.{os.getpid()}.partial"
-    save_file({"features": features}, partial)
+    save_file({FEATURES: features}, partial, metadata={DIGEST: _digest(features)})
     partial.replace(feature_path(folder, key))
 
 
 def load_features(folder: Path, key: str) -> Tensor | None:
-    """Cached features (N, H), or `None`."""
+    """Cached features (N, H) or (N, K, H), or `None`.
+
+    Raises:
+        ValueError: The file is torn, was changed, or holds something else.
+    """
     path = feature_path(folder, key)
-    return load_file(path)["features"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    tensors, noted = read_tensors(path), read_metadata(path).get(DIGEST)
+    if tensors.keys() != {FEATURES} or _digest(tensors[FEATURES]) != noted:
+        raise ValueError(
+            f"{path}: expected features as they were written, got others: the file was changed or damaged. It is a "
+            "cache: remove it, and they are computed anew."
+        )
+    check_finite(tensors, path)
+    return tensors[FEATURES]
+
+
+def _digest(features: Tensor) -> str:
+    return hashlib.sha256(cast("Any", features.contiguous().view(torch.uint8).numpy())).hexdigest()

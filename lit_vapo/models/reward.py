@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_vapo.models.adapters import load_adapter, save_adapter
-from lit_vapo.models.ensemble_file import CONFIG_NAME, WEIGHTS_NAME, EnsembleConfig, read_trusted_config
+from lit_vapo.models.digests import check_sealed, seal
+from lit_vapo.models.ensemble_file import CONFIG_NAME, WEIGHTS_NAME, EnsembleConfig, read_trusted_config, write_config
 from lit_vapo.models.ensemble_file import FeatureSpec as FeatureSpec
 from lit_vapo.models.pretrained import decoder_layers, freeze, load_backbone, load_tokenizer
 from lit_vapo.models.settings import Component, import_class, make
@@ -102,8 +103,9 @@ class RewardModel(nn.Module):
             head=Component(class_path=f"{kind.__module__}.{kind.__qualname__}", init_args=self.head.init_args()),
         )
         save_file({k: v.contiguous() for k, v in self.head.saved_state().items()}, folder / WEIGHTS_NAME)
-        # Written last: a folder with this file is complete.
-        (folder / CONFIG_NAME).write_text(config.model_dump_json(indent=2) + "\n")
+        write_config(folder, config)
+        # Written last: a folder with digests is complete.
+        seal(folder)
 
     @classmethod
     def from_pretrained(
@@ -156,20 +158,40 @@ def _load_backbone(folder: Path, spec: FeatureSpec, head: RewardHead, own: bool)
         for k in range(head.num_members):
             if not (folder / f"member_{k}" / "config.json").is_file():
                 raise ValueError(f"{folder}: expected the model of member {k} in {folder / f'member_{k}'}, got none")
+        check_sealed(folder, *(f"member_{k}" for k in range(head.num_members)))
         readers = [partial(_load_saved, folder / f"member_{k}", spec) for k in range(head.num_members)]
         # Off the module's list of children where they are to be read anew at each call.
         return nn.ModuleList([read() for read in readers]) if head.resident else readers
-    return _attach(
-        folder, spec, head, _load_saved(folder / BACKBONE_NAME, spec) if own else load_backbone(spec.base, spec.layer)
-    )
+    if own:
+        check_sealed(folder, BACKBONE_NAME)
+        return _attach(folder, spec, head, _load_saved(folder / BACKBONE_NAME, spec))
+    try:
+        backbone = load_backbone(spec.base, spec.layer)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the base of the ensemble in {str(folder)!r}: {error}") from error
+    return _attach(folder, spec, head, backbone)
 
 
 def _attach(folder: Path, spec: FeatureSpec, head: RewardHead, backbone: PreTrainedModel) -> Any:
     """Make the head's members at home in a backbone, with the adapters they were saved with."""
+    width = getattr(backbone.config, "hidden_size", head.hidden_size)
+    if width != head.hidden_size:
+        raise ValueError(
+            f"the base of the ensemble in {str(folder)!r}: expected hidden states of width {head.hidden_size}, got "
+            f"{width} from {spec.base.path!r}"
+        )
+    own, loaded = head.adapters(), []
+    for k, mine in enumerate(own):
+        check_sealed(folder, f"member_{k}")
+        adapter = load_adapter(folder / f"member_{k}", backbone, spec.base.path)
+        if (adapter.rank, adapter.alpha, adapter.score.shape) != (mine.rank, mine.alpha, mine.score.shape):
+            raise ValueError(
+                f"{folder / f'member_{k}'}: expected rank {mine.rank}, alpha {mine.alpha} and a head of width "
+                f"{len(mine.score)}, got {adapter.rank}, {adapter.alpha} and shape {tuple(adapter.score.shape)}"
+            )
+        loaded.append(adapter)
     attached = head.attach(backbone, decoder_layers(backbone))
-    count = len(head.adapters())
-    if count:
-        head.load_adapters([load_adapter(folder / f"member_{k}", backbone, spec.base.path) for k in range(count)])
+    head.load_adapters(loaded)
     return attached
 
 
@@ -182,23 +204,26 @@ def _load_saved(folder: Path, spec: FeatureSpec) -> PreTrainedModel:
 def _load_head(folder: Path, config: EnsembleConfig) -> RewardHead:
     """The head with the weights that are saved beside backbone and adapters."""
     path, where = folder / WEIGHTS_NAME, folder / CONFIG_NAME
+    check_sealed(folder, WEIGHTS_NAME)
     shapes = read_shapes(path)
     members = shapes.get("reward_loc")
     if members != (config.num_members,):
         raise ValueError(f"{path}: expected reward_loc of shape ({config.num_members},), got {members}")
     try:
+        head = make(cast("Any", RewardHead), config.head)
+        if head.num_members != config.num_members:
+            raise ValueError(f"num_members: expected {config.num_members}, as outside of it, got {head.num_members}")
         # First without memory: a folder gets no more of it than its own file takes.
         with torch.device("meta"):
             empty = build_head(config.head, config.hidden_size).saved_state()
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        # The latter say that a size is below zero, or no number of bytes.
         raise ValueError(f"{where}: head.{error}") from error
     expected = {name: tuple(x.shape) for name, x in empty.items()}
     if shapes != expected:
         name = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))[0]
         raise ValueError(f"{path}: expected {name} of shape {expected.get(name)}, got {shapes.get(name)}")
-    head = build_head(config.head, config.hidden_size)
-    if head.num_members != config.num_members:
-        raise ValueError(f"{where}: expected num_members as in head, {head.num_members}, got {config.num_members}")
+    head.build(config.hidden_size)
     weights = read_tensors(path)
     own = head.saved_state()
     for name, value in weights.items():

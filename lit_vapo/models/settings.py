@@ -34,6 +34,8 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 # More than any configuration has.
 MOST_SETTINGS, DEEPEST = 100_000, 50
+# Settings that name a folder, or a model on the hub.
+PATHS = ("path", "reward", "policy", "feature_cache")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
@@ -85,6 +87,22 @@ def shortened(value: Any) -> str:
     """A value as Python writes it, or how it begins."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def whole_paths(settings: Any, key: str = "") -> Any:
+    """Settings in which every model's folder is an absolute path, so that they mean the same wherever they are read.
+
+    Args:
+        settings: Dicts, lists, texts and numbers.
+        key: What the settings stand under.
+    """
+    if isinstance(settings, dict):
+        return {name: whole_paths(value, name) for name, value in settings.items()}
+    if isinstance(settings, (list, tuple)):
+        return [whole_paths(value) for value in settings]
+    if key in PATHS and isinstance(settings, str) and Path(settings).expanduser().is_dir():
+        return str(Path(settings).expanduser().resolve())
+    return settings
 
 
 def every_dict(settings: Any, asker: str) -> Iterator[dict[Any, Any]]:

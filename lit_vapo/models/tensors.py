@@ -39,6 +39,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise _unreadable(path) from None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says beside its tensors.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except Exception:
+        raise _unreadable(path) from None
+
+
 def check_finite(tensors: Mapping[str, Tensor], path: Path, largest: float = float("inf")) -> None:
     """Refuse weights that are not numbers, or that are absurd.
 

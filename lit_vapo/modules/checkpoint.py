@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_vapo.models.settings import whole_paths
 from lit_vapo.modules.checkpoint_file import FIGURES_KEY, STAGE_KEY
 
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
@@ -57,9 +58,10 @@ class TrainedWeightsModule(LightningModule):
         self.figures.update({key: float(value) for key, value in logged.items() if "/" in key})
         checkpoint[FIGURES_KEY] = dict(self.figures)
         settings = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
-        if settings is not None and "_instantiator" not in settings:
+        if settings is not None:
             # Made in Python rather than from a config: write what the command line would have written.
-            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**plain(dict(settings)), "_instantiator": INSTANTIATOR}
+            plainly = whole_paths(plain(dict(settings)))
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {"_instantiator": INSTANTIATOR, **plainly}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not fit, and fill in the frozen weights it left out.

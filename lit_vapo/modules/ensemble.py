@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,8 @@ from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.evaluation.files import write_scores
 from lit_vapo.figures import member_scores, sigma_histogram
 from lit_vapo.folders import check_new, new_folder
-from lit_vapo.models.ensemble_file import CONFIG_NAME, WEIGHTS_NAME, read_config
+from lit_vapo.models.digests import check_sealed, copy_sealed, seal
+from lit_vapo.models.ensemble_file import WEIGHTS_NAME, read_config, write_config
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained, check_tokenizer, load_causal_lm, place
@@ -59,10 +59,11 @@ def join(members: list[str], output: str) -> None:
             raise ValueError(f"{source}: expected the model of member {k} in member_{k}, got none")
     with new_folder(output, "--output") as target:
         for k, source in found.items():
-            shutil.copytree(source / f"member_{k}", target / f"member_{k}")
+            copy_sealed(source, target, f"member_{k}")
+            check_sealed(source, WEIGHTS_NAME)
         save_file(_join_heads([read_tensors(found[k] / WEIGHTS_NAME) for k in range(count)]), target / WEIGHTS_NAME)
-        whole = first.model_copy(update={"members": list(range(count))})
-        (target / CONFIG_NAME).write_text(whole.model_dump_json(indent=2) + "\n")
+        write_config(target, first.model_copy(update={"members": list(range(count))}))
+        seal(target)
     print(f"joined {count} members to {output}; `lit-vapo reward calibrate` or the start of PPO makes them comparable")
 
 
@@ -115,9 +116,10 @@ def calibrate(
     before = model.head.reward_scale.clone()
     model.head.calibrate(compute_features(model, sequences, lm.device).to(lm.device))
     with new_folder(output, "--output") as target:
-        shutil.copytree(ensemble, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(target.name))
+        copy_sealed(ensemble, target)
         state = {k: v.contiguous().cpu() for k, v in model.head.saved_state().items()}
         save_file(state, target / WEIGHTS_NAME)
+        seal(target)
     change = (model.head.reward_scale / before).tolist()
     print(f"calibrated on {len(sequences)} responses of {reference.path}; written to {output}")
     print("each member's unit, new / old: " + ", ".join(f"{x:.3f}" for x in change))

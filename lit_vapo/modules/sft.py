@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_vapo.data.collate import SFTBatch
+from lit_vapo.models.digests import seal
 from lit_vapo.models.generation import Shaping
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
@@ -102,3 +103,4 @@ class SFTModule(TrainedWeightsModule):
         assert self.policy is not None
         self.policy.save_pretrained(folder, merge=self.base.quantization is None)
         cast("Any", load_tokenizer(self.base)).save_pretrained(folder)
+        seal(folder)

@@ -135,7 +135,7 @@ def test_folders_that_hold_no_ensemble_are_refused(tiny_model_dir, tmp_path):
     folder = ppo_helpers.ensemble(tmp_path / "e", tiny_model_dir)
     path = tmp_path / "e" / "ensemble.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
-    with pytest.raises(ValueError, match=r"format_version: expected 2, got 99"):
+    with pytest.raises(ValueError, match=r"format_version: expected 3, got 99"):
         RewardModel.from_pretrained(folder)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lit_vapo.cli import main
 from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.models.classifier import save_classifier
+from lit_vapo.models.digests import seal
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.reward import RewardModel
@@ -149,11 +150,13 @@ def test_members_read_from_disk_score_as_those_held(full, tmp_path):
         config = json.loads(before)
         config["head"]["init_args"]["resident"] = False
         path.write_text(json.dumps(config))
+        seal(joint)
         model = RewardModel.from_pretrained(joint)
         assert sum(p.numel() for p in model.parameters()) == model.head.weight.numel()
         torch.testing.assert_close(model.head(compute_features(model, SEQUENCES, CPU)), held)
     finally:
         path.write_text(before)
+        seal(joint)
 
 
 def test_what_cannot_be_joined_is_named(full, tmp_path, tiny_ensemble_dir):

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from lit_vapo.functional import nuclear_diversity, poisson_bootstrap
+from lit_vapo.models.digests import seal
 from lit_vapo.models.features import compute_features, right_pad
 from lit_vapo.models.pretrained import (
     Pretrained,
@@ -155,13 +156,15 @@ def saved(tiny_model_dir, tmp_path):
 
 def test_a_missing_member_is_named(saved):
     shutil.rmtree(saved / "member_1")
-    with pytest.raises(ValueError, match=r"member_1: expected a member with adapter_config.json, got none"):
+    seal(saved)
+    with pytest.raises(ValueError, match=r"saved: expected member_1 among the files of digests.json, got none"):
         RewardModel.from_pretrained(saved)
 
 
 def test_a_member_of_another_base_is_refused(saved):
     path = saved / "member_2" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "other/model"}))
+    seal(saved)
     with pytest.raises(ValueError, match=r"member_2: expected an adapter of '.*', got one of 'other/model'"):
         RewardModel.from_pretrained(saved)
 
@@ -171,12 +174,14 @@ def test_a_member_of_another_shape_is_refused(saved, tiny_model_dir, tmp_path):
     reward_model(wide).save_pretrained(tmp_path / "wide")
     weights = "adapter_model.safetensors"
     shutil.copy(tmp_path / "wide" / "member_0" / weights, saved / "member_0" / weights)
-    with pytest.raises(ValueError, match=r"member_0: expected .* of shape .*, got .*: an adapter of another base"):
+    seal(saved)
+    with pytest.raises(ValueError, match=r"member_0: expected rank .* and a head of width 32, got .*\(64,\)"):
         RewardModel.from_pretrained(saved)
     # Fewer layers.
     reward_model(
         json.loads((saved / "ensemble.json").read_text())["spec"]["base"]["path"], top_layers=1
     ).save_pretrained(tmp_path / "top")
     shutil.copy(tmp_path / "top" / "member_0" / weights, saved / "member_0" / weights)
+    seal(saved)
     with pytest.raises(ValueError, match=r"member_0: expected adapters of 14 layers of this base, got 7"):
         RewardModel.from_pretrained(saved)
