@@ -61,7 +61,7 @@ class TextDataModule(TextLoaders, LightningDataModule):
         batch_size: Pairs of a step in the sft and reward stages, prompts of an iteration in the ppo stage; for each
             process.
         num_workers: Processes that prepare batches.
-        seed: Seed of the order of pairs that are batched by length; other orders follow `seed_everything`.
+        seed: Seed of the orders of pairs and prompts; `null` takes that of `seed_everything`.
     """
 
     inform = staticmethod(rank_zero_info)
@@ -92,7 +92,7 @@ class TextDataModule(TextLoaders, LightningDataModule):
         columns: dict[str, str | None] | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         check_fractions(validation_fraction, test_fraction)
@@ -149,8 +149,8 @@ class PreferenceDataModule(TextDataModule):
             return DataLoader(stream, batch_size=self.batch_size, collate_fn=self.collator.preferences)
         features = self._features.get("train")
         if features is not None:
-            return self._loader(features, _as_it_is)
-        return self._loader(self.preference_rows("train"), self.collator.preferences)
+            return self._held_out(features, _as_it_is)
+        return self._held_out(self.preference_rows("train"), self.collator.preferences)
 
     def use_features(self, split: str, chosen: Tensor, rejected: Tensor) -> None:
         """Serve features, (N, H) or (N, K, H), in place of tokens, in the order of `preferences(split)`."""
@@ -164,7 +164,10 @@ class PreferenceDataModule(TextDataModule):
 
     def train_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
         """Pairs to learn from."""
-        return self._training_pairs(self.collator.preferences) if self.streams else self._pairs("train")
+        features = self._features.get("train")
+        if features is None:
+            return self._training_pairs(self.collator.preferences)
+        return self._shuffled(features, _as_it_is)
 
     def val_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
         """Pairs set aside."""
@@ -189,12 +192,17 @@ class PreferenceDataModule(TextDataModule):
             return []
         features = self._features.get(split)
         if features is not None:
-            return self._loader(features, _as_it_is, shuffle=split == "train")
-        return self._pair_loader(rows, self.collator.preferences, train=split == "train")
+            return self._held_out(features, _as_it_is)
+        return self._held_out(rows, self.collator.preferences)
 
 
 class PromptDataModule(TextDataModule):
     """Prompts for the ppo stage; options as in `TextDataModule`."""
+
+    @property
+    def streams(self) -> bool:
+        """Prompts to train on are held."""
+        return False
 
     def prepare_data(self) -> None:
         """Read and check the data before any model is loaded."""
@@ -206,17 +214,17 @@ class PromptDataModule(TextDataModule):
         share = len(rows) // self._world_size
         if share < self.batch_size:
             raise ValueError(f"data.batch_size: expected at most the {share} prompts there are, got {self.batch_size}")
-        return self._loader(rows, self.collator.prompts, shuffle=True, drop_last=True)
+        return self._shuffled(rows, self.collator.prompts, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
         """Prompts set aside."""
         rows = self.prompt_rows("val")
-        return self._loader(rows, self.collator.prompts) if rows else []
+        return self._held_out(rows, self.collator.prompts) if rows else []
 
     def test_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
         """Prompts to test on."""
         rows = self.prompt_rows("test")
-        return self._loader(rows, self.collator.prompts) if rows else []
+        return self._held_out(rows, self.collator.prompts) if rows else []
 
     def predict_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
         """Prompts to respond to: those of `prompts_test`, or else all of `prompts`, those to learn on first."""
@@ -242,12 +250,12 @@ class SFTDataModule(TextDataModule):
     def val_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
         """Responses set aside."""
         rows = self.preference_rows("val")
-        return self._pair_loader(rows, self.collator.sft, train=False) if rows else []
+        return self._held_out(rows, self.collator.sft) if rows else []
 
     def test_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
         """Responses to test on."""
         rows = self.preference_rows("test")
-        return self._pair_loader(rows, self.collator.sft, train=False) if rows else []
+        return self._held_out(rows, self.collator.sft) if rows else []
 
 
 def _as_it_is(batch: FeaturePairs) -> FeaturePairs:

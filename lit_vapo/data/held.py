@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
+import torch
+
 from lit_vapo.data.collate import Collator, PromptBatch
 from lit_vapo.data.columns import Columns
 from lit_vapo.data.mixing import Sources
@@ -31,7 +33,7 @@ class TextSplits:
     skip_invalid: bool
     columns: Columns
     batch_size: int
-    seed: int
+    seed: int | None
     collator: Collator
     _pair_reader: PairReader
     _prompt_reader: PromptReader
@@ -42,8 +44,13 @@ class TextSplits:
 
     @property
     def streams(self) -> bool:
-        """Whether the training preferences come as a stream, so that no split `train` of them is held."""
+        """Whether the rows to train on come as a stream, so that no split `train` of them is held."""
         return self.streaming
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of all orders: that of the data if there is one, or else the one the process was seeded with."""
+        return torch.initial_seed() if self.seed is None else self.seed
 
     def preference_rows(self, split: str) -> Rows:
         """Tokenised preferences of `train`, `val`, `test` or `ood`; none of the last if it is not given.
@@ -112,7 +119,7 @@ class TextSplits:
             self.skip_invalid,
             self.batch_size,
             self.stream_buffer,
-            self.seed,
+            self.order_seed,
             num_replicas,
             rank,
             shuffle,
@@ -121,7 +128,7 @@ class TextSplits:
 
     @property
     def _prompts_stream(self) -> bool:
-        return self.streams and not self.own_prompts
+        return self.streaming and not self.own_prompts
 
     def _split(
         self, name: str, sources: Mapping[str, Sources | None], load: Callable[[Sources, str], Rows]

@@ -8,9 +8,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lit_vapo.data.held import TextSplits
-from lit_vapo.data.sampler import LengthSampler
-from lit_vapo.data.splits import Rows
-from lit_vapo.data.stream import StreamLoader
+from lit_vapo.data.loader import RowLoader, StreamLoader, TrainerCourse
+from lit_vapo.data.sampler import EpochSampler, LengthSampler
 
 
 class TextLoaders(TextSplits):
@@ -23,38 +22,38 @@ class TextLoaders(TextSplits):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
 
-    def _loader(self, rows: Any, collate: Callable[..., Any], **kwargs: Any) -> DataLoader[Any]:
-        return DataLoader(
-            rows,
-            batch_size=self.batch_size,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            **kwargs,
-        )
+    def _options(self, collate: Callable[..., Any]) -> dict[str, Any]:
+        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        return {"batch_size": self.batch_size, "collate_fn": collate, **workers}
 
-    def _pair_loader(self, rows: Rows, collate: Callable[..., Any], train: bool) -> DataLoader[Any]:
-        if not train:
-            return self._loader(rows, collate)
-        ranks = self._ranks()
-        batch_size = self.batch_size * ranks.get("num_replicas", 1)
-        lengths = [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
-        return self._loader(rows, collate, sampler=LengthSampler(lengths, batch_size, self.seed, **ranks))
+    def _held_out(self, rows: Any, collate: Callable[..., Any]) -> DataLoader[Any]:
+        """Rows in their order."""
+        return DataLoader(rows, **self._options(collate))
+
+    def _shuffled(self, rows: Any, collate: Callable[..., Any], drop_last: bool = False) -> DataLoader[Any]:
+        """Rows in another order in every epoch."""
+        sampler = EpochSampler(len(rows), drop_last=drop_last, **self._order())
+        return RowLoader(rows, sampler=sampler, drop_last=drop_last, **self._options(collate))
 
     def _training_pairs(self, collate: Callable[..., Any]) -> DataLoader[Any]:
+        """Pairs batched by length."""
         if not self.streams:
-            return self._pair_loader(self.preference_rows("train"), collate, train=True)
+            rows: Any = self.preference_rows("train")
+            lengths = [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+            return RowLoader(rows, sampler=LengthSampler(lengths, **self._order()), **self._options(collate))
         if self.trainer is not None and self.trainer.max_steps < 0:
             # Learning rates decay to the end of the run, which a stream does not tell.
             raise ValueError("trainer.max_steps: expected the steps of a run on data that streams, got -1")
-        return StreamLoader(
-            self.stream(**self._ranks()),
-            lambda: self.trainer.current_epoch if self.trainer is not None else None,
-            batch_size=self.batch_size,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+        return StreamLoader(self.stream(**self._ranks()), self._course(), **self._options(collate))
+
+    def _order(self) -> dict[str, Any]:
+        """What an order depends on, besides the rows."""
+        ranks = self._ranks()
+        together = self.batch_size * ranks.get("num_replicas", 1)
+        return {"batch_size": together, "seed": self.order_seed, "course": self._course(), **ranks}
+
+    def _course(self) -> TrainerCourse | None:
+        return TrainerCourse(self.trainer) if self.trainer is not None else None
 
     def _ranks(self) -> dict[str, Any]:
         return (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}

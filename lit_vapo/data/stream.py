@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from lit_vapo.data.columns import LOOK, Columns
 from lit_vapo.data.mixing import Sources, stream_rows
@@ -161,29 +161,6 @@ class PairStream(IterableDataset[dict[str, Any]]):
                 break
         check_preferred(preferred, self.key)
         return self.reader.truncation(cuts, f"{self.key} (the first {len(cuts)})")
-
-
-class StreamLoader(DataLoader[Any]):
-    """Batches of a stream; tells it the epoch whenever it begins.
-
-    Args:
-        stream: The stream.
-        epoch: The trainer's epoch; None without a trainer, and then passes are counted.
-        **options: Those of `DataLoader`.
-    """
-
-    def __init__(self, stream: PairStream, epoch: Callable[[], int | None], **options: Any) -> None:
-        super().__init__(stream, **options)
-        self.stream = stream
-        self.current_epoch = epoch
-        self.passes = 0
-
-    def __iter__(self) -> Any:
-        """The batches of an epoch."""
-        epoch = self.current_epoch()
-        self.stream.set_epoch(self.passes if epoch is None else epoch)
-        self.passes += 1
-        return super().__iter__()
 
 
 def by_length(rows: Iterator[dict[str, Any]], batch_size: int, buffer: int, random: Random) -> Iterator[dict[str, Any]]:

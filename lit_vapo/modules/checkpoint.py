@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -162,19 +162,35 @@ def total_steps(module: LightningModule) -> int:
     Raises:
         ValueError: The run has no end.
     """
-    total = module.trainer.estimated_stepping_batches
+    trainer: Any = module.trainer
+    if getattr(trainer.datamodule, "streams", False):
+        # To ask would be to read, before the place of a resumed run is known; and a stream does not tell its length.
+        return int(trainer.max_steps)
+    total = trainer.estimated_stepping_batches
     if total == float("inf"):
         raise ValueError("trainer: expected max_epochs or max_steps, got a run without end")
     return int(total)
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """A block whose random numbers depend on `seed` alone, and leave the stream outside as it was."""
+def seeded(*numbers: int) -> Iterator[None]:
+    """A block whose random numbers depend on `numbers` alone, and leave the stream outside as it was."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number) % 2**63
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+def seeded_batch(module: LightningModule) -> AbstractContextManager[None]:
+    """A block with the random numbers of this batch of the run.
+
+    They depend on the seed of the process, the number of the batch and the rank alone: a resumed run draws what the
+    uninterrupted one would have drawn, whatever else drew numbers before.
+    """
+    return seeded(torch.initial_seed(), module.trainer.fit_loop.total_batch_idx, module.global_rank)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from lit_vapo.modules.checkpoint import (
     check_precision,
     linear_decay,
     seeded,
+    seeded_batch,
     total_steps,
     unpickled,
 )
@@ -187,10 +188,8 @@ class PPOModule(EvaluatedPolicy):
             self.networks.warm_start_critic()
 
     def on_fit_start(self) -> None:
-        """Get ready to roll out, each process with random numbers of its own."""
+        """Get ready to roll out."""
         self.start()
-        if self.trainer.world_size > 1:
-            torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     # 2. Training: one step is one iteration.
 
@@ -202,7 +201,7 @@ class PPOModule(EvaluatedPolicy):
         """
         started = time.perf_counter()
         assert self.maker is not None
-        with named(self.iteration):
+        with named(self.iteration), seeded_batch(self):
             rollout = self.maker.make(batch, self.objective, values=self.advantage.needs_critic, all_sum=self._sum)
             kl = global_kl(rollout, self._sum)
             if over_budget(kl, self.kl_budget, self.iteration):

@@ -31,6 +31,7 @@ from lit_vapo.modules.checkpoint import (
     check_precision,
     linear_decay,
     seeded,
+    seeded_batch,
     total_steps,
     unpickled,
 )
@@ -213,8 +214,9 @@ class RewardModule(EvaluatedRewards):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of the ensemble, summed over members."""
-        chosen, rejected = self.encode(batch)
-        loss = self.head.loss(chosen, rejected, batch.labels)
+        with seeded_batch(self):
+            chosen, rejected = self.encode(batch)
+            loss = self.head.loss(chosen, rejected, batch.labels)
         if not torch.isfinite(loss):
             raise ValueError(f"loss: expected a finite number, got {loss.item()} in batch {batch_idx}")
         self.log("train/loss", loss.detach() / len(self.head.present_members), prog_bar=True, batch_size=len(chosen))

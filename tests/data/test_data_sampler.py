@@ -6,7 +6,7 @@ import random
 import pytest
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 
-from lit_vapo.data.sampler import POOL, LengthSampler
+from lit_vapo.data.sampler import POOL, EpochSampler, LengthSampler
 
 LENGTHS = [random.Random(i).randrange(5, 200) for i in range(1003)]
 
@@ -69,3 +69,50 @@ def test_processes_share_a_batch_of_similar_lengths():
         for r in range(2)
     ]
     assert [row for both in zip(*shares, strict=True) for row in both] == whole
+
+
+class Course:
+    """A run that has come so far."""
+
+    def __init__(self, taken, limit):
+        self.batches = taken
+        self.most = limit
+
+    def taken(self):
+        return self.batches
+
+    def limit(self, batches):
+        return min(batches, self.most)
+
+
+def by_length(size, *args, **kwargs):
+    return LengthSampler(LENGTHS[:size], *args, **kwargs)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("make", "size", "limit"), [(EpochSampler, 30, 99), (by_length, 30, 99), (by_length, 29, 3)])
+def test_epoch_and_place_follow_from_the_batches_that_were_taken(make, size, limit, world):
+    for rank in range(world):
+        passes = make(size, 4 * world, 7, world, rank)
+        served = []
+        for _ in range(3):
+            share = list(passes)
+            served += [share[i : i + 4] for i in range(0, len(share), 4)][:limit]
+        for taken in range(len(served)):
+            order = list(make(size, 4 * world, 7, world, rank, Course(taken, limit)))
+            per_epoch = min(limit, -(-size // (4 * world)))
+            left = per_epoch - taken % per_epoch
+            assert [order[i : i + 4] for i in range(0, len(order), 4)][:left] == served[taken : taken + left]
+
+
+def test_an_incomplete_last_batch_that_is_left_out_is_no_batch_of_the_epoch():
+    whole = EpochSampler(10, 4, drop_last=True)
+    first, second = list(whole), list(whole)
+    assert [list(EpochSampler(10, 4, course=Course(n, 99), drop_last=True)) for n in (1, 2)] == [first[4:], second]
+
+
+def test_an_order_without_lengths_has_every_row_once_and_differs():
+    sampler = EpochSampler(50, 8)
+    orders = [list(sampler) for _ in range(3)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
