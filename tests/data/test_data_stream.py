@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import warnings
 from collections import Counter
@@ -17,6 +18,7 @@ from lit_vapo.cli import main
 from lit_vapo.data.collate import PreferenceBatch, SFTBatch
 from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule, SFTDataModule
 from lit_vapo.data.encoder import Encoder
+from lit_vapo.data.place import StreamLoader
 from lit_vapo.data.readers import PairReader
 from lit_vapo.data.stream import LOOK, PairStream, Shard, by_length
 
@@ -188,6 +190,47 @@ def test_a_trainer_goes_through_epochs_and_stops_at_max_steps(tiny_model_dir, fi
         stream.set_epoch(epoch)
         batches = [i for at, batch in seen for i in batch if at == epoch]
         assert batches == ids(stream)
+
+
+class Course:
+    """A run that has come so far, and trains on so many batches of an epoch at most."""
+
+    def __init__(self, batches, most=math.inf):
+        self.batches = batches
+        self.most = most
+
+    def taken(self):
+        return self.batches
+
+    def limit(self, batches):
+        return min(batches, self.most)
+
+
+@pytest.mark.parametrize("most", [math.inf, 3])
+def test_a_stream_finds_its_place_by_what_was_taken(tokenizer, tmp_path, most):
+    stream = make(tokenizer, write_jsonl(tmp_path / "few.jsonl", pairs(18)), buffer=8)
+    loader = StreamLoader(stream, Course(0, most), batch_size=4, collate_fn=ids)
+    length = int(min(5, most))
+    whole, states = [], []
+    for _ in range(3):
+        for batch in itertools.islice(loader, length):
+            states.append(loader.state_dict())
+            loader.course.batches += 1
+            whole.append(batch)
+    assert len({i for batch in whole[:length] for i in batch}) == min(18, 4 * length)
+    # A batch is read ahead of need, so that the last of an epoch is known for the last: what counts is what was taken.
+    for taken, state in enumerate(states, start=1):
+        for known in (state, {}):
+            resumed = StreamLoader(stream, Course(taken, most), batch_size=4, collate_fn=ids)
+            resumed.load_state_dict(known)
+            left = length - taken % length
+            assert list(resumed)[:left] == whole[taken : taken + left] or taken == len(whole)
+
+
+def test_an_empty_stream_ends(tokenizer, file):
+    stream = make(tokenizer, file)
+    stream.pairs = lambda shard: iter(())
+    assert list(StreamLoader(stream, Course(0), batch_size=4)) == []
 
 
 def test_a_run_on_a_stream_needs_an_end(tiny_model_dir, file):

@@ -77,10 +77,10 @@ class StreamLoader(DataLoader[Any]):
             return
         served = False
         while not served and self.length:
-            place = self.course.taken() - self.began
-            if place >= self.course.limit(self.length):
-                self.epoch, self.began, self.length = self.epoch + 1, self.began + place, math.inf
-                place = 0
+            place, end = self.course.taken() - self.began, self.course.limit(self.length)
+            if place >= end:
+                self.epoch, self.began, self.length = self.epoch + 1, self.began + int(end), math.inf
+                continue
             number = 0
             for number, batch in enumerate(self._batches(self.epoch), start=1):
                 if number > place:
@@ -97,5 +97,6 @@ class StreamLoader(DataLoader[Any]):
         return {"epoch": self.epoch, "began": self.began, "length": self.length}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the pass of a checkpoint."""
-        self.epoch, self.began, self.length = state["epoch"], state["began"], state["length"]
+        """Go on with the pass of a checkpoint; without one the place is looked for from the first epoch on."""
+        if state:
+            self.epoch, self.began, self.length = state["epoch"], state["began"], state["length"]
