@@ -53,7 +53,7 @@ def prompt_batch(model, prompts=None):
     """Left-padded prompts."""
     prompts = prompts or PROMPTS
     tokenizer = load_tokenizer(Pretrained(model))
-    ids, lengths = pad([tokenizer(p)["input_ids"] for p in prompts], tokenizer.pad_token_id, left=True)
+    ids, lengths = pad([tokenizer(p)["input_ids"] for p in prompts], left=True)
     return PromptBatch(ids, lengths, list(prompts), torch.arange(len(prompts)))
 
 

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from examples.sentiment.judge import SentimentJudge
 from examples.sentiment.prepare import once
-from lit_vapo.data.tokenise import pair_encoder
+from lit_vapo.data.conversation import Prompt
+from lit_vapo.data.encoder import Encoder
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.reward import FeatureSpec
@@ -123,11 +124,13 @@ def prepare(demo: str = "runs/demo", seed: int = 0) -> None:
         folder.mkdir(parents=True)
         model = feature_model(spec)
         tokenizer, cpu = model.load_tokenizer(), torch.device("cpu")
-        encode = pair_encoder(tokenizer)
+        encoder = Encoder(tokenizer)
         with (root / "data" / "preferences.jsonl").open(encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
         found = {
-            side: compute_features(model, [encode(row["prompt"], row[side], ended=False) for row in rows], cpu)
+            side: compute_features(
+                model, [encoder.response(Prompt(row["prompt"]), row[side], ended=False) for row in rows], cpu
+            )
             for side in ("chosen", "rejected")
         }
         prompts = root / "data" / "prompts_train.jsonl"

@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from examples.sentiment.corpus import Review, read_reviews, split_position
 from examples.sentiment.prepare import once, write_rows
 from lit_vapo.cli import main
-from lit_vapo.data.tokenise import pair_encoder
+from lit_vapo.data.conversation import Prompt
+from lit_vapo.data.encoder import Encoder
 from lit_vapo.folders import claim_folder
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import Pretrained
@@ -96,8 +97,8 @@ def write_texts(reviews: list[Review], folder: Path) -> None:
 
 def text_features(model: RewardModel, texts: list[dict[str, Any]]) -> Tensor:
     """Features (N, H) of the beginnings of continuations, as long as a response."""
-    encode = pair_encoder(model.load_tokenizer())
-    found = [encode(row["prompt"], row["chosen"], ended=True) for row in texts]
+    encoder = Encoder(model.load_tokenizer())
+    found = [encoder.response(Prompt(row["prompt"]), row["chosen"], ended=True) for row in texts]
     cut = [TokenSequence(s.ids[: s.prompt_length + RESPONSE_TOKENS], s.prompt_length) for s in found]
     return compute_features(model, cut, torch.device("cpu"))
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_vapo.data.conversation import Messages, Prompt
+from lit_vapo.data.conversation import Prompt
 from lit_vapo.types import PairLabels
 
 
@@ -49,13 +49,6 @@ class PromptBatch(NamedTuple):
     example_ids: Tensor
     asked: list[Prompt] | None = None
 
-    @property
-    def messages(self) -> list[Messages | None] | None:
-        """The messages each prompt's text was made of; `None` for a text that was none."""
-        if self.asked is None:
-            return None
-        return [asked.content if isinstance(asked.content, list) else None for asked in self.asked]
-
     def to(self, device: torch.device) -> PromptBatch:
         """The batch on a device."""
         ids, lengths, example_ids = (x.to(device) for x in (self.input_ids, self.lengths, self.example_ids))
@@ -76,11 +69,11 @@ class SFTBatch(NamedTuple):
     prompt_lengths: Tensor
 
 
-def pad(sequences: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Padded ids (B, L) and lengths (B,)."""
+def pad(sequences: Sequence[Sequence[int]], left: bool = False) -> tuple[Tensor, Tensor]:
+    """Padded ids (B, L) and lengths (B,); token 0 pads, which every model has, and nothing looks at it."""
     lengths = torch.tensor([len(s) for s in sequences], dtype=torch.long)
     size = int(lengths.max())
-    ids = torch.full((len(sequences), size), pad_id, dtype=torch.long)
+    ids = torch.zeros((len(sequences), size), dtype=torch.long)
     for row, sequence in enumerate(sequences):
         where = slice(size - len(sequence), size) if left else slice(0, len(sequence))
         ids[row, where] = torch.tensor(sequence, dtype=torch.long)
@@ -98,19 +91,12 @@ def pair_labels(rows: Sequence[dict[str, Any]]) -> PairLabels:
 
 
 class Collator:
-    """Turns tokenised rows into batches.
-
-    Args:
-        pad_id: Token to pad with; any will do.
-    """
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+    """Turns tokenised rows into batches."""
 
     def preferences(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
         """A batch of pairs."""
-        chosen, chosen_lengths = pad([r["chosen_ids"] for r in rows], self.pad_id)
-        rejected, rejected_lengths = pad([r["rejected_ids"] for r in rows], self.pad_id)
+        chosen, chosen_lengths = pad([r["chosen_ids"] for r in rows])
+        rejected, rejected_lengths = pad([r["rejected_ids"] for r in rows])
         return PreferenceBatch(
             chosen,
             chosen_lengths,
@@ -122,11 +108,11 @@ class Collator:
 
     def prompts(self, rows: list[dict[str, Any]]) -> PromptBatch:
         """A batch of prompts."""
-        ids, lengths = pad([r["prompt_ids"] for r in rows], self.pad_id, left=True)
+        ids, lengths = pad([r["prompt_ids"] for r in rows], left=True)
         identities = torch.tensor([r["example_id"] for r in rows])
         return PromptBatch(ids, lengths, [r["prompt"] for r in rows], identities, [r["asked"] for r in rows])
 
     def sft(self, rows: list[dict[str, Any]]) -> SFTBatch:
         """A batch of demonstrations: the preferred responses."""
-        ids, lengths = pad([r["chosen_ids"] for r in rows], self.pad_id)
+        ids, lengths = pad([r["chosen_ids"] for r in rows])
         return SFTBatch(ids, lengths, torch.tensor([r["prompt_length"] for r in rows]))

@@ -126,7 +126,7 @@ class TextDataModule(TextLoaders, LightningDataModule):
             tokenizer, append_eos, templated, chat_template_kwargs, stop_token_ids, trust_remote_code
         )
         self.text_tokenizer = self.encoder.tokenizer
-        self.collator = Collator(int(self.text_tokenizer.pad_token_id))
+        self.collator = Collator()
         self._pair_reader = PairReader(self.encoder, max_length, self.columns.implicit)
         self._prompt_reader = PromptReader(self.encoder, max_prompt_length, self.columns.implicit)
         self._rows = {}

@@ -12,6 +12,7 @@ import torch
 
 from lit_vapo.data.collate import Collator, PromptBatch
 from lit_vapo.data.columns import Columns
+from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.mixing import Sources
 from lit_vapo.data.readers import PairReader, PromptReader, first_prompts, read_all
 from lit_vapo.data.splits import Pairs, Rows, load_splits
@@ -35,6 +36,7 @@ class TextSplits:
     batch_size: int
     seed: int | None
     collator: Collator
+    encoder: Encoder
     _pair_reader: PairReader
     _prompt_reader: PromptReader
     _rows: dict[str, dict[str, Rows]]
@@ -86,6 +88,19 @@ class TextSplits:
             return self.max_length
         rows = [r for split in ("train", "val", "test", "ood") for r in self.preference_rows(split)]
         return max(max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows)
+
+    def largest_token(self) -> tuple[int, str]:
+        """The largest token id of all rows that are held, and where it stands; of a stream, that of the vocabulary."""
+        found = [(-1, "no row")]
+        if self.streams:
+            padding = {self.encoder.tokenizer.pad_token_id}
+            found = [
+                (max({*self.encoder.tokenizer.get_vocab().values()} - padding), "the vocabulary, for data streams")
+            ]
+        for row in chain.from_iterable(rows for splits in self._rows.values() for rows in splits.values()):
+            sequences = (row.get(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+            found.append((max(chain.from_iterable(ids or () for ids in sequences), default=-1), row["place"]))
+        return max(found, key=lambda token: token[0])
 
     def place(self, example_id: int) -> str:
         """Where a pair stands (`file, line 7`), for messages that have to name it."""

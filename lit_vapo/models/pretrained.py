@@ -149,15 +149,17 @@ def vocabulary_size(config: Any) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def check_embeddings(config: Any, model: str, largest: int, token: str | None, place: str) -> None:
+def check_embeddings(
+    config: Any, tokenizer: PreTrainedTokenizerBase, largest: int, place: str, key: str = "model.base"
+) -> None:
     """Refuse tokens that a model has no embedding for.
 
     Args:
         config: The model's configuration.
-        model: Its path, for the message.
-        largest: The largest token id that it is to read.
-        token: That token, if it has a name.
+        tokenizer: The tokenizer of the data.
+        largest: The largest token id that the model is to read.
         place: Where it stands.
+        key: The option that names the model, for the message.
 
     Raises:
         ValueError: The model has too few embeddings.
@@ -165,8 +167,9 @@ def check_embeddings(config: Any, model: str, largest: int, token: str | None, p
     size = vocabulary_size(config)
     if largest >= size:
         raise ValueError(
-            f"data.tokenizer: expected token ids below {size}, for which {model!r} has embeddings, got {largest} "
-            f"({token!r}) in {place}"
+            f"data.tokenizer: expected token ids below {size}, for which {key} ({config.name_or_path!r}) has "
+            f"embeddings, got {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) from "
+            f"{tokenizer.name_or_path!r} in {place}"
         )
 
 
@@ -177,6 +180,19 @@ def load_tokenizer(spec: Pretrained) -> PreTrainedTokenizerBase:
         spec.path, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
     )
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def same_language(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether a model of the other tokenizer can read the tokens of the first one as they are.
+
+    They have the same tokens, named ones included, and no two chat templates. A model without a template was trained
+    with another's.
+    """
+    return (
+        one.get_vocab() == other.get_vocab()
+        and one.special_tokens_map == other.special_tokens_map
+        and other.chat_template in (None, one.chat_template)
+    )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, spec: Pretrained, key: str) -> None:

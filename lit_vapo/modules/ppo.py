@@ -20,7 +20,7 @@ from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.ensemble_file import read_trusted_config
 from lit_vapo.models.exported import check_policy
 from lit_vapo.models.generation import Generator, Sampling
-from lit_vapo.models.pretrained import Lora, Pretrained
+from lit_vapo.models.pretrained import Lora, Pretrained, check_embeddings
 from lit_vapo.modules.checkpoint import (
     check_context,
     check_positive,
@@ -168,7 +168,9 @@ class PPOModule(EvaluatedPolicy):
             raise ValueError("trainer: expected a PromptDataModule (it has the tokenizer), got plain dataloaders")
         longest = datamodule.max_prompt_length + self.sampling.max_new_tokens
         limits = "data.max_prompt_length + model.sampling.max_new_tokens"
-        check_context(self.networks.policy.causal_lm.config, longest, limits)
+        config = self.networks.policy.causal_lm.config
+        check_context(config, longest, limits)
+        check_embeddings(config, datamodule.text_tokenizer, *datamodule.largest_token())
         self.maker = RolloutMaker(
             self.networks,
             datamodule.text_tokenizer,

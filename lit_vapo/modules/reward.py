@@ -14,6 +14,7 @@ from lit_vapo.models.features import compute_features, feature_key, feature_path
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import (
     Pretrained,
+    check_embeddings,
     check_tokenizer,
     decoder_layers,
     freeze,
@@ -155,7 +156,9 @@ class RewardModule(EvaluatedRewards):
     def _load_backbone(self) -> Any:
         backbone = freeze(load_backbone(self.spec.base, self.spec.layer))
         if self.pairs is not None:
-            check_context(cast("Any", backbone).config, self.pairs.longest_pair())
+            config = cast("Any", backbone).config
+            check_context(config, self.pairs.longest_pair())
+            check_embeddings(config, self.pairs.text_tokenizer, *self.pairs.largest_token())
         if self.frozen_features:
             return place(cast("Any", backbone), self.device_of_run)
         if self.head.shares_features:

@@ -12,7 +12,7 @@ from lit_vapo.data.collate import SFTBatch
 from lit_vapo.models.digests import seal
 from lit_vapo.models.generation import Shaping
 from lit_vapo.models.policy import Policy
-from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
+from lit_vapo.models.pretrained import Lora, Pretrained, check_embeddings, load_tokenizer
 from lit_vapo.models.trunk import length_mask
 from lit_vapo.modules.checkpoint import TrainedWeightsModule, check_context, check_positive, linear_decay, total_steps
 
@@ -55,7 +55,9 @@ class SFTModule(TrainedWeightsModule):
         self.policy = Policy(self.base, self.lora, keep_reference=False)
         datamodule = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
         if datamodule is not None:
-            check_context(self.policy.causal_lm.config, datamodule.longest_pair())
+            config = self.policy.causal_lm.config
+            check_context(config, datamodule.longest_pair())
+            check_embeddings(config, datamodule.text_tokenizer, *datamodule.largest_token())
 
     def _step(self, batch: SFTBatch, prefix: str) -> Tensor:
         """Mean negative log-likelihood per response token."""

@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 
 from lit_vapo.data.collate import PromptBatch
-from lit_vapo.data.conversation import Messages
-from lit_vapo.data.tokenise import PairEncoder, pair_encoder
+from lit_vapo.data.conversation import Prompt
+from lit_vapo.data.encoder import Encoder
+from lit_vapo.data.stopping import find_stops
 from lit_vapo.functional import clip_rewards, sequence_log_ratio
 from lit_vapo.models.actor_critic import ActorCritic, Rows
 from lit_vapo.models.features import compute_features, length_batches
 from lit_vapo.models.generation import Generated, Generator, Sampling, stop_ids
 from lit_vapo.models.policy import Role
+from lit_vapo.models.pretrained import model_config, same_language, vocabulary_size
 from lit_vapo.models.transformers_generator import TransformersGenerator
 from lit_vapo.models.trunk import widen
 from lit_vapo.objectives.base import Objective
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
-from lit_vapo.types import RewardEstimate, TextReward
+from lit_vapo.types import RewardEstimate, TextReward, TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +76,8 @@ class RolloutMaker:
         self.shaping = sampling.shaping(self.stops)
         self.generator = generator or TransformersGenerator()
         self._warned = False
-        self._reward_encoder: PairEncoder | None = None
+        self._reads_tokens: bool | None = None
+        self._reward_encoder: Encoder | None = None
 
     @torch.no_grad()
     def make(
@@ -102,13 +105,12 @@ class RolloutMaker:
         self._warn_if_all_are_cut_off(generated.stopped)
         rows = assemble_rows(batch, generated)
         prompts = [prompt for prompt in batch.prompts for _ in range(self.sampling.num_responses)]
-        messages = [turns for turns in _messages(batch) for _ in range(self.sampling.num_responses)]
         responses = self._decode(rows)
         generated_at = time.perf_counter()
         scored = self._score(rows, role, values)
         features = scored.features
         if features is None:
-            features = self._own_features(prompts, messages, responses, generated.stopped)
+            features = self._own_features(batch, rows, responses, generated.stopped)
         estimate: RewardEstimate = self.networks.reward_model.head(features)
         _check_finite(estimate, prompts)
         if all_sum is None:
@@ -150,7 +152,7 @@ class RolloutMaker:
                 assert scored.features is not None
                 features.append(scored.features)
             else:
-                features.append(self._own_features(batch.prompts, _messages(batch), self._decode(rows), out.stopped))
+                features.append(self._own_features(batch, rows, self._decode(rows), out.stopped))
         return torch.cat(features)
 
     @torch.no_grad()
@@ -198,22 +200,32 @@ class RolloutMaker:
         columns = [torch.cat(c)[order] if c[0] is not None else None for c in zip(*outputs, strict=True)]
         return _Scored(*columns)  # type: ignore[arg-type]
 
-    def _own_features(
-        self, prompts: list[str], messages: list[Messages | None], responses: list[str], stopped: Tensor
-    ) -> Tensor:
-        """Features by the ensemble's own backbone, re-tokenised with its own tokenizer and chat template."""
+    def _own_features(self, batch: PromptBatch, rows: Rows, responses: list[str], stopped: Tensor) -> Tensor:
+        """Features by the ensemble's own backbone: of the same tokens, or of what its own tokenizer makes of the texts.
+
+        Raises:
+            ValueError: Prompts are messages, and that tokenizer has no chat template, or one that refuses them.
+        """
         model = self.networks.reward_model
-        if self._reward_encoder is None:
-            self._reward_encoder = pair_encoder(model.load_tokenizer())
-        encode = self._reward_encoder
-        rows = zip(prompts, messages, responses, stopped.tolist(), strict=True)
-        sequences = [encode(prompt, response, ended, turns) for prompt, turns, response, ended in rows]
+        if self._reads_tokens is None:
+            tokenizer = model.load_tokenizer()
+            fits = vocabulary_size(model_config(model.spec.base)) >= vocabulary_size(
+                self.networks.policy.causal_lm.config
+            )
+            self._reads_tokens = fits and same_language(self.tokenizer, tokenizer)
+            self._reward_encoder = Encoder(tokenizer, find_stops(model.spec.base.path, tokenizer))
+        if self._reads_tokens:
+            parts = zip(rows.input_ids.tolist(), rows.prompt_lengths.tolist(), rows.lengths.tolist(), strict=True)
+            sequences = [TokenSequence(ids[:length], start) for ids, start, length in parts]
+        else:
+            assert self._reward_encoder is not None
+            asked = [Prompt(text) for text in batch.prompts] if batch.asked is None else batch.asked
+            each = len(responses) // len(asked)
+            sequences = [
+                self._reward_encoder.response(asked[i // each], response, ended)
+                for i, (response, ended) in enumerate(zip(responses, stopped.tolist(), strict=True))
+            ]
         return compute_features(model, sequences, stopped.device).to(stopped.device)
-
-
-def _messages(batch: PromptBatch) -> list[Messages | None]:
-    """The messages of each prompt, where there are any."""
-    return batch.messages or [None] * len(batch.prompts)
 
 
 def _check_finite(estimate: RewardEstimate, prompts: list[str]) -> None:

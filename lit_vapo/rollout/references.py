@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lit_vapo.data.collate import PromptBatch
 from lit_vapo.models.generation import Sampling, stop_ids
+from lit_vapo.models.pretrained import check_embeddings
 from lit_vapo.models.transformers_generator import TransformersGenerator
 from lit_vapo.rollout.rollout import assemble_rows
 from lit_vapo.types import TokenSequence
@@ -34,6 +35,7 @@ def sample_references(
     stops = stop_ids(lm, sampling, tokenizer.eos_token_id)
     sequences = []
     for batch in batches:
+        check_embeddings(lm.config, tokenizer, int(batch.input_ids.max()), "a prompt", "the reference")
         ids, lengths = batch.input_ids.to(lm.device), batch.lengths.to(lm.device)
         generated = generator(lm, tokenizer, ids, lengths, sampling, stops)
         rows = assemble_rows(batch._replace(input_ids=ids, lengths=lengths), generated)

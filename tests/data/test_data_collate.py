@@ -1,11 +1,11 @@
-"""Batches, with a padding token that is also a real token: lengths alone say what counts."""
+"""Batches, padded with a token that is also a real one: lengths alone say what counts."""
 
 import torch
 
 from lit_vapo.data.collate import Collator, PreferenceBatch, PromptBatch, SFTBatch
 from lit_vapo.data.conversation import Prompt
 
-END = 7  # pads, and ends every response
+END = 0  # pads, and ends every response
 LARGE = 2**63 - 1
 
 
@@ -25,7 +25,7 @@ ROWS = [pair([1, 2, 3, END], [1, 2, END], 2, 0.5, LARGE), pair([4, END], [4, 5, 
 
 
 def test_pairs_are_padded_on_the_right_each_side_to_its_own_width():
-    batch = Collator(END).preferences(ROWS)
+    batch = Collator().preferences(ROWS)
     assert isinstance(batch, PreferenceBatch)
     assert batch.chosen_ids.tolist() == [[1, 2, 3, END], [4, END, END, END]]
     assert batch.rejected_ids.tolist() == [[1, 2, END, END, END], [4, 5, END, 6, END]]
@@ -35,7 +35,7 @@ def test_pairs_are_padded_on_the_right_each_side_to_its_own_width():
 
 
 def test_labels_and_identities_survive():
-    labels = Collator(END).preferences(ROWS).labels
+    labels = Collator().preferences(ROWS).labels
     assert {t.dtype for t in labels[:3]} == {torch.float32}
     assert labels.margin.tolist() == [0.5, 0.0]
     assert labels.probability.tolist() == [0.75, 1.0]
@@ -45,7 +45,7 @@ def test_labels_and_identities_survive():
 
 
 def test_lengths_give_back_every_row():
-    batch = Collator(END).preferences(ROWS)
+    batch = Collator().preferences(ROWS)
     for row, ids, size in zip(ROWS, batch.rejected_ids, batch.rejected_lengths, strict=True):
         assert ids[:size].tolist() == row["rejected_ids"]
 
@@ -55,7 +55,7 @@ def test_prompts_are_padded_on_the_left_and_move_as_one():
         {"prompt_ids": ids, "prompt": str(ids), "asked": Prompt(str(ids)), "example_id": len(ids)}
         for ids in ([END, 2, END], [5])
     ]
-    batch = Collator(END).prompts(rows)
+    batch = Collator().prompts(rows)
     assert batch.input_ids.tolist() == [[END, 2, END], [END, END, 5]]
     for row, ids, size in zip(rows, batch.input_ids, batch.lengths, strict=True):
         assert ids[len(ids) - size :].tolist() == row["prompt_ids"]
@@ -66,7 +66,7 @@ def test_prompts_are_padded_on_the_left_and_move_as_one():
 
 
 def test_demonstrations_are_the_preferred_responses():
-    batch = Collator(END).sft(ROWS)
+    batch = Collator().sft(ROWS)
     assert isinstance(batch, SFTBatch)
     assert batch.input_ids.tolist() == [[1, 2, 3, END], [4, END, END, END]]
     assert batch.lengths.tolist() == [4, 2]

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.readers import PairReader, PromptReader
 from lit_vapo.data.row import Row, UnusableError
-from lit_vapo.data.tokenise import fit, load_text_tokenizer, position, response_ids, stable_id
+from lit_vapo.data.tokenise import fit, load_text_tokenizer, position, stable_id
 
 USER = {"role": "user", "content": "the film"}
 SHAPES = {
@@ -90,15 +90,6 @@ def test_pairs_are_cut_and_lose_what_tells_them_apart(tmp_path):
     assert size > 1
 
 
-def test_the_end_of_sequence_is_optional_and_never_double(tmp_path):
-    tokenizer = tiny_tokenizer(tmp_path)
-    end = tokenizer.eos_token_id
-    bare = response_ids(tokenizer, " good", append_eos=False)
-    assert end not in bare
-    assert response_ids(tokenizer, " good", append_eos=True) == [*bare, end]
-    assert response_ids(tokenizer, " good<eos>", append_eos=True) == [*bare, end]
-
-
 def test_prompts_fit_exactly_or_are_of_no_use(tmp_path):
     tokenizer = tiny_tokenizer(tmp_path)
     size = len(tokenizer("the film was good")["input_ids"])
@@ -120,15 +111,11 @@ def test_neither_template_nor_tokenizer_moves_a_row_to_another_split(tmp_path, s
     assert stable_id(found[0]["identity"]) == asked[0]["example_id"]
 
 
-def test_padding_token_is_the_tokenizers_own_or_the_end(tmp_path):
-    tiny_tokenizer(tmp_path / "own")
-    own = load_text_tokenizer(str(tmp_path / "own"))
-    assert own.pad_token == "<pad>"
-    neither = tiny_tokenizer(tmp_path / "neither", pad=False)
-    neither.eos_token = None
-    neither.save_pretrained(tmp_path / "neither")
-    with pytest.raises(ValueError, match="data.tokenizer: expected a pad or an end-of-sequence token, got neither"):
-        load_text_tokenizer(str(tmp_path / "neither"))
+def test_a_tokenizer_needs_no_padding_token(tmp_path):
+    bare = tiny_tokenizer(tmp_path, pad=False)
+    bare.eos_token = None
+    bare.save_pretrained(tmp_path)
+    assert load_text_tokenizer(str(tmp_path)).pad_token is None
 
 
 def test_a_missing_tokenizer_is_named():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from examples.pairs.prepare import prepare
-from lit_vapo.data.tokenise import pair_encoder
+from lit_vapo.data.conversation import Prompt
+from lit_vapo.data.encoder import Encoder
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.reward import FeatureSpec
@@ -36,10 +37,10 @@ def test_half_of_the_prompts_are_judged_on_by_what_people_said(tmp_path, tiny_mo
     assert len(known.chosen) + int(stated.sum()) == 30
     # Features are those of texts that no pair has twice, as an ensemble reads them.
     model = feature_model(FeatureSpec(Pretrained(str(tiny_model_dir)), pooling="mean", layer=1))
-    encode = pair_encoder(model.load_tokenizer())
+    encoder = Encoder(model.load_tokenizer())
     rows_of = []
     for side, index in (("chosen", 0), ("rejected", 1)):
-        texts = [encode(row["prompt"], row[side], ended=False) for row in rows]
+        texts = [encoder.response(Prompt(row["prompt"]), row[side], ended=False) for row in rows]
         expected = compute_features(model, texts, torch.device("cpu"))
         found = torch.cat([getattr(known, side), known.responses[:, index]])
         nearest = torch.cdist(found, expected, compute_mode="donot_use_mm_for_euclid_dist").min(1)

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 import examples.sentiment.responses as responses_module
 import examples.sentiment.study as study_module
 from examples.sentiment.study import SentimentStudy
-from lit_vapo.data.tokenise import pair_encoder, stable_id
+from lit_vapo.data.conversation import Prompt
+from lit_vapo.data.encoder import Encoder
+from lit_vapo.data.tokenise import stable_id
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
@@ -115,8 +117,10 @@ def test_prepared_features_are_what_an_ensemble_reads(tmp_path, monkeypatch):
     head.calibrate(found["reference"])
     RewardModel(spec, head, None).save_pretrained(tmp_path / "ensemble")
     model = RewardModel.from_pretrained(tmp_path / "ensemble")
-    encode = pair_encoder(model.load_tokenizer())
-    expected = compute_features(model, [encode("the film", " was good", ended=False)], torch.device("cpu"))
+    encoder = Encoder(model.load_tokenizer())
+    expected = compute_features(
+        model, [encoder.response(Prompt("the film"), " was good", ended=False)], torch.device("cpu")
+    )
     torch.testing.assert_close(found["chosen"][:1], expected)
     assert found["reference"].shape == (8, WIDTH)
     prompts = [

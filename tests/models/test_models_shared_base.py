@@ -7,7 +7,6 @@ import torch
 from helpers import tiny_model, tiny_tokenizer
 from ppo_helpers import fit_ppo, make_rollout, ppo_module, prompt_data
 
-from lit_vapo.data.tokenise import pair_encoder
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.features import compute_features
@@ -121,9 +120,10 @@ def test_ppo_learns_with_members_on_its_own_base(folders, tmp_path):
     assert rows[1]["train/kl_k3"] > 0
     alone = RewardModel.from_pretrained(reward)
     rollout = make_rollout(module.networks, folders("llama"))
-    encode = pair_encoder(alone.load_tokenizer())
-    texts = zip(rollout.prompts, rollout.responses, rollout.stopped.tolist(), strict=True)
-    expected = alone.head(compute_features(alone, [encode(*row) for row in texts], CPU))
+    rows = rollout.rows
+    lengths = zip(rows.input_ids.tolist(), rows.prompt_lengths.tolist(), rows.lengths.tolist(), strict=True)
+    read = [TokenSequence(ids[:length], start) for ids, start, length in lengths]
+    expected = alone.head(compute_features(alone, read, CPU))
     torch.testing.assert_close(rollout.estimate.members, expected.members, atol=1e-5, rtol=1e-5)
 
 

@@ -11,7 +11,7 @@ from helpers import CONFIGS
 from jsonargparse import ArgumentParser
 
 from lit_vapo.advantages.gae import Gae
-from lit_vapo.data.tokenise import prompt_ids, stable_id
+from lit_vapo.data.tokenise import stable_id
 from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained, load_tokenizer
@@ -106,7 +106,7 @@ def test_responses_of_the_reference_are_one_to_each_prompt_again_and_again(prepa
     assert ids.tolist() == [stable_id(text) for text in texts]
     first, second = next(answers), next(answers)
     tokenizer = load_tokenizer(spec.base)
-    asked = [prompt_ids(tokenizer, text, False) for text in texts]
+    asked = [tokenizer(text)["input_ids"] for text in texts]
     assert [s.ids[: s.prompt_length] for s in first] == [s.ids[: s.prompt_length] for s in second] == asked
     assert all(1 <= len(s.ids) - s.prompt_length <= TOKENS for s in first)
     assert [s.ids for s in first] != [s.ids for s in second]

@@ -92,9 +92,9 @@ def test_a_token_without_an_embedding_stops_nothing(model):
 
 
 def test_tokens_beyond_the_embeddings_are_refused(model):
-    config = model_config(Pretrained(str(model[0])))
-    check_embeddings(config, "here", 313, "x", "line 1")
-    with pytest.raises(
-        ValueError, match=r"data.tokenizer: expected token ids below 314, for which 'here' .* got 314 \('x'\) in l"
-    ):
-        check_embeddings(config, "here", 314, "x", "line 1")
+    folder, tokenizer = model
+    config = model_config(Pretrained(str(folder)))
+    check_embeddings(config, tokenizer, 313, "line 1")
+    message = r"data.tokenizer: expected token ids below 314, for which model.base \(.*\) has .*, got 314 .* in line 1"
+    with pytest.raises(ValueError, match=message):
+        check_embeddings(config, tokenizer, 314, "line 1")
