@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_vapo.data.bounded import bounded
 from lit_vapo.data.conversation import Messages, Preference, Prompt
 from lit_vapo.data.literals import Control, LiteralEncoder
-from lit_vapo.data.offsets import OffsetTokenizer, Tokens
+from lit_vapo.data.offsets import Tokens, tokens_of
 from lit_vapo.data.templates import ChatTemplate, Tools, joined, shared
 from lit_vapo.stops import end_of_response, stop_tokens
 from lit_vapo.types import TokenSequence
@@ -102,7 +102,6 @@ class Encoder:
         self.append_eos = append_eos
         self.template = ChatTemplate(tokenizer, template_kwargs)
         self.control = Control.of(tokenizer, self.stops)
-        self._offsets = OffsetTokenizer(tokenizer)
         end = tokenizer.eos_token_id
         self._end = [int(end)] if end is not None else list(self.stops[:1])
         self._literal: LiteralEncoder | None = None
@@ -262,7 +261,7 @@ class Encoder:
         plain = isinstance(asked.content, str)
         if asked.hidden:
             return cast("Tokens", self._literally(asked, lambda literal: literal.encode(text, plain)))
-        tokens = self._offsets(text, plain)
+        tokens = tokens_of(self.tokenizer, text, plain)
         if self.templated and 0 < tokens.added < len(tokens.ids) and tokens.ids[0] == tokens.ids[tokens.added]:
             # The text brings the beginning of sequence that the tokenizer adds.
             tokens = Tokens(tokens.ids[tokens.added :], tokens.spans and tokens.spans[tokens.added :], 0)

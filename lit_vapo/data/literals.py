@@ -77,10 +77,6 @@ class LiteralEncoder:
         self.stand_ins = {string: chr(_STAND_INS[i]) * len(string) for i, string in enumerate(control.ids)}
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state["truncation"] = state["padding"] = None
-        if state["post_processor"] is not None:
-            state["post_processor"] = json.loads(
-                json.dumps(state["post_processor"]).replace('"trim_offsets": true', '"trim_offsets": false')
-            )
         added = {token["content"]: token for token in state["added_tokens"]}
         for string, number in control.ids.items():
             # Only special tokens can be taken for text.

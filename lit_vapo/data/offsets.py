@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 
@@ -30,34 +29,16 @@ class Tokens(NamedTuple):
         return cls(list(ids[:stop]), None if spans is None else list(spans[:stop]), added)
 
 
-class OffsetTokenizer:
-    """A tokenizer that says where its tokens end.
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> Tokens:
+    """The tokens of a text, as the tokenizer makes them.
 
     Args:
         tokenizer: The tokenizer.
+        text: The text.
+        add_special_tokens: Begin with those with which the tokenizer begins every text.
     """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self._untrimmed: Tokenizer | None = None
-        processor = tokenizer.backend_tokenizer.post_processor if tokenizer.is_fast else None
-        if processor is not None and b'"trim_offsets":true' in processor.__getstate__():
-            # Such a tokenizer leaves white space out of its offsets, and so does not tell which token holds it.
-            state = tokenizer.backend_tokenizer.to_str()
-            self._untrimmed = Tokenizer.from_str(state.replace('"trim_offsets":true', '"trim_offsets":false'))
-            self._untrimmed.no_truncation()
-            self._untrimmed.no_padding()
-
-    def __call__(self, text: str, add_special_tokens: bool) -> Tokens:
-        """The tokens of a text; without those with which the tokenizer begins every text, if so asked."""
-        if self._untrimmed is not None:
-            encoding = self._untrimmed.encode(text, add_special_tokens=add_special_tokens)
-            return Tokens.of(encoding.ids, encoding.special_tokens_mask, encoding.offsets)
-        fast = self.tokenizer.is_fast
-        found: Any = self.tokenizer(
-            text,
-            add_special_tokens=add_special_tokens,
-            return_special_tokens_mask=True,
-            return_offsets_mapping=fast,
-        )
-        return Tokens.of(found["input_ids"], found["special_tokens_mask"], found["offset_mapping"] if fast else None)
+    fast = tokenizer.is_fast
+    found: Any = tokenizer(
+        text, add_special_tokens=add_special_tokens, return_special_tokens_mask=True, return_offsets_mapping=fast
+    )
+    return Tokens.of(found["input_ids"], found["special_tokens_mask"], found["offset_mapping"] if fast else None)

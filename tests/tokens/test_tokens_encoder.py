@@ -116,6 +116,14 @@ def test_a_token_across_the_boundary_is_the_responses():
     assert tokenizer.decode(pair.rejected_ids) == ". bad</s>"
 
 
+def test_a_token_that_swallows_white_space_stays_in_the_prompt():
+    tokenizer, stops = tokenizer_of("byte-level", "phi 3")
+    asked = tokenizer.apply_chat_template([U], add_generation_prompt=True, return_dict=False)
+    assert asked[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
+    answers = ([{"role": "assistant", "content": x}] for x in (" good", "\nbad"))
+    assert Encoder(tokenizer, stops).pair(Preference(Prompt([U]), *answers, STATED), "here").prompt_ids == asked
+
+
 # Where responses end.
 
 
