@@ -101,7 +101,7 @@ def _tool(name: str, words: list[str]) -> None:
     from lit_vapo.data.datamodule import PreferenceDataModule
     from lit_vapo.models.pretrained import quiet
     from lit_vapo.modules import ensemble
-    from lit_vapo.modules.options import Parser
+    from lit_vapo.modules.options import Parser, check_models
 
     quiet()
     function = getattr(ensemble, name)
@@ -113,7 +113,9 @@ def _tool(name: str, words: list[str]) -> None:
         # The options of the stages' data, and so the same files.
         parser.add_class_arguments(PreferenceDataModule, "data")
     parser.add_function_arguments(function, skip={"data"} if takes_data else None, as_group=False)
-    given = parser.instantiate_classes(parser.parse_args(words))
+    parsed = parser.parse_args(words)
+    check_models(parsed)
+    given = parser.instantiate_classes(parsed)
     function(**{key: value for key, value in given.as_dict().items() if key != "config"})
 
 

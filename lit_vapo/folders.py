@@ -28,6 +28,12 @@ def check_new(folder: str | Path, name: str) -> Path:
     return path
 
 
+def absolute(place: str) -> str:
+    """A folder that is there by its absolute path; anything else, a hub name, say, as it is."""
+    path = os.path.expanduser(place)
+    return os.path.abspath(path) if os.path.isdir(path) else place
+
+
 @contextmanager
 def new_folder(folder: str | Path, name: str) -> Iterator[Path]:
     """A folder to write into, which takes its place when the block ends; after an error nothing is left of it.

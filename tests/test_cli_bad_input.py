@@ -127,6 +127,8 @@ def test_conversations_want_a_chat_template(stage_args, tmp_path, request, stage
     [
         ({"model__kl_coef": -0.1}, r"model.kl_coef: expected a number of 0 or more, got -0.1"),
         ({"model__kl_target": 0}, r"model.kl_target: expected a number above 0, got 0"),
+        ({"model__num_reference": 1}, r"model.num_reference: expected at least 2, got 1"),
+        ({"samples__num_samples": 0}, r"samples.num_samples: expected at least 1, got 0"),
         ({"data__max_prompt_length": 3}, r"prompts.jsonl, line 1: expected a prompt of 1 … 3 tokens .*, got \d+"),
         (
             {"model__sampling__max_new_tokens": 100},
@@ -149,6 +151,28 @@ def test_bad_settings_of_ppo_are_named(stage_args, tiny_ensemble_dir, tmp_path, 
         main(stage_args("ppo", "fit", tmp_path / "run", **{"model__reward": tiny_ensemble_dir, **options}))
     assert not (tmp_path / "run" / "finished.json").exists()
     assert not last(tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model__weight_decay": -1}, r"model.weight_decay: expected a number of 0 or more, got -1"),
+        ({"model__weight_decay": "nan"}, r"model.weight_decay: expected a number of 0 or more, got nan"),
+        ({"model__warmup_steps": -1}, r"model.warmup_steps: expected a number of 0 or more, got -1"),
+    ],
+)
+def test_bad_settings_of_sft_are_named(stage_args, tmp_path, options, message, untrained):
+    with pytest.raises(ValueError, match=message):
+        main(stage_args("sft", "fit", tmp_path / "run", **options))
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_number_of_pairs_is_one_or_more(tiny_ensemble_dir, tiny_model_dir, tiny_preferences_file, tmp_path, count):
+    data = [f"--data.tokenizer={tiny_model_dir}", f"--data.preferences={tiny_preferences_file}"]
+    given = [f"--ensemble={tiny_ensemble_dir}", f"--output={tmp_path / 'out'}", f"--max_pairs={count}", *data]
+    with pytest.raises(ValueError, match=f"--max_pairs: expected at least 1, got {count}"):
+        main(["reward", "disagreement", *given])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_variance_wants_two_members(stage_args, tmp_path, untrained, tiny_ensemble_dir):

@@ -2,10 +2,13 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from lit_vapo.modules.options import MAX_CHARACTERS, MAX_DEPTH, MAX_NODES, Parser
+from lit_vapo.models.critic import CriticSpec
+from lit_vapo.models.pretrained import Pretrained
+from lit_vapo.modules.options import MAX_CHARACTERS, MAX_DEPTH, MAX_NODES, Parser, check_models, find_models
 
 
 @dataclass
@@ -180,3 +183,28 @@ def test_files_are_utf8_whatever_the_locale(parser, tmp_path, monkeypatch):
     path = tmp_path / "o.yaml"
     path.write_bytes("plain: 方差\n".encode())
     assert parser.parse_args([f"--config={path}"]).plain == "方差"
+
+
+# Models.
+
+
+def test_every_setting_of_a_model_is_found_and_known_by_its_absolute_path(tiny_model_dir, monkeypatch):
+    @dataclass
+    class Whole:
+        base: Pretrained
+        other: Pretrained | None = None
+        critic: CriticSpec | None = None
+
+    parser = Parser(prog="some command")
+    parser.add_class_arguments(Whole, "model")
+    monkeypatch.chdir(Path(tiny_model_dir).parent)
+    keys = ("model.base", "model.other", "model.critic.base")
+    given = parser.parse_args([f"--{key}.path=model" for key in keys])
+    assert [key for key, _ in find_models(given)] == list(keys)
+    check_models(given)
+    assert {model.path for _, model in find_models(given)} == {tiny_model_dir}
+    given = parser.parse_args(["--model.base.path=model", "--model.critic.base.path=./gone"])
+    with pytest.raises(
+        ValueError, match=r"^model.critic.base.path: expected a folder .*, got './gone' \(it does not exist"
+    ):
+        check_models(given)

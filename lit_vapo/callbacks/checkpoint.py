@@ -35,6 +35,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(target)
+        except OSError as error:
+            # A write that fails does not say where.
+            raise OSError(error.errno, error.strerror, str(target)) from error
         finally:
             partial.unlink(missing_ok=True)
 

@@ -23,6 +23,8 @@ class SampleTable(Callback):
     """
 
     def __init__(self, num_samples: int = 32) -> None:
+        if num_samples < 1:
+            raise ValueError(f"samples.num_samples: expected at least 1, got {num_samples}")
         self.num_samples = num_samples
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

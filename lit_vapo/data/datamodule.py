@@ -233,7 +233,7 @@ class PromptDataModule(TextDataModule):
         train, val, test = (self.prompt_rows(split) for split in ("train", "val", "test"))
         # Validation prompts may come from elsewhere, and may stand in for a test.
         rows = [*train, *([] if self.prompt_sources["val"] else val), *([] if test is val else test)]
-        return self._loader(rows, self.collator.prompts)
+        return self._held_out(rows, self.collator.prompts)
 
 
 class SFTDataModule(TextDataModule):

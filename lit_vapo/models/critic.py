@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_vapo.models.exported import same_place
-from lit_vapo.models.pretrained import Pretrained, disable_dropout, load_backbone
+from lit_vapo.models.pretrained import KEY, Pretrained, disable_dropout, load_backbone
 from lit_vapo.models.settings import STRICT, read_settings
 from lit_vapo.models.tensors import check_finite, read_tensors
 
@@ -80,7 +80,8 @@ def own_trunk(spec: CriticSpec, policy_base: Pretrained, depth: int | None = Non
     if spec.base is not None and spec.base.quantization is not None:
         raise ValueError(f"model.critic.base: expected an unquantised model to train, got {spec.base.quantization}")
     # Small updates of weights in bfloat16 would be rounded away.
-    trunk = load_backbone(replace(spec.base or policy_base, quantization=None), depth).float()
+    key = "model.critic.base.path" if spec.base else KEY
+    trunk = load_backbone(replace(spec.base or policy_base, quantization=None), depth, key).float()
     disable_dropout(trunk)
     return trunk
 

@@ -230,6 +230,11 @@ def lora_config(lora: Lora, lm: PreTrainedModel, depth: int | None = None) -> Lo
     heads = {n.rpartition(".")[2] for n, m in lm.named_modules() if m is lm.get_output_embeddings()}
     if not isinstance(targets, str) and heads & set(targets):
         raise ValueError(f"model.lora.target_modules: expected layers inside the blocks, got the head {heads}")
+    names = [f".{name}" for name, module in lm.named_modules() if isinstance(module, linear)]
+    missing = [] if isinstance(targets, str) else [t for t in targets if not any(n.endswith(f".{t}") for n in names)]
+    if missing:
+        there = sorted({name.rpartition(".")[2] for name in names})
+        raise ValueError(f"model.lora.target_modules: expected each to be one of {there}, got {missing}")
     if (top, depth) != (len(blocks), len(blocks)):
         layers = list(range(max(0, depth - top), depth))
         if targets == "all-linear":

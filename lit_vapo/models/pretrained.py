@@ -6,9 +6,11 @@ safetensors only.
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -24,13 +26,19 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from lit_vapo.folders import absolute
+from lit_vapo.models.weights import check_model, loading
+
+# The option that names a model, where who loads it says nothing else.
+KEY = "model.base.path"
+
 
 @dataclass
 class Pretrained:
     """Where a pretrained model comes from and how it is held in memory.
 
     Args:
-        path: Folder or hub name of a transformers model.
+        path: Folder or hub name of a whole transformers model; an adapter is merged first.
         dtype: Data type of the weights; `auto` takes the one they are stored in. Weights that are trained are held
             in float32, adapters included.
         quantization: `8bit` (LLM.int8) or `4bit` (nf4) weights through bitsandbytes; `null` for none. A quantised
@@ -46,6 +54,10 @@ class Pretrained:
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Know a folder by its absolute path, so that what is trained on it loads from elsewhere."""
+        self.path = absolute(self.path)
 
 
 @dataclass
@@ -64,6 +76,19 @@ class Lora:
     alpha: float = 32.0
     target_modules: str | list[str] = "all-linear"
     top_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse adapters that would do nothing.
+
+        Raises:
+            ValueError: A number is out of its range, or no layer is named.
+        """
+        if self.rank < 1:
+            raise ValueError(f"model.lora.rank: expected at least 1, got {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"model.lora.alpha: expected a number above 0, got {self.alpha}")
+        if not self.target_modules:
+            raise ValueError("model.lora.target_modules: expected names of layers or `all-linear`, got none")
 
 
 def _load_kwargs(spec: Pretrained) -> dict[str, Any]:
@@ -87,33 +112,40 @@ def _load_kwargs(spec: Pretrained) -> dict[str, Any]:
     return kwargs
 
 
-def _require(spec: Pretrained) -> None:
-    """A folder that looks local but is not there must not be taken for a hub name."""
-    looks_local = spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1
-    if looks_local and not (Path(spec.path).expanduser() / "config.json").is_file():
-        raise ValueError(
-            f"base.path: expected a folder with a transformers model (config.json), or a hub name, got {spec.path!r}"
-        )
+@contextmanager
+def _read(spec: Pretrained, key: str) -> Iterator[None]:
+    """A block that reads a model which is whole, and names it where that fails."""
+    check_model(spec.path, key, spec.revision)
+    with loading(spec.path, key):
+        yield
 
 
-def load_causal_lm(spec: Pretrained) -> PreTrainedModel:
+def load_causal_lm(spec: Pretrained, key: str = KEY) -> PreTrainedModel:
     """The language model of `spec`, in evaluation mode.
 
+    Args:
+        spec: The model.
+        key: The option that names it, for the message.
+
     Raises:
-        ValueError: The path looks like a folder and holds no model.
+        ValueError: There is no such model.
     """
-    _require(spec)
-    return cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(spec.path, **_load_kwargs(spec)))
+    with _read(spec, key):
+        return cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(spec.path, **_load_kwargs(spec)))
 
 
-def load_backbone(spec: Pretrained, num_layers: int | None = None) -> PreTrainedModel:
+def load_backbone(spec: Pretrained, num_layers: int | None = None, key: str = KEY) -> PreTrainedModel:
     """The model of `spec` without its language-model head, cut off after `num_layers` blocks.
+
+    Args:
+        spec: The model.
+        num_layers: How many blocks stay.
+        key: The option that names it, for the message.
 
     Raises:
         ValueError: There is no such model, or it has fewer than `num_layers` blocks.
     """
-    _require(spec)
-    with warnings.catch_warnings():
+    with _read(spec, key), warnings.catch_warnings():
         # The unused head's weights are meant to stay unread.
         warnings.filterwarnings("ignore", message=".*were not used when initializing.*")
         backbone = cast("PreTrainedModel", AutoModel.from_pretrained(spec.path, **_load_kwargs(spec)))
@@ -131,12 +163,12 @@ def load_backbone(spec: Pretrained, num_layers: int | None = None) -> PreTrained
     return backbone
 
 
-def model_config(spec: Pretrained) -> Any:
+def model_config(spec: Pretrained, key: str = KEY) -> Any:
     """The model's configuration, without its weights."""
-    _require(spec)
-    return AutoConfig.from_pretrained(
-        spec.path, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
-    )
+    with _read(spec, key):
+        return AutoConfig.from_pretrained(
+            spec.path, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
+        )
 
 
 def hidden_size(spec: Pretrained) -> int:
@@ -173,12 +205,12 @@ def check_embeddings(
         )
 
 
-def load_tokenizer(spec: Pretrained) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: Pretrained, key: str = KEY) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `spec`."""
-    _require(spec)
-    tokenizer = AutoTokenizer.from_pretrained(
-        spec.path, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
-    )
+    with loading(spec.path, key):
+        tokenizer = AutoTokenizer.from_pretrained(
+            spec.path, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
+        )
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 

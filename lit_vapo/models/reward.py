@@ -165,10 +165,7 @@ def _load_backbone(folder: Path, spec: FeatureSpec, head: RewardHead, own: bool)
     if own:
         check_sealed(folder, BACKBONE_NAME)
         return _attach(folder, spec, head, _load_saved(folder / BACKBONE_NAME, spec))
-    try:
-        backbone = load_backbone(spec.base, spec.layer)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the base of the ensemble in {str(folder)!r}: {error}") from error
+    backbone = load_backbone(spec.base, spec.layer, f"the base of the ensemble in {str(folder)!r}")
     return _attach(folder, spec, head, backbone)
 
 
@@ -198,7 +195,7 @@ def _attach(folder: Path, spec: FeatureSpec, head: RewardHead, backbone: PreTrai
 def _load_saved(folder: Path, spec: FeatureSpec) -> PreTrainedModel:
     """A trained backbone as it was saved: cut off already, and in the type it was trained in."""
     saved = replace(spec.base, path=str(folder), revision=None, quantization=None, dtype="auto")
-    return cast("PreTrainedModel", freeze(load_backbone(saved)))
+    return cast("PreTrainedModel", freeze(load_backbone(saved, key=str(folder))))
 
 
 def _load_head(folder: Path, config: EnsembleConfig) -> RewardHead:

@@ -108,7 +108,7 @@ def calibrate(
     model = RewardModel.from_pretrained(ensemble, trust=trust)
     check_tokenizer(data.text_tokenizer, model.spec.base, "--data.tokenizer")
     check_tokenizer(data.text_tokenizer, reference, "--reference")
-    lm = place(load_causal_lm(reference), _device())
+    lm = place(load_causal_lm(reference, "--reference.path"), _device())
     model = _on(model, lm.device)
     with seeded(seed):
         batches = data.prompt_batches("train", num_reference)
@@ -156,6 +156,8 @@ def disagreement(
     count = read_config(ensemble).num_members
     if count < 2:
         raise ValueError(f"--ensemble: expected at least 2 members to disagree, got {count}")
+    if max_pairs < 1:
+        raise ValueError(f"--max_pairs: expected at least 1, got {max_pairs}")
     rows = data.preference_rows(split)[:max_pairs]
     if not rows:
         raise ValueError(f"--split: expected one with pairs, got {split!r}, which has none")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -13,6 +15,11 @@ from jsonargparse._paths import Path as ConfigPath
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_vapo.console import DEBUG, USAGE_ERROR, complain
+from lit_vapo.folders import absolute
+from lit_vapo.models.pretrained import Pretrained
+from lit_vapo.models.weights import check_model
+
+MODEL = {field.name for field in fields(Pretrained)}
 
 # Far more than anybody writes; what is above was made to exhaust whoever reads it.
 MAX_CHARACTERS, MAX_NODES, MAX_DEPTH = 1_000_000, 100_000, 100
@@ -57,6 +64,27 @@ def at_home(value: Any) -> Any:
     if isinstance(value, list):
         return [at_home(inner) for inner in value]
     return os.path.expanduser(value) if type(value) is str and value.startswith("~") else value
+
+
+def find_models(options: Any, key: str = "") -> Iterator[tuple[str, Namespace]]:
+    """The settings that say which model to load, wherever they stand, each with its key."""
+    if isinstance(options, Namespace):
+        inner = vars(options)
+        if inner.keys() >= MODEL:
+            yield key, options
+        for name, value in inner.items():
+            yield from find_models(value, f"{key}.{name}" if key else name)
+
+
+def check_models(options: Namespace) -> None:
+    """Know the models' folders by their absolute paths, and refuse what is no whole model before anything is loaded.
+
+    Raises:
+        ValueError: One is missing, damaged or an adapter.
+    """
+    for key, model in find_models(options):
+        model.path = absolute(model.path)
+        check_model(model.path, f"{key}.path", model.revision)
 
 
 # YAML.

@@ -115,6 +115,8 @@ class PPOModule(EvaluatedPolicy):
             reward_clip=reward_clip,
         )
         check_targets(kl_coef, kl_target, kl_budget)
+        if num_reference < 2:
+            raise ValueError(f"model.num_reference: expected at least 2, got {num_reference}")
         with unpickled():
             self.save_hyperparameters()
         self.automatic_optimization = False

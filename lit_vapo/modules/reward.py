@@ -199,7 +199,7 @@ class RewardModule(EvaluatedRewards):
         assert self.reference is not None
         check_tokenizer(datamodule.text_tokenizer, self.reference, "model.reference")
         self.print(f"reference: sampling {self.num_reference} responses to calibrate the ensemble on")
-        lm = place(load_causal_lm(self.reference), self.device_of_run)
+        lm = place(load_causal_lm(self.reference, "model.reference.path"), self.device_of_run)
         batches = datamodule.prompt_batches("train", self.num_reference)
         with seeded(self.seed):
             return sample_references(lm, datamodule.text_tokenizer, batches, self.reference_sampling)

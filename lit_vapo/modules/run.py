@@ -20,9 +20,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_vapo.callbacks.checkpoint import RunCheckpoint
 from lit_vapo.callbacks.samples import SampleTable
 from lit_vapo.console import INTERRUPTED, TERMINATED
+from lit_vapo.folders import absolute
 from lit_vapo.models.pretrained import quiet
 from lit_vapo.modules.checkpoint_file import check_checkpoint
-from lit_vapo.modules.options import StageParser
+from lit_vapo.modules.options import StageParser, check_models
 from lit_vapo.modules.run_folder import (
     CHECKPOINTS,
     FINISHED,
@@ -150,6 +151,11 @@ class StageCLI(LightningCLI):
         if "weights_only" in config and config["weights_only"] is None:
             config["weights_only"] = True
         self._check_resumed(config)
+        check_models(config)
+        for name in ("reward", "policy"):
+            # Like the models' own: what a checkpoint remembers is found from elsewhere.
+            if config["model"].get(name) is not None:
+                config["model"][name] = absolute(config["model"][name])
         if self.subcommand == "fit" and not self.trial:
             self._guard(config)
         # Said once, of one run: the saved configuration would say it for ever.

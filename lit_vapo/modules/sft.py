@@ -40,6 +40,9 @@ class SFTModule(TrainedWeightsModule):
     ) -> None:
         super().__init__()
         check_positive(learning_rate=learning_rate)
+        for name, value in (("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
+            if not value >= 0:
+                raise ValueError(f"model.{name}: expected a number of 0 or more, got {value}")
         self.save_hyperparameters()
         self.base = base
         self.lora = lora

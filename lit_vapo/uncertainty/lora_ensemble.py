@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -62,6 +63,8 @@ class LoraEnsemble(RewardHead):
         super().__init__(num_members, bootstrap, label_smoothing, centering, seed)
         if rank < 1:
             raise ValueError(f"rank: expected at least 1, got {rank}")
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha: expected a number above 0, got {alpha}")
         if diversity < 0:
             raise ValueError(f"diversity: expected a number of 0 or more, got {diversity}")
         self.rank = rank
@@ -97,9 +100,10 @@ class LoraEnsemble(RewardHead):
             block.register_forward_pre_hook(self._spread(first=block is adapted[0]), with_kwargs=True)
         names = {module: name for name, module in backbone.named_modules()}
         found = [m for block in adapted for n, m in block.named_modules() if self._is_target(n, m)]
-        if not found:
-            linear = sorted({n.rpartition(".")[2] for n, m in adapted[0].named_modules() if _is_linear(m)})
-            raise ValueError(f"head.target_modules: expected some of {linear}, got {self.target_modules!r}")
+        there = {n.rpartition(".")[2] for block in adapted for n, m in block.named_modules() if _is_linear(m)}
+        missing = [] if self.target_modules == "all-linear" else sorted(set(self._wanted()) - there)
+        if missing or not found:
+            raise ValueError(f"head.target_modules: expected each to be one of {sorted(there)}, got {missing}")
         for stream, module in enumerate(found, start=1):
             key = _key(names[module])
             inputs, outputs = _sizes(module)
@@ -136,8 +140,10 @@ class LoraEnsemble(RewardHead):
     def _is_target(self, name: str, module: nn.Module) -> bool:
         if not _is_linear(module):
             return False
-        wanted = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
-        return self.target_modules == "all-linear" or name.rpartition(".")[2] in wanted
+        return self.target_modules == "all-linear" or name.rpartition(".")[2] in self._wanted()
+
+    def _wanted(self) -> list[str]:
+        return [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
 
     def _spread(self, first: bool) -> Callable[..., tuple[Any, Any] | None]:
         """A hook that repeats what a block gets once for each member; its states are repeated by the first."""

@@ -137,12 +137,15 @@ def test_only_named_layers_are_adapted(tiny_model_dir):
     head = reward_model(tiny_model_dir, target_modules=["q_proj", "v_proj"]).head
     assert {key.rpartition("/")[2] for key in head.lora_a} == {"q_proj", "v_proj"}
     assert len(head.lora_a) == 4
-    with pytest.raises(ValueError, match=r"head.target_modules: expected some of \['down_proj', .*got \['wq'\]"):
-        reward_model(tiny_model_dir, target_modules=["wq"])
+    for wrong in (["wq"], ["q_proj", "wq"], "wq"):
+        with pytest.raises(ValueError, match=r"head.target_modules: expected each to be one of \['down_.*got \['wq'\]"):
+            reward_model(tiny_model_dir, target_modules=wrong)
     with pytest.raises(ValueError, match=r"head.top_layers: expected 1 … 2, got 3"):
         reward_model(tiny_model_dir, top_layers=3)
     with pytest.raises(ValueError, match=r"rank: expected at least 1, got 0"):
         LoraEnsemble(rank=0)
+    with pytest.raises(ValueError, match=r"alpha: expected a number above 0, got 0"):
+        LoraEnsemble(alpha=0)
     with pytest.raises(ValueError, match=r"diversity: expected a number of 0 or more, got -1"):
         LoraEnsemble(diversity=-1)
 
