@@ -130,9 +130,11 @@ class ChatTemplate:
             place: Where they are from, for errors.
 
         Raises:
-            ValueError: As in `render`, or it does not begin with the opening.
+            ValueError: As in `render`, or it does not begin with the opening, or tool calls are not written.
         """
         text = self.render(messages, tools, place)
+        if any(message.get("tool_calls") for message in messages) and text == self._without_calls(messages, tools):
+            raise ValueError(f"{place}: expected a chat template that writes tool calls, got the {self._name}")
         if not text.startswith(opening):
             raise self._parting(opening, text, place)
         return text
@@ -154,6 +156,14 @@ class ChatTemplate:
     @property
     def _name(self) -> str:
         return f"chat template of {self.tokenizer.name_or_path!r}"
+
+    def _without_calls(self, messages: Messages, tools: Tools) -> str | None:
+        """The conversation without its tool calls; `None` where the template asks for them."""
+        bare = [{k: v for k, v in {"content": "", **m}.items() if k != "tool_calls"} for m in messages]
+        try:
+            return self.render(bare, tools, "")
+        except ValueError:
+            return None
 
     def _on_the_day(self, template: str) -> str:
         """The template with the day written in."""

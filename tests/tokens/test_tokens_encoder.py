@@ -229,6 +229,14 @@ def test_tool_calls_and_null_contents_reach_the_template():
     )
 
 
+def test_tool_calls_that_a_template_does_not_write_are_refused():
+    call = {"role": "assistant", "content": None, "tool_calls": TOOLS}
+    silent = encoder("{% for m in messages %}{{ m.content or '' }}</s>{% endfor %}")
+    for prompt, answer in ((Prompt([U]), [call]), (Prompt([U, call, {"role": "tool", "content": "4"}]), "good")):
+        with pytest.raises(ValueError, match=r"line 7: expected a chat template that writes tool calls"):
+            texts(silent, prompt, answer)
+
+
 @pytest.mark.parametrize("call", ['strftime_now("%d %b %Y")', "strftime_now( '%d %b %Y' )"])
 def test_the_day_is_always_the_same(call):
     made = encoder("{% set day = " + call + " if strftime_now is defined %}{{ day }}" + TURN)
