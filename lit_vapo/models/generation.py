@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lit_vapo.models.pretrained import vocabulary_size
+from lit_vapo.models.vocabulary import vocabulary_size
 from lit_vapo.stops import stop_tokens
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.ensemble_file import read_trusted_config
 from lit_vapo.models.exported import check_policy
 from lit_vapo.models.generation import Generator, Sampling
-from lit_vapo.models.pretrained import Lora, Pretrained, check_embeddings
+from lit_vapo.models.pretrained import Lora, Pretrained
+from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.modules.checkpoint import (
     check_context,
     check_positive,

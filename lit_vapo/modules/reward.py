@@ -14,7 +14,6 @@ from lit_vapo.models.features import compute_features, feature_key, feature_path
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import (
     Pretrained,
-    check_embeddings,
     check_tokenizer,
     decoder_layers,
     freeze,
@@ -26,6 +25,7 @@ from lit_vapo.models.pretrained import (
 )
 from lit_vapo.models.reward import FeatureSpec, RewardModel
 from lit_vapo.models.trunk import Pooling, join_rows
+from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.modules.checkpoint import (
     check_context,
     check_positive,

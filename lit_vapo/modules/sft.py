@@ -12,8 +12,9 @@ from lit_vapo.data.collate import SFTBatch
 from lit_vapo.models.digests import seal
 from lit_vapo.models.generation import Shaping
 from lit_vapo.models.policy import Policy
-from lit_vapo.models.pretrained import Lora, Pretrained, check_embeddings, load_tokenizer
+from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.models.trunk import length_mask
+from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.modules.checkpoint import TrainedWeightsModule, check_context, check_positive, linear_decay, total_steps
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from lit_vapo.data.collate import PromptBatch
 from lit_vapo.models.generation import Sampling, stop_ids
-from lit_vapo.models.pretrained import check_embeddings
 from lit_vapo.models.transformers_generator import TransformersGenerator
+from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.rollout.rollout import assemble_rows
 from lit_vapo.types import TokenSequence
 

@@ -8,7 +8,8 @@ from tokenizers import AddedToken
 
 from lit_vapo.data.stopping import find_stops
 from lit_vapo.models.generation import Sampling, stop_ids
-from lit_vapo.models.pretrained import Pretrained, check_embeddings, load_causal_lm, model_config
+from lit_vapo.models.pretrained import Pretrained, load_causal_lm, model_config
+from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.stops import end_of_response, stop_tokens
 
 
