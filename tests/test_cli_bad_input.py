@@ -1,12 +1,10 @@
 """What the command line refuses, by name and before training begins, and what it handles."""
 
-import json
-import shutil
-
 import pytest
 import torch
 import yaml
 from helpers import CONFIGS, last, tiny_model, tiny_tokenizer, write_jsonl
+from ppo_helpers import ensemble
 
 from lit_vapo.cli import STAGES, main
 
@@ -135,7 +133,7 @@ def test_conversations_want_a_chat_template(stage_args, tmp_path, request, stage
             r"data.max_prompt_length \+ model.sampling.max_new_tokens: expected at most the model's context of 128 "
             "tokens, got a sequence of 132",
         ),
-        ({"model__reward": "nowhere"}, r"reward: expected a folder with ensemble.json .*, got nowhere"),
+        ({"model__reward": "nowhere"}, r"reward: expected a folder with ensemble.json .*, got 'nowhere'"),
         ({"data__batch_size": 1000}, r"data.batch_size: expected at most the \d+ prompts there are, got 1000"),
         (
             {"model__objective": "lit_vapo.objectives.single_reward.SingleReward", "model__objective__member": 3},
@@ -175,11 +173,8 @@ def test_a_number_of_pairs_is_one_or_more(tiny_ensemble_dir, tiny_model_dir, tin
     assert not (tmp_path / "out").exists()
 
 
-def test_a_variance_wants_two_members(stage_args, tmp_path, untrained, tiny_ensemble_dir):
-    one = tmp_path / "one"
-    shutil.copytree(tiny_ensemble_dir, one)
-    described = json.loads((one / "ensemble.json").read_text())
-    (one / "ensemble.json").write_text(json.dumps({**described, "num_members": 1}))
+def test_a_variance_wants_two_members(stage_args, tmp_path, untrained, tiny_model_dir):
+    one = ensemble(tmp_path / "one", tiny_model_dir, members=1)
     message = r"objective VarianceAware needs the variance of an ensemble: expected at least 2 members, got 1"
     with pytest.raises(ValueError, match=message):
         main(stage_args("ppo", "fit", tmp_path / "run", model__reward=one))
