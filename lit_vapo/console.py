@@ -14,7 +14,8 @@ from typing import Any, TextIO
 
 DEBUG = "LIT_VAPO_DEBUG"
 USAGE_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
-PACKAGE = Path(__file__).parent
+# Whose `raise` speaks to users: this package's, and that of the reader of options.
+SPEAKERS = {Path(__file__).parent.name, "jsonargparse"}
 
 
 @contextmanager
@@ -57,9 +58,9 @@ def meant(error: ValueError | OSError) -> bool:
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
-    if last is None or PACKAGE not in Path(last.tb_frame.f_code.co_filename).parents:
+    if last is None or last.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in SPEAKERS:
         return False
-    # A `raise` that stands in this package is meant; what its other statements raise is a surprise.
+    # A `raise` that stands there is meant; what other statements raise is a surprise.
     return opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 

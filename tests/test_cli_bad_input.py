@@ -99,9 +99,10 @@ def test_bad_rows_are_named_before_a_model_is_loaded(stage_args, tmp_path, monke
     assert f"{path}, {message}" in str(error.value)
 
 
+ANSWER, OTHER = {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
 CONVERSATIONS = {
-    "sft": {"prompt": TURN, "chosen": [{"role": "assistant", "content": "a"}], "rejected": TURN},
-    "reward": {"chosen": [*TURN, {"role": "assistant", "content": "a"}], "rejected": [*TURN, *TURN]},
+    "sft": {"prompt": TURN, "chosen": [ANSWER], "rejected": [OTHER]},
+    "reward": {"chosen": [*TURN, ANSWER], "rejected": [*TURN, OTHER]},
     "ppo": {"prompt": TURN},
 }
 
@@ -155,7 +156,7 @@ def test_bad_settings_of_ppo_are_named(stage_args, tiny_ensemble_dir, tmp_path, 
     ("options", "message"),
     [
         ({"model__weight_decay": -1}, r"model.weight_decay: expected a number of 0 or more, got -1"),
-        ({"model__weight_decay": "nan"}, r"model.weight_decay: expected a number of 0 or more, got nan"),
+        ({"model__weight_decay": ".nan"}, r"model.weight_decay: expected a number of 0 or more, got nan"),
         ({"model__warmup_steps": -1}, r"model.warmup_steps: expected a number of 0 or more, got -1"),
     ],
 )

@@ -9,6 +9,8 @@ import pytest
 from lit_vapo.console import lasting, reported
 from lit_vapo.folders import check_new, write_whole
 from lit_vapo.functional import gae
+from lit_vapo.models.pretrained import Lora
+from lit_vapo.modules.options import Parser
 
 
 def ending(capsys, action):
@@ -32,6 +34,15 @@ def test_what_the_system_refuses_is_one_message(capsys, tmp_path):
     )
     code, err = ending(capsys, lambda: write_whole(tmp_path / "mine" / "x", ""))
     assert (code, err) == (2, f"lit-vapo: error: {tmp_path}/mine: File exists\n")
+
+
+def test_what_cannot_be_made_of_options_is_one_message(capsys):
+    parser = Parser(prog="some command")
+    parser.add_argument("--lora", type=Lora | None)
+    given = parser.parse_args(["--lora.alpha=0"])
+    code, err = ending(capsys, lambda: parser.instantiate_classes(given))
+    assert code == 2
+    assert "model.lora.alpha: expected a number above 0, got 0.0" in err
 
 
 @pytest.mark.parametrize(
