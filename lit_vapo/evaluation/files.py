@@ -22,6 +22,7 @@ def evaluation(
     temperature: Mapping[str, float] | None = None,
     ood: float | None = None,
     subsets: Sequence[Mapping[str, Any]] | None = None,
+    verdict: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All figures of an evaluation as one record; NaN stands where a figure is not defined.
 
@@ -30,10 +31,11 @@ def evaluation(
         temperature: From `temperature_report`.
         ood: AUROC of σ against another data set.
         subsets: From `subset_table`.
+        verdict: From `verdict`.
 
     Returns:
         `mean` and `members` (accuracy, nll, ece, brier), `num_pairs`, `num_ties`, `uncertainty`, and `temperature`,
-        `ood_auroc`, `subsets` where they were given.
+        `ood_auroc`, `subsets`, `verdict` where they were given.
     """
     rows = [{name: float(getattr(report, name)[k]) for name in FIGURES} for k in range(report.num_members + 1)]
     curve = report.risk_coverage
@@ -45,6 +47,7 @@ def evaluation(
         "uncertainty": {
             "disagreement": float(report.disagreement),
             "margin_sigma": float(report.margin_sigma.mean()),
+            "sigma_constant_share": float(report.constant_share),
             "error_auroc": float(report.error_auroc),
             "error_spearman": float(report.error_spearman),
             "aurc": float(curve.area),
@@ -57,6 +60,8 @@ def evaluation(
         record["ood_auroc"] = ood
     if subsets is not None:
         record["subsets"] = [dict(row) for row in subsets]
+    if verdict is not None:
+        record["verdict"] = dict(verdict)
     return record
 
 
@@ -118,7 +123,7 @@ def _without_nan(value: Any) -> Any:
     """Put None for every number that JSON cannot say."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -15,6 +15,7 @@ from lit_vapo.functional import (
     RiskCoverage,
     auroc,
     brier,
+    constant_share,
     disagreement,
     preference_accuracy,
     preference_calibration_error,
@@ -41,16 +42,23 @@ class PreferenceReport:
         margin: Estimate of the margins (N,), with the members (N, K) or None.
         response_variance: Variance of the normalised reward of the chosen and the rejected response (N, 2).
         num_ties: How many pairs were left out because nobody preferred either response.
+        responses: Normalised reward of both responses by each member, and last by their mean (N, 2, K + 1).
     """
 
     def __init__(
-        self, example_ids: Tensor, margin: RewardEstimate, response_variance: Tensor, num_ties: int = 0
+        self,
+        example_ids: Tensor,
+        margin: RewardEstimate,
+        response_variance: Tensor,
+        num_ties: int = 0,
+        responses: Tensor | None = None,
     ) -> None:
         self.example_ids = example_ids
         self.margin = margin
         self.margin_sigma = margin.variance.clamp_min(0).sqrt()
         self.response_sigma = response_variance.clamp_min(0).sqrt()
         self.num_ties = num_ties
+        self.responses = responses
 
     @property
     def num_pairs(self) -> int:
@@ -119,6 +127,14 @@ class PreferenceReport:
         return spearman(self.margin_sigma, self.error) if self.num_pairs else torch.tensor(torch.nan)
 
     @cached_property
+    def constant_share(self) -> Tensor:
+        """Share () of σ² of a response that is one constant for each member; NaN without members."""
+        if self.responses is None or not self.num_pairs:
+            return torch.tensor(torch.nan)
+        members = self.responses[..., :-1].flatten(0, 1)
+        return constant_share(members) if members.shape[1] else torch.tensor(torch.nan)
+
+    @cached_property
     def risk_coverage(self) -> RiskCoverage:
         """Error rate of the mean among the pairs with the least σ_Δ, and the area under that curve."""
         if self.num_pairs:
@@ -130,7 +146,8 @@ class PreferenceReport:
         """Report on some of the pairs: `index` is a mask (N,) or a list of positions in rising order."""
         mean, variance, members = self.margin
         margin = RewardEstimate(mean[index], variance[index], None if members is None else members[index])
-        return PreferenceReport(self.example_ids[index], margin, self.response_sigma[index].square())
+        responses = None if self.responses is None else self.responses[index]
+        return PreferenceReport(self.example_ids[index], margin, self.response_sigma[index].square(), 0, responses)
 
     def summary(self) -> dict[str, float]:
         """What is logged of a split, by the names of docs/metrics.md; `member_*` only where there are members."""
@@ -140,6 +157,7 @@ class PreferenceReport:
             out |= {f"member_{name}": float(values[:-1].mean()) for name, values in figures.items()}
             out["disagreement"] = float(self.disagreement)
         out["margin_sigma"] = float(self.margin_sigma.mean())
+        out["sigma_constant_share"] = float(self.constant_share)
         out["error_auroc"] = float(self.error_auroc)
         out["error_spearman"] = float(self.error_spearman)
         out["aurc"] = float(self.risk_coverage.area)

@@ -14,6 +14,7 @@ from lit_vapo.functional.calibration import (
 from lit_vapo.functional.comparison import Gain, paired_gain, win_rate
 from lit_vapo.functional.covariance import PromptGains, covariance_optimal_policy, member_weights, prompt_gains
 from lit_vapo.functional.ensemble import (
+    constant_share,
     ensemble_estimate,
     fit_normaliser,
     margin_estimate,
@@ -21,8 +22,9 @@ from lit_vapo.functional.ensemble import (
     nuclear_diversity,
     poisson_bootstrap,
 )
+from lit_vapo.functional.intervals import Interval, auroc_interval, share_interval
 from lit_vapo.functional.kl import adapt_kl_coef, kl_k1, kl_k2, kl_k3, sequence_log_ratio, weighted_k3
-from lit_vapo.functional.laplace import Posterior, laplace_preference
+from lit_vapo.functional.laplace import Posterior, held_out_nll, laplace_preference
 from lit_vapo.functional.logprobs import TokenLogprobs, token_logprobs
 from lit_vapo.functional.masked import Moments, masked_mean, masked_sum, masked_var, masked_whiten, moments
 from lit_vapo.functional.ppo import (
@@ -56,6 +58,7 @@ from lit_vapo.functional.uncertainty import (
 __all__ = [
     "Advantages",
     "Gain",
+    "Interval",
     "Moments",
     "PolicyTerms",
     "Posterior",
@@ -68,12 +71,14 @@ __all__ = [
     "adapt_kl_coef",
     "approx_kl",
     "auroc",
+    "auroc_interval",
     "best_of_n",
     "best_of_n_kl",
     "bradley_terry_loss",
     "bregman_kl",
     "brier",
     "clip_rewards",
+    "constant_share",
     "covariance_optimal_policy",
     "disagreement",
     "ensemble_estimate",
@@ -83,6 +88,7 @@ __all__ = [
     "fit_temperature",
     "gae",
     "group_normalise",
+    "held_out_nll",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -114,6 +120,7 @@ __all__ = [
     "risk_vanilla",
     "risk_variance_aware",
     "sequence_log_ratio",
+    "share_interval",
     "spearman",
     "token_logprobs",
     "token_rewards",

@@ -131,6 +131,33 @@ def normalise_members(members: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     return (members - loc) / scale
 
 
+def constant_share(members: Tensor) -> Tensor:
+    """Share of the members' variance that is one constant for each member, the same for all responses.
+
+        var_k( mean_n r_nk ) / mean_n var_k( r_nk )
+
+    What remains is how members differ about the responses: mean_n var_k(r_nk − mean_n r_nk) = (1 − share) of the whole.
+
+    Args:
+        members: `(N, K)`, each member's score of N responses.
+
+    Returns:
+        `()`, in [0, 1]: 0 where members differ about responses alone, 1 where they differ by constants alone; NaN where
+        they do not differ, or there is one.
+
+    Raises:
+        ValueError: if `members` is not `(N, K)`.
+
+    Example:
+        >>> constant_share(torch.tensor([[1.0, 3.0], [2.0, 4.0]]))
+        tensor(1.)
+    """
+    _check_members(members)
+    if members.shape[1] < 2:
+        return members.new_tensor(math.nan)
+    return members.mean(dim=0).var(correction=1) / members.var(dim=1, correction=1).mean()
+
+
 def poisson_bootstrap(example_ids: Tensor, num_members: int, seed: int) -> Tensor:
     """Poisson(1) count of each example for each member, as a pure function of (seed, member, example id).
 

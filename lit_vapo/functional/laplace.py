@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lit_vapo.types import FeaturePairs
+
 
 class Posterior(NamedTuple):
     """A Gaussian over weights.
@@ -102,3 +104,38 @@ def laplace_preference(
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     factor = torch.linalg.solve_triangular(lower, eye, upper=False).T
     return Posterior(w.to(differences.dtype), factor.to(differences.dtype))
+
+
+def held_out_nll(train: FeaturePairs, held_out: FeaturePairs, prior_precision: float = 30.0) -> Tensor:
+    """How badly features of some pairs predict others: NLL of the mode of `laplace_preference`.
+
+        −mean_b q_b·logσ(z_b) + (1−q_b)·logσ(−z_b),   z_b = w·Δφ_b,   w the mode given `train`
+
+    The mean is weighted by the pairs' own weights. Deterministic, so layers can be compared by it.
+
+    Args:
+        train: Pairs that the mode is fitted to, of features (B, H).
+        held_out: Pairs that it is judged on.
+        prior_precision: λ of the fit; the default suits hidden states after a final normalisation.
+
+    Returns:
+        `()`, in nats; log 2 is a coin.
+
+    Example:
+        >>> from lit_vapo.types import PairLabels
+        >>> labels = PairLabels(torch.zeros(1), torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.long))
+        >>> pair = FeaturePairs(torch.ones(1, 1), torch.zeros(1, 1), labels)
+        >>> held_out_nll(pair, pair._replace(chosen=torch.zeros(1, 1)))
+        tensor(0.6931)
+    """
+    labels = train.labels
+    posterior = laplace_preference(
+        (train.chosen - train.rejected).float(),
+        margin=labels.margin,
+        probability=labels.probability,
+        weights=labels.weight,
+        prior_precision=prior_precision,
+    )
+    z = (held_out.chosen - held_out.rejected).float() @ posterior.mode
+    q, weight = held_out.labels.probability, held_out.labels.weight
+    return -(weight * (logsigmoid(z) - (1 - q) * z)).sum() / weight.sum()
