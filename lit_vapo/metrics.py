@@ -41,24 +41,25 @@ class PreferenceMetrics(Metric):
         # One table for all numbers of a pair, so that processes exchange two tensors and not six.
         self.add_state("columns", default=[], dist_reduce_fx="cat")
 
-    def update(self, margin: RewardEstimate, variance: Tensor, labels: PairLabels) -> None:
-        """Add B pairs.
+    def update(
+        self, margin: RewardEstimate, chosen: RewardEstimate, rejected: RewardEstimate, labels: PairLabels
+    ) -> None:
+        """Add B pairs; members are (B, K) in all three estimates, or None.
 
         Args:
-            margin: Estimate of the raw margins (B,), in log-odds, with the members (B, K) or None.
-            variance: Variance of the normalised reward of the chosen and the rejected response (B, 2).
+            margin: Estimate of the raw margins (B,), in log-odds.
+            chosen: Estimate of the normalised reward of the preferred responses.
+            rejected: The same of the others.
             labels: What is known of the pairs.
 
         Raises:
             ValueError: A shape does not fit.
         """
-        size = len(margin.mean)
-        if variance.shape != (size, 2):
-            raise ValueError(f"expected variance of shape ({size}, 2), got {tuple(variance.shape)}")
-        check_same_shape(mean=margin.mean, example_ids=labels.example_ids)
-        parts = [margin.mean[:, None], margin.variance[:, None], variance, labels.probability[:, None]]
-        if margin.members is not None:
-            parts.append(margin.members)
+        check_same_shape(margin=margin.mean, chosen=chosen.mean, rejected=rejected.mean, example_ids=labels.example_ids)
+        numbers = [margin.mean, margin.variance, chosen.variance, rejected.variance, labels.probability]
+        parts = [torch.stack([x.float() for x in numbers], dim=1)]
+        parts += [x for x in (margin.members, chosen.members, rejected.members) if x is not None]
+        parts += [chosen.mean[:, None], rejected.mean[:, None]]
         self.columns.append(torch.cat([part.detach().float() for part in parts], dim=1))
         self.example_ids.append(labels.example_ids)
 
@@ -71,9 +72,11 @@ class PreferenceMetrics(Metric):
         ids, columns = ids[first], columns[order[first]]
         tie = columns[:, 4] == 0.5
         ids, columns = ids[~tie], columns[~tie]
-        members = columns[:, 5:] if columns.shape[1] > 5 else None
-        margin = RewardEstimate(columns[:, 0], columns[:, 1], members)
-        return PreferenceReport(ids, margin, columns[:, 2:4], int(tie.sum()))
+        # Margin, chosen and rejected by member, then the two means.
+        members, means = columns[:, 5:-2].unflatten(1, (3, -1)), columns[:, -2:, None]
+        margin = RewardEstimate(columns[:, 0], columns[:, 1], members[:, 0] if members.shape[2] else None)
+        responses = torch.cat([members[:, 1:], means], dim=2)
+        return PreferenceReport(ids, margin, columns[:, 2:4], int(tie.sum()), responses)
 
 
 class ResponseMetrics(Metric):

@@ -23,13 +23,13 @@ from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 PROMPTS = ["the film", "the plot was good and", "Review", "a quiet family was", "slow", "the story was"]
 
 
-def ensemble(folder, model, members=3, layer=None, pooling="last", calibrated=True):
+def ensemble(folder, model, members=3, layer=None, pooling="last", calibrated=True, ends=()):
     """A random head ensemble on the tiny model, saved into `folder`."""
     head = HeadEnsemble(members)
     head.build(32)
     if calibrated:
         head.calibrate(torch.randn(64, 32, generator=torch.Generator().manual_seed(1)))
-    RewardModel(FeatureSpec(Pretrained(model), layer, pooling), head, None).save_pretrained(folder)
+    RewardModel(FeatureSpec(Pretrained(model), layer, pooling, list(ends)), head, None).save_pretrained(folder)
     return str(folder)
 
 

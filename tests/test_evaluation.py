@@ -24,12 +24,17 @@ def labels(ids, probability=1.0):
     return PairLabels(torch.zeros(len(ids)), probability, torch.ones(len(ids)), ids)
 
 
+def response(members, variance):
+    """An estimate of normalised rewards; σ² is what the test says."""
+    return ensemble_estimate(members)._replace(variance=torch.as_tensor(variance).expand(len(members)))
+
+
 def collect(*batches):
     """Report on batches of (members, labels); σ² of the responses is 1 and 4 times the example id."""
     metrics = PreferenceMetrics()
     for members, known in batches:
         ids = known.example_ids.float()
-        metrics.update(ensemble_estimate(members), torch.stack([ids, 4 * ids], 1), known)
+        metrics.update(ensemble_estimate(members), response(members, ids), response(-members, 4 * ids), known)
     return metrics.compute()
 
 
@@ -122,7 +127,8 @@ def test_processes_are_joined():
     parts = [PreferenceMetrics(), PreferenceMetrics()]
     for metrics, rows in zip(parts, (slice(0, 5), slice(4, 8)), strict=True):
         for i in range(8)[rows]:
-            metrics.update(ensemble_estimate(members[[i]]), torch.ones(1, 2), labels([i]))
+            one = members[[i]]
+            metrics.update(ensemble_estimate(one), response(one, 1.0), response(one, 1.0), labels([i]))
     states = {torch.int64: torch.cat(parts[1].example_ids), torch.float32: torch.cat(parts[1].columns)}
     parts[0].dist_sync_fn = lambda own, group: [own, states[own.dtype]]
     parts[0].distributed_available_fn = lambda: True
@@ -152,7 +158,7 @@ def test_one_member_knows_nothing_of_its_errors():
 def test_an_estimator_without_members_has_figures_of_the_mean_only():
     metrics = PreferenceMetrics()
     estimate = RewardEstimate(torch.tensor([1.0, -1.0]), torch.tensor([0.1, 0.5]), None)
-    metrics.update(estimate, torch.ones(2, 2), labels([1, 2]))
+    metrics.update(estimate, estimate, estimate, labels([1, 2]))
     report = metrics.compute()
     assert report.margin.members is None
     assert report.accuracy.tolist() == [0.5]
@@ -179,10 +185,28 @@ def test_undecided_pairs_are_left_out_of_the_auroc():
 
 def test_shapes_that_do_not_fit_are_refused():
     metrics = PreferenceMetrics()
-    with pytest.raises(ValueError, match=r"expected variance of shape \(2, 2\), got \(2,\)"):
-        metrics.update(ensemble_estimate(torch.zeros(2, 3)), torch.zeros(2), labels([1, 2]))
-    with pytest.raises(ValueError, match=r"expected example_ids of shape \(2,\), as mean, got \(1,\)"):
-        metrics.update(ensemble_estimate(torch.zeros(2, 3)), torch.zeros(2, 2), labels([1]))
+    two, one = ensemble_estimate(torch.zeros(2, 3)), ensemble_estimate(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"expected chosen of shape \(2,\), as margin, got \(1,\)"):
+        metrics.update(two, one, two, labels([1, 2]))
+    with pytest.raises(ValueError, match=r"expected example_ids of shape \(2,\), as margin, got \(1,\)"):
+        metrics.update(two, two, two, labels([1]))
+
+
+def test_the_responses_rewards_are_kept_by_member_and_mean():
+    members = torch.tensor([[2.0, 0.0], [-1.0, 2.0], [-1.0, 1.0]])
+    report = collect((members[1:], labels([2, 3])), (members[:1], labels([1])))
+    chosen = torch.cat([members, members.mean(1, keepdim=True)], 1)
+    torch.testing.assert_close(report.responses, torch.stack([chosen, -chosen], 1))
+    # Members' means over the six responses are 0, so nothing of their variance is a constant.
+    assert report.constant_share.item() == pytest.approx(0)
+    # The second of two members that agree on all, but for a constant of 3.
+    apart = torch.randn(40, 1) + torch.tensor([0.0, 3.0])
+    metrics = PreferenceMetrics()
+    estimate = ensemble_estimate(apart)
+    metrics.update(estimate, estimate, estimate, labels(range(40)))
+    report = metrics.compute()
+    assert report.constant_share.item() == pytest.approx(1)
+    assert report.select(torch.tensor([0, 5])).summary()["sigma_constant_share"] == pytest.approx(1)
 
 
 def test_subsets_are_reports_of_their_own():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -130,6 +130,7 @@ class TextDataModule(TextLoaders, LightningDataModule):
         self._pair_reader = PairReader(self.encoder, max_length, self.columns.implicit)
         self._prompt_reader = PromptReader(self.encoder, max_prompt_length, self.columns.implicit)
         self._rows = {}
+        self._feature_source: Callable[[str], tuple[Tensor, Tensor]] | None = None
         self._features: dict[str, FeatureRows] = {}
 
 
@@ -147,7 +148,7 @@ class PreferenceDataModule(TextDataModule):
         if self.streams:
             stream = self.stream(shuffle=False)
             return DataLoader(stream, batch_size=self.batch_size, collate_fn=self.collator.preferences)
-        features = self._features.get("train")
+        features = self._feature_rows("train")
         if features is not None:
             return self._held_out(features, _as_it_is)
         return self._held_out(self.preference_rows("train"), self.collator.preferences)
@@ -159,12 +160,20 @@ class PreferenceDataModule(TextDataModule):
             raise ValueError(f"expected features of {len(rows)} pairs, got {len(chosen)} and {len(rejected)}")
         if chosen.shape != rejected.shape:
             raise ValueError(f"expected features of one shape, got {tuple(chosen.shape)}, {tuple(rejected.shape)}")
-        features = FeatureRows(chosen, rejected, pair_labels(rows))
-        self._features[split] = features
+        self._features[split] = FeatureRows(chosen, rejected, pair_labels(rows))
+
+    def ask_for_features(self, source: Callable[[str], tuple[Tensor, Tensor]]) -> None:
+        """Take features of a split from `source` when its batches are first asked for."""
+        self._feature_source, self._features = source, {}
+
+    def _feature_rows(self, split: str) -> FeatureRows | None:
+        if split not in self._features and self._feature_source is not None:
+            self.use_features(split, *self._feature_source(split))
+        return self._features.get(split)
 
     def train_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
         """Pairs to learn from."""
-        features = self._features.get("train")
+        features = self._feature_rows("train")
         if features is None:
             return self._training_pairs(self.collator.preferences)
         return self._shuffled(features, _as_it_is)
@@ -190,7 +199,7 @@ class PreferenceDataModule(TextDataModule):
         rows = self.preference_rows(split)
         if not rows:
             return []
-        features = self._features.get(split)
+        features = self._feature_rows(split)
         if features is not None:
             return self._held_out(features, _as_it_is)
         return self._held_out(rows, self.collator.preferences)

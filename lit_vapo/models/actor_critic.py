@@ -21,7 +21,7 @@ from lit_vapo.models.generation import Sampling, Shaping, generation_config, sto
 from lit_vapo.models.policy import Policy, Role
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.models.reward import RewardModel, ensemble_class
-from lit_vapo.models.trunk import pool, response_states, run_trunk
+from lit_vapo.models.trunk import content_lengths, pool, response_states, run_trunk
 
 CRITIC_NAME = "critic"
 
@@ -172,7 +172,9 @@ class ActorCritic(nn.Module):
         logprobs = self._logprobs("reference", out.last, rows, shaping)
         features = states = None
         if self.shares_base:
-            features = pool(out.tapped, rows.lengths, rows.prompt_lengths, self.reward_model.spec.pooling)
+            spec = self.reward_model.spec
+            read = content_lengths(rows.input_ids, rows.lengths, rows.prompt_lengths, spec.ends)
+            features = pool(out.tapped, read, rows.prompt_lengths, spec.pooling)
         if self.critic_trunk == "reference":
             states = response_states(out.tapped, rows.prompt_lengths, rows.response_mask.shape[1])
         return ReferencePass(logprobs.logprobs, logprobs.entropy, features, states)

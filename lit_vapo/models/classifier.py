@@ -49,8 +49,12 @@ def save_classifier(model: RewardModel, folder: str | Path) -> None:
     config.id2label = {k: f"member_{k}" for k in range(len(weight))}
     config.label2id = {name: k for k, name in config.id2label.items()}
     setattr(config, OFFSET, offset.tolist())
-    # The classifier scores the last token that is not padding, so a response that ends in a padding token is misread.
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    # The classifier scores the last token that is not padding. The members do not read the end of a response, so that
+    # is what it pads with; where they do read it, anything else.
+    if spec.ends:
+        first = tokenizer.eos_token_id if tokenizer.eos_token_id in spec.ends else spec.ends[0]
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(first)
+    elif tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = _unused_token(tokenizer)
     config.pad_token_id = tokenizer.pad_token_id
     classifier = cast("Any", AutoModelForSequenceClassification).from_config(config)

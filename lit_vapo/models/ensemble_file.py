@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,11 +28,13 @@ class FeatureSpec:
         base: The backbone.
         layer: Read after this many blocks; `None` after the last.
         pooling: `last` or `mean` (see `pool`).
+        ends: Tokens that are not read where they end a response (see `content_lengths`).
     """
 
     base: Pretrained
     layer: int | None = None
     pooling: Pooling = "last"
+    ends: list[int] = field(default_factory=list)
 
 
 class EnsembleConfig(BaseModel):
@@ -65,6 +67,8 @@ class EnsembleConfig(BaseModel):
             raise ValueError(f"members: expected different numbers 0 … {allowed[-1]}, got {self.members[:20]}")
         if layer is not None and layer < 1:
             raise ValueError(f"spec.layer: expected 1 or more, or null, got {layer}")
+        if any(end < 0 for end in self.spec.ends):
+            raise ValueError(f"spec.ends: expected token ids of 0 or more, got {self.spec.ends[:20]}")
         return self
 
 

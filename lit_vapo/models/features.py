@@ -47,13 +47,21 @@ def right_pad(sequences: Sequence[Sequence[int]], device: torch.device | None = 
     return ids.to(device), lengths.to(device)
 
 
-@torch.no_grad()
 def compute_features(model: RewardModel, sequences: Sequence[TokenSequence], device: torch.device) -> Tensor:
     """Features of sequences batched by length, float32 on the CPU: (N, H), or (N, K, H) where members differ.
 
     Raises:
         ValueError: There is no sequence, or a feature is not finite (naming the sequence).
     """
+    (features,) = compute_layers(model, sequences, device, [None])
+    return features
+
+
+@torch.no_grad()
+def compute_layers(
+    model: RewardModel, sequences: Sequence[TokenSequence], device: torch.device, layers: Sequence[int | None]
+) -> list[Tensor]:
+    """The same for several layers of the model's backbone at once (`None` for its last), from one pass."""
     if not sequences:
         raise ValueError("expected at least one sequence, got none")
     batches, order = [], []
@@ -63,16 +71,19 @@ def compute_features(model: RewardModel, sequences: Sequence[TokenSequence], dev
         prompts = torch.tensor([sequences[i].prompt_length for i in rows], device=device)
         batches.append((*right_pad([sequences[i].ids for i in rows], device), prompts))
     back = torch.tensor(order).argsort()
-    outputs = []
+    reads = (model.spec.pooling, model.spec.ends, layers)
+    outputs: list[list[Tensor]] = [[] for _ in layers]
     # All batches for one model before the next, which may have to be read from disk.
     for backbone in model.passes():
-        parts = [pooled(backbone, *batch, model.spec.pooling).cpu() for batch in batches]
-        outputs.append(torch.cat(parts)[back])
-    out = model.head.join(outputs)
-    if not torch.isfinite(out).all():
-        row = int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0, 0])
-        raise ValueError(f"expected finite features, got NaN or infinity for sequence {row}")
-    return out
+        parts = [[features.cpu() for features in pooled(backbone, *batch, *reads)] for batch in batches]
+        for output, part in zip(outputs, zip(*parts, strict=True), strict=True):
+            output.append(torch.cat(part)[back])
+    found = [model.head.join(output) for output in outputs]
+    for out in found:
+        if not torch.isfinite(out).all():
+            row = int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0, 0])
+            raise ValueError(f"expected finite features, got NaN or infinity for sequence {row}")
+    return found
 
 
 def feature_key(spec: FeatureSpec, sequences: Sequence[TokenSequence]) -> str:

@@ -153,14 +153,19 @@ def load_backbone(spec: Pretrained, num_layers: int | None = None, key: str = KE
         layers = decoder_layers(backbone)
         if not 1 <= num_layers <= len(layers):
             raise ValueError(f"layer: expected 1 … {len(layers)} for {spec.path!r}, got {num_layers}")
-        del layers[num_layers:]
-        config = backbone.config
-        config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:num_layers]
-        if getattr(config, "max_window_layers", None):
-            config.max_window_layers = min(config.max_window_layers, num_layers)
+        cut_off(backbone, num_layers)
     return backbone
+
+
+def cut_off(backbone: PreTrainedModel, num_layers: int) -> None:
+    """Drop all blocks of a backbone after the first `num_layers`."""
+    del decoder_layers(backbone)[num_layers:]
+    config = backbone.config
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    if getattr(config, "max_window_layers", None):
+        config.max_window_layers = min(config.max_window_layers, num_layers)
 
 
 def model_config(spec: Pretrained, key: str = KEY) -> Any:

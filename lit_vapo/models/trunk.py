@@ -5,7 +5,7 @@ The (B, T, V) logits are never made: the head is applied to the response positio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -38,19 +38,25 @@ def length_mask(lengths: Tensor, size: int) -> Tensor:
 
 
 @contextmanager
-def _tap(backbone: PreTrainedModel, layer: int, store: list[Tensor]) -> Iterator[None]:
-    layers = decoder_layers(backbone)
-    if not 1 <= layer <= len(layers):
-        raise ValueError(f"layer: expected 1 … {len(layers)}, got {layer}")
+def _tap(backbone: PreTrainedModel, layers: Iterable[int], store: dict[int, Tensor]) -> Iterator[None]:
+    blocks = decoder_layers(backbone)
 
-    def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        store.append(output if isinstance(output, Tensor) else output[0])
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            store[layer] = output if isinstance(output, Tensor) else output[0]
 
-    handle = layers[layer - 1].register_forward_hook(hook)
+        return hook
+
+    handles = []
     try:
+        for layer in layers:
+            if not 1 <= layer <= len(blocks):
+                raise ValueError(f"layer: expected 1 … {len(blocks)}, got {layer}")
+            handles.append(blocks[layer - 1].register_forward_hook(keep(layer)))
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -92,14 +98,44 @@ def run_trunk(backbone: PreTrainedModel, input_ids: Tensor, lengths: Tensor, lay
     Returns:
         The hidden states (see `TrunkOutput`).
     """
+    return TrunkOutput(*run_layers(backbone, input_ids, lengths, [None, layer]))
+
+
+def run_layers(
+    backbone: PreTrainedModel, input_ids: Tensor, lengths: Tensor, layers: Sequence[int | None]
+) -> list[Tensor]:
+    """Hidden states (B, L, H) after each of some blocks and the final normalisation, from one pass.
+
+    Args:
+        backbone: A decoder without its language-model head.
+        input_ids: Token ids (B, L), right-padded with anything.
+        lengths: Real tokens of each row (B,).
+        layers: Read after so many blocks each; `None` after the last.
+    """
     mask = length_mask(lengths, input_ids.shape[1]).long()
-    if layer is None or layer == len(decoder_layers(backbone)):
+    count = len(decoder_layers(backbone))
+    store: dict[int, Tensor] = {}
+    with _tap(backbone, {layer for layer in layers if layer not in (None, count)}, store):
         last = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return TrunkOutput(last, last)
-    store: list[Tensor] = []
-    with _tap(backbone, layer, store):
-        last = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return TrunkOutput(last, final_norm(backbone)(store[0]))
+    return [last if layer in (None, count) else final_norm(backbone)(store[layer]) for layer in layers]
+
+
+def content_lengths(input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor, ends: Sequence[int]) -> Tensor:
+    """Lengths without the token that ended a response (B,): what a reward reads.
+
+    Whether a text has ended is easier to see than whether it is good. A head that may read the end learns that, and
+    each member by a different amount.
+
+    Args:
+        input_ids: Token ids (B, L) of prompt and response, right-padded.
+        lengths: Real tokens of each row (B,).
+        prompt_lengths: Tokens of each prompt (B,).
+        ends: Tokens that end a response.
+    """
+    last = input_ids.gather(1, lengths[:, None] - 1)[:, 0]
+    ended = torch.isin(last, torch.tensor(list(ends), dtype=last.dtype, device=last.device))
+    # A row keeps a token to be read, though it be an end that follows no prompt.
+    return (lengths - (ended & (lengths > prompt_lengths)).long()).clamp_min(1)
 
 
 def pool(hidden: Tensor, lengths: Tensor, prompt_lengths: Tensor, pooling: Pooling) -> Tensor:
@@ -107,9 +143,10 @@ def pool(hidden: Tensor, lengths: Tensor, prompt_lengths: Tensor, pooling: Pooli
 
     Args:
         hidden: Hidden states (B, L, H) of prompt and response, right-padded.
-        lengths: Real tokens of each row (B,).
+        lengths: Tokens of each row that are read (B,), as in `content_lengths`.
         prompt_lengths: Tokens of each prompt (B,).
-        pooling: `last`, the state at the last real token; `mean`, the mean over the response's tokens.
+        pooling: `last`, the state at the last token read; `mean`, the mean over the response's tokens. Where nothing of
+            a response is read, both are the state at the last token of the prompt.
 
     Returns:
         Features (B, H).
@@ -118,9 +155,10 @@ def pool(hidden: Tensor, lengths: Tensor, prompt_lengths: Tensor, pooling: Pooli
     if pooling == "last":
         return hidden[rows, lengths - 1].float()
     positions = torch.arange(hidden.shape[1], device=hidden.device)
-    inside = (positions >= prompt_lengths[:, None]) & (positions < lengths[:, None])
+    first = torch.minimum(prompt_lengths, lengths - 1)
+    inside = (positions >= first[:, None]) & (positions < lengths[:, None])
     states = torch.where(inside[..., None], hidden, torch.zeros((), dtype=hidden.dtype, device=hidden.device))
-    return states.sum(1, dtype=torch.float32) / inside.sum(1, keepdim=True).clamp_min(1)
+    return states.sum(1, dtype=torch.float32) / inside.sum(1, keepdim=True)
 
 
 def join_rows(ids: Sequence[Tensor], lengths: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -135,14 +173,26 @@ def widen(x: Tensor, size: int) -> Tensor:
 
 
 def pooled(
-    backbone: PreTrainedModel, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor, pooling: Pooling
-) -> Tensor:
-    """Features (B, H) of right-padded sequences (B, L), or (B, K, H) from a backbone that answers once per member."""
+    backbone: PreTrainedModel,
+    input_ids: Tensor,
+    lengths: Tensor,
+    prompt_lengths: Tensor,
+    pooling: Pooling,
+    ends: Sequence[int] = (),
+    layers: Sequence[int | None] = (None,),
+) -> list[Tensor]:
+    """Features of right-padded sequences (B, L), one tensor for each of `layers`, from one pass.
+
+    They are (B, H), or (B, K, H) from a backbone that answers once per member. The tokens of `ends` are not read where
+    they end a response.
+    """
+    lengths = content_lengths(input_ids, lengths, prompt_lengths, ends)
     with last_rows_only(backbone, lengths) if pooling == "last" else nullcontext():
-        hidden = run_trunk(backbone, input_ids, lengths).last
-    copies = hidden.shape[0] // len(lengths)
-    features = pool(hidden, lengths.repeat(copies), prompt_lengths.repeat(copies), pooling)
-    return features if copies == 1 else features.view(copies, len(lengths), -1).transpose(0, 1)
+        states = run_layers(backbone, input_ids, lengths, layers)
+    copies = states[0].shape[0] // len(lengths)
+    rows = (lengths.repeat(copies), prompt_lengths.repeat(copies), pooling)
+    features = [pool(hidden, *rows) for hidden in states]
+    return features if copies == 1 else [x.view(copies, len(lengths), -1).transpose(0, 1) for x in features]
 
 
 def response_states(hidden: Tensor, prompt_lengths: Tensor, size: int) -> Tensor:

@@ -8,44 +8,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.models.classifier import save_classifier
-from lit_vapo.models.features import compute_features, feature_key, feature_path, load_features, save_features
+from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import (
-    Pretrained,
-    check_tokenizer,
-    decoder_layers,
-    freeze,
-    hidden_size,
-    keep_differentiable,
-    load_backbone,
-    load_causal_lm,
-    place,
-)
+from lit_vapo.models.pretrained import Pretrained, freeze, load_backbone
 from lit_vapo.models.reward import FeatureSpec, RewardModel
 from lit_vapo.models.trunk import Pooling, join_rows
-from lit_vapo.models.vocabulary import check_embeddings
-from lit_vapo.modules.checkpoint import (
-    check_context,
-    check_positive,
-    check_precision,
-    linear_decay,
-    seeded,
-    seeded_batch,
-    total_steps,
-    unpickled,
-)
-from lit_vapo.modules.reward_evaluation import Batch, EvaluatedRewards
-from lit_vapo.rollout import sample_references
-from lit_vapo.types import FeaturePairs, TokenSequence
+from lit_vapo.modules.checkpoint import check_positive, linear_decay, seeded_batch, total_steps, unpickled
+from lit_vapo.modules.reward_building import BuiltRewards, Layer
+from lit_vapo.modules.reward_evaluation import Batch
+from lit_vapo.types import FeaturePairs
 from lit_vapo.uncertainty.base import RewardHead
 from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
-SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test", "val", "ood")}
 
-
-class RewardModule(EvaluatedRewards):
+class RewardModule(BuiltRewards):
     """Trains an uncertainty estimator (`RewardHead`) on preferences.
 
     Where all members read one frozen backbone, the features of all pairs are computed once and cached, and the heads
@@ -57,8 +34,10 @@ class RewardModule(EvaluatedRewards):
         base: The backbone.
         head: The uncertainty estimator.
         layer: Read the hidden states after this many blocks (the rest is dropped); `null` for the last. Middle
-            layers often say more about a text's quality than the last one, which prepares the next token.
-        pooling: `last` reads the last real token, `mean` averages over the response.
+            layers often say more about a text's quality than the last one, which prepares the next token. `auto` tries
+            a quarter, a half, three quarters and all of the blocks in one pass, and takes what predicts the validation
+            pairs best; it is the last without such pairs, or where features are trained or streamed.
+        pooling: `mean` averages over the response, `last` reads its last token. Neither reads the token that ended it.
         freeze_backbone: Keep the backbone's weights and train from cached features.
         learning_rate: Peak learning rate of heads and adapters (AdamW).
         backbone_learning_rate: Peak learning rate of backbones that are trained.
@@ -78,8 +57,8 @@ class RewardModule(EvaluatedRewards):
         self,
         base: Pretrained,
         head: RewardHead | None = None,
-        layer: int | None = None,
-        pooling: Pooling = "last",
+        layer: Layer = "auto",
+        pooling: Pooling = "mean",
         freeze_backbone: bool = True,
         learning_rate: float = 1e-3,
         backbone_learning_rate: float = 1e-5,
@@ -108,7 +87,8 @@ class RewardModule(EvaluatedRewards):
             self.save_hyperparameters()
         if member is not None:
             self.head.select(member)
-        self.spec = FeatureSpec(base, layer, pooling)
+        self.layer = layer
+        self.spec = FeatureSpec(base, None if layer == "auto" else layer, pooling)
         self.freeze_backbone = freeze_backbone
         self.learning_rate = learning_rate
         self.backbone_learning_rate = backbone_learning_rate
@@ -118,93 +98,9 @@ class RewardModule(EvaluatedRewards):
         self.num_reference = num_reference
         self.feature_cache = feature_cache
         self.seed = seed
-        self.backbone: Any = None
-        self.settled_at = -1
-        self.reference_inputs: list[TokenSequence] | Tensor | None = None
+        self.settled_at = self.calibrated_at = -1
 
-    # 1. Building: load the backbone, and turn what is frozen into features once.
-
-    @property
-    def frozen_features(self) -> bool:
-        """Whether no training step changes the features, so that they need no gradient."""
-        return self.head.shares_features and self.freeze_backbone
-
-    def configure_model(self) -> None:
-        """Load the backbone, and with frozen features turn every pair into them and let go of it."""
-        if self._trainer is not None:
-            check_precision(self.trainer.precision, "32-true", "bf16-mixed", "16-mixed")
-            if self.pairs is not None and self.pairs.streams and self.head.settles:
-                kind = type(self.head).__name__
-                raise ValueError(f"data.streaming: expected false for {kind}, which holds all training pairs, got true")
-        if self.head.hidden_size is None:
-            self.head.build(hidden_size(self.spec.base))
-        elif self.backbone is not None and not self.frozen_features:
-            return
-        if self._trainer is None and self.frozen_features:
-            # To export, the head is all that is needed.
-            return
-        self.backbone = self._load_backbone()
-        datamodule = self.pairs
-        if datamodule is None:
-            # An export, or somebody's own loaders: batches of tokens, encoded as they come.
-            return
-        if self.trainer.state.fn == "fit" and self.reference is not None:
-            self.reference_inputs = self._sample_reference(datamodule)
-        if self.frozen_features and not datamodule.streams:
-            self._keep_features(datamodule)
-
-    def _load_backbone(self) -> Any:
-        backbone = freeze(load_backbone(self.spec.base, self.spec.layer))
-        if self.pairs is not None:
-            config = cast("Any", backbone).config
-            check_context(config, self.pairs.longest_pair())
-            check_embeddings(config, self.pairs.text_tokenizer, *self.pairs.largest_token())
-        if self.frozen_features:
-            return place(cast("Any", backbone), self.device_of_run)
-        if self.head.shares_features:
-            # Small updates of weights in bfloat16 would be rounded away.
-            return backbone.float().requires_grad_(True)
-        keep_differentiable(backbone)
-        return self.head.attach(backbone, decoder_layers(backbone))
-
-    def _keep_features(self, datamodule: PreferenceDataModule) -> None:
-        for split in SPLITS.get(getattr(self.trainer.state.fn, "value", ""), ()):
-            pairs = datamodule.preferences(split)
-            if pairs.chosen:
-                features = self._features([*pairs.chosen, *pairs.rejected], split)
-                datamodule.use_features(split, *features.split(len(pairs.chosen)))
-        if isinstance(self.reference_inputs, list):
-            self.reference_inputs = self._features(self.reference_inputs, "reference")
-        self.backbone = None
-
-    @property
-    def device_of_run(self) -> torch.device:
-        """Where this process computes, known before the model is moved there."""
-        return self.trainer.strategy.root_device if self._trainer is not None else self.device
-
-    def _features(self, sequences: list[TokenSequence], name: str) -> Tensor:
-        """Features from the cache; the first process computes what is missing."""
-        folder = Path(self.feature_cache or Path(self.trainer.default_root_dir) / "features")
-        key = feature_key(self.spec, sequences)
-        if self.trainer.is_global_zero and not feature_path(folder, key).is_file():
-            self.print(f"features: {len(sequences)} sequences of the {name} split")
-            save_features(folder, key, compute_features(self.reward_model(), sequences, self.device_of_run))
-        self.trainer.strategy.barrier()
-        features = load_features(folder, key)
-        assert features is not None
-        return features
-
-    def _sample_reference(self, datamodule: PreferenceDataModule) -> list[TokenSequence]:
-        """Responses of the reference policy, the same in every process."""
-        assert self.reference is not None
-        check_tokenizer(datamodule.text_tokenizer, self.reference, "model.reference")
-        self.print(f"reference: sampling {self.num_reference} responses to calibrate the ensemble on")
-        lm = place(load_causal_lm(self.reference, "model.reference.path"), self.device_of_run)
-        batches = datamodule.prompt_batches("train", self.num_reference)
-        with seeded(self.seed):
-            return sample_references(lm, datamodule.text_tokenizer, batches, self.reference_sampling)
-
-    # 2. Training.
+    # 1. Training.
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features of the chosen and of the rejected responses."""
@@ -246,9 +142,10 @@ class RewardModule(EvaluatedRewards):
         return FeaturePairs(*self.encode(batch), batch.labels)
 
     def calibrate(self) -> None:
-        """Centre and scale the members on the reference's responses, if there is a reference."""
-        if self.reference_inputs is None:
+        """Centre and scale the members on the reference's responses, if there is a reference; once at each step."""
+        if self.reference_inputs is None or self.trainer.global_step == self.calibrated_at:
             return
+        self.calibrated_at = self.trainer.global_step
         features = self.reference_inputs
         if isinstance(features, list):
             features = compute_features(self.reward_model(), features, self.device)
@@ -264,11 +161,7 @@ class RewardModule(EvaluatedRewards):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    # 3. Checkpoints and export.
-
-    def reward_model(self) -> RewardModel:
-        """The reward model as it stands; without backbone where features are cached."""
-        return RewardModel(self.spec, self.head, self.backbone)
+    # 2. Checkpoints and export.
 
     def _is_own_state(self, name: str) -> bool:
         return name.startswith("head.")

@@ -16,6 +16,7 @@ from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.evaluation.files import FIGURES, evaluation, write_report
 from lit_vapo.evaluation.report import PreferenceReport
 from lit_vapo.evaluation.tables import ood_auroc, subset_table, temperature_report
+from lit_vapo.evaluation.verdict import find, verdict
 from lit_vapo.metrics import PreferenceMetrics
 from lit_vapo.modules.checkpoint import TrainedWeightsModule
 from lit_vapo.types import FeaturePairs
@@ -39,6 +40,7 @@ class EvaluatedRewards(TrainedWeightsModule):
         super().__init__()
         self.metrics = nn.ModuleDict({split: PreferenceMetrics() for split in ("val", "test", "ood")})
         self.evaluation: dict[str, Any] | None = None
+        self.validated: PreferenceReport | None = None
 
     @abstractmethod
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -53,9 +55,18 @@ class EvaluatedRewards(TrainedWeightsModule):
         """The data of the run; `None` for an export, or with somebody's own loaders."""
         return getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
 
+    @abstractmethod
+    def calibrate(self) -> None:
+        """Make members comparable, if there is a reference."""
+
+    @abstractmethod
+    def cut_rewards(self, split: str) -> tuple[Tensor, Tensor] | None:
+        """Rewards of some responses of a split, whole and cut in half; `None` with somebody's own loaders."""
+
     def on_validation_start(self) -> None:
         """Score with what the training pairs say so far."""
         self.settle()
+        self.calibrate()
 
     def setup(self, stage: str) -> None:
         """Refuse a test of nothing."""
@@ -79,12 +90,18 @@ class EvaluatedRewards(TrainedWeightsModule):
             identity = int(batch.labels.example_ids[row])
             where = self.pairs.place(identity) if self.pairs is not None else f"pair {identity}"
             raise ValueError(f"{where}: expected a finite score, got {float(margin.mean[row])}")
-        variance = torch.stack([self.head(chosen).variance, self.head(rejected).variance], dim=1)
-        cast("PreferenceMetrics", self.metrics[split]).update(margin, variance, batch.labels)
+        metric = cast("PreferenceMetrics", self.metrics[split])
+        metric.update(margin, self.head(chosen), self.head(rejected), batch.labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of members and mean."""
-        self._log_figures("val", self._report("val").summary())
+        self.validated = self._report("val")
+        self._log_figures("val", self.validated.summary())
+
+    def on_train_end(self) -> None:
+        """Say in plain words what the last validation found."""
+        if self.validated is not None and self.validated.num_pairs:
+            self._tell(self._verdict(self.validated, "val"), "validation")
 
     def on_test_epoch_end(self) -> None:
         """Log the figures, and write them with their pictures and tables."""
@@ -102,12 +119,29 @@ class EvaluatedRewards(TrainedWeightsModule):
             figures_of_test["ood_auroc"] = ood
         self._log_figures("test", figures_of_test)
         subsets = self._subsets(report)
-        self.evaluation = evaluation(report, temperature, ood, subsets)
+        found = self._verdict(report, "test") if report.num_pairs else None
+        self.evaluation = evaluation(report, temperature, ood, subsets, found)
         if self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir) / TEST_FOLDER
             write_report(folder, report, self.evaluation)
             self._draw(folder, report, reports.get("ood"))
             self._log_tables(folder)
+            if found is not None:
+                self._tell(found, "test")
+
+    def _verdict(self, report: PreferenceReport, split: str) -> dict[str, Any]:
+        lengths = None
+        if self.pairs is not None:
+            rows = {row["example_id"]: row for row in self.pairs.preference_rows(split)}
+            found = [rows[identity] for identity in report.example_ids.tolist()]
+            sides = [[len(r["chosen_ids"]), len(r["rejected_ids"])] for r in found]
+            lengths = torch.tensor(sides) - torch.tensor([[r["prompt_length"]] for r in found])
+        return verdict(find(report, lengths, self.cut_rewards(split), bool(self.head.calibrated)))
+
+    def _tell(self, found: dict[str, Any], name: str) -> None:
+        self.print(f"\nWhat the {name} pairs say of this ensemble:")
+        for sentence in found["sentences"]:
+            self.print(f"  {sentence}")
 
     def _report(self, split: str) -> PreferenceReport:
         metric = cast("PreferenceMetrics", self.metrics[split])

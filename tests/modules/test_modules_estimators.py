@@ -167,7 +167,7 @@ def test_what_cannot_be_joined_is_named(full, tmp_path, tiny_ensemble_dir):
     for members, message in (
         (f"[{first}]", r"--members: expected at least 2 folders, got 1"),
         (f"[{first},{first}]", r"expected each member once, got member 0 here and in"),
-        (f"[{first},{tiny_ensemble_dir}]", r"expected head as in .*, got"),
+        (f"[{first},{tiny_ensemble_dir}]", r"expected (spec|head) as in .*, got"),
         (f"[{first},{tmp_path / 'none'}]", r"reward: expected a folder with ensemble.json"),
         (f"[{first},{tmp_path / 'bare'}]", r"bare: expected the model of member 1 in member_1, got none"),
     ):
@@ -266,7 +266,13 @@ def test_heads_export_as_a_plain_classifier(tmp_path, kind, tiny_preferences_fil
     model = helpers.tiny_model(tmp_path / "m", helpers.tiny_tokenizer(tmp_path / "m"), kind=kind)
     data = PreferenceDataModule(model, preferences=tiny_preferences_file, max_length=64, batch_size=4)
     module = RewardModule(
-        Pretrained(model), HeadEnsemble(3), learning_rate=0.1, reference=Pretrained(model), num_reference=8, layer=1
+        Pretrained(model),
+        HeadEnsemble(3),
+        layer=1,
+        pooling="last",
+        learning_rate=0.1,
+        reference=Pretrained(model),
+        num_reference=8,
     )
     trainer = ppo_helpers.trainer(tmp_path, max_epochs=2)
     trainer.fit(module, data)
@@ -276,8 +282,8 @@ def test_heads_export_as_a_plain_classifier(tmp_path, kind, tiny_preferences_fil
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain").eval()
     assert classifier.config.num_labels == 3
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "plain")
-    # As anybody would call it: one padded batch of texts that end with the end of sequence.
-    texts = ["the film was good<eos>", "Review: a quiet, moving story of one family<eos>", "bad<eos>"]
+    # As anybody would call it: one padded batch of texts, which end with the end of sequence or are cut off.
+    texts = ["the film was good<eos>", "Review: a quiet, moving story of one family", "bad film<eos>"]
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
     with torch.no_grad():
         logits = classifier(**inputs).logits + torch.tensor(classifier.config.reward_offset)

@@ -105,16 +105,28 @@ def test_members_are_calibrated_on_reference_responses(tiny_model_dir, tiny_pref
 def test_the_cache_is_hit_a_second_time_and_missed_for_other_settings(
     tiny_model_dir, tiny_preferences_file, tmp_path, monkeypatch
 ):
-    from lit_vapo.modules import reward
+    from lit_vapo.modules import reward_building
 
     calls = []
-    compute = reward.compute_features
-    monkeypatch.setattr(reward, "compute_features", lambda *a: calls.append(len(a[1])) or compute(*a))
+    compute = reward_building.compute_layers
+    monkeypatch.setattr(reward_building, "compute_layers", lambda *a: calls.append(len(a[1])) or compute(*a))
     cache = str(tmp_path / "cache")
-    for count, options in ((2, {}), (2, {}), (4, {"layer": 1}), (6, {"pooling": "mean"})):
+    data = pairs(tiny_model_dir, tiny_preferences_file)
+
+    def computed(**options):
+        """How many sets of sequences a run computes features of: train, val, and val with responses cut in half."""
+        calls.clear()
         module = reward_module(tiny_model_dir, feature_cache=cache, **options)
-        ppo_helpers.trainer(tmp_path).fit(module, pairs(tiny_model_dir, tiny_preferences_file))
-        assert len(calls) == count, options
+        ppo_helpers.trainer(tmp_path).fit(module, data)
+        return len(calls), module.spec.layer
+
+    count, chosen = computed()
+    assert count == 3
+    assert computed() == (0, chosen)
+    # One of the layers that were tried is there already.
+    assert computed(layer=chosen) == (0, chosen)
+    assert computed(pooling="last")[0] == 3
+    assert computed(reference_sampling=Sampling(stop_token_ids=[9]))[0] == 3
 
 
 def test_somebody_s_own_loaders_are_encoded_as_they_come(tiny_model_dir, tiny_preferences_file, tmp_path):
