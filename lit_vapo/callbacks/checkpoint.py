@@ -74,3 +74,33 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         if self.save_last and self.dirpath is not None and not getattr(trainer, "fast_dev_run", False):
             trainer.save_checkpoint(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}.ckpt", self.save_weights_only)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps `best.ckpt`, the checkpoint whose validation was best; without validation it is the latest.
+
+    Args:
+        dirpath: Folder of the run's checkpoints.
+        monitor: What was validated; smaller is better.
+    """
+
+    def __init__(self, dirpath: str, monitor: str) -> None:
+        super().__init__(dirpath, filename="best", monitor=monitor, mode="min", enable_version_counter=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Monitor nothing where nothing is validated."""
+        super().on_train_start(trainer, pl_module)
+        batches = trainer.num_val_batches
+        if sum(batches if isinstance(batches, list) else [batches]) == 0:
+            self.monitor = None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save nothing of a run that is over before its first validation."""
+        if self.monitor is None or self.monitor in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of a run that was too short for a validation."""
+        super().on_train_end(trainer, pl_module)
+        if not self.best_model_path and self.dirpath is not None and not getattr(trainer, "fast_dev_run", False):
+            trainer.save_checkpoint(Path(self.dirpath) / "best.ckpt", self.save_weights_only)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_vapo.callbacks.checkpoint import RunCheckpoint
+from lit_vapo.callbacks.checkpoint import BestCheckpoint, RunCheckpoint
 from lit_vapo.callbacks.samples import SampleTable
 from lit_vapo.console import INTERRUPTED, TERMINATED
 from lit_vapo.folders import absolute
@@ -193,6 +193,11 @@ class StageCLI(LightningCLI):
         csv = [x for x in others if isinstance(x, CSVLogger)] or [CSVLogger(str(self.root), name="logs")]
         # First, since the first logger's folder is where the configuration goes.
         trainer.loggers = [*csv, *(x for x in others if not isinstance(x, CSVLogger))]
+        if self.stage == "reward":
+            # Before the other, whose checkpoint then knows the best one.
+            callbacks = cast("Any", trainer).callbacks
+            place = next(i for i, x in enumerate(callbacks) if isinstance(x, RunCheckpoint))
+            callbacks.insert(place, BestCheckpoint(str(self.checkpoints.resolve()), "val/nll"))
         return trainer
 
     @rank_zero_only
