@@ -25,6 +25,7 @@ from lit_vapo.models.transformers_generator import TransformersGenerator
 from lit_vapo.models.trunk import widen
 from lit_vapo.models.vocabulary import same_language, vocabulary_size
 from lit_vapo.objectives.base import Objective
+from lit_vapo.rollout.ending import EndingWatch
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
 from lit_vapo.types import RewardEstimate, TextReward, TokenSequence
 
@@ -77,6 +78,7 @@ class RolloutMaker:
         self.shaping = sampling.shaping(self.stops)
         self.generator = generator or TransformersGenerator()
         self._warned = False
+        self._ending = EndingWatch()
         self._reads_tokens: bool | None = None
         self._reward_encoder: Encoder | None = None
 
@@ -117,6 +119,7 @@ class RolloutMaker:
         if all_sum is None:
             score = objective(estimate)
         else:
+            self._ending.look(estimate.mean, generated.stopped)
             log_ratio = sequence_log_ratio(scored.logprobs, scored.ref_logprobs, rows.response_mask)
             score = objective.observe(estimate, log_ratio, self.sampling.num_responses, all_sum)
         reward = clip_rewards(score.reward, self.reward_clip)
