@@ -48,7 +48,7 @@ class LearnedEnsemble(LanguageModelStudy):
         head_learning_rate: float = 0.01,
     ) -> None:
         super().__init__(prepared, methods, training)
-        self.learner = Learner(head or HeadEnsemble(), steps, head_learning_rate)
+        self.learner = Learner(head or HeadEnsemble(10), steps, head_learning_rate)
         self.settings = preference_settings(pairs, flipped)
 
     def ensemble(self, params: Mapping[str, Any], seed: int) -> RewardHead:

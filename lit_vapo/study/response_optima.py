@@ -105,7 +105,7 @@ class ResponseOptima(Experiment):
         expect("kl_coef", kl_coef, kl_coef > 0, "a number > 0")
         self.prepared = Path(prepared)
         self.methods = methods
-        heads = heads or {"HeadEnsemble": HeadEnsemble()}
+        heads = heads or {"HeadEnsemble": HeadEnsemble(10)}
         self.learners = {name: Learner(head, steps, head_learning_rate) for name, head in heads.items()}
         grid = preference_settings(pairs, flipped)
         self.settings = {
