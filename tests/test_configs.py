@@ -54,6 +54,8 @@ def build(tiny_model_dir, tiny_ensemble_dir, tmp_path):
             "model.base.path": tiny_model_dir,
             "data.tokenizer": tiny_model_dir,
         }
+        if stage == "reward":
+            replaced["model.reference.path"] = tiny_model_dir
         if stage == "ppo":
             replaced["model.reward"] = tiny_ensemble_dir
             replaced["model.gold"] = "null"  # the demo's judge is a file that the demo makes

@@ -15,7 +15,7 @@ from lit_vapo.data.columns import Columns
 from lit_vapo.data.loaders import TextLoaders
 from lit_vapo.data.mixing import Sources
 from lit_vapo.data.readers import PairReader, PromptReader, load_encoder
-from lit_vapo.data.splits import FeatureRows, check_fractions, check_preferred, check_streaming, prefers
+from lit_vapo.data.splits import FeatureRows, Rows, check_fractions, check_preferred, check_streaming, prefers
 from lit_vapo.types import FeaturePairs
 
 
@@ -236,13 +236,17 @@ class PromptDataModule(TextDataModule):
         return self._held_out(rows, self.collator.prompts) if rows else []
 
     def predict_dataloader(self) -> DataLoader[Any] | Iterable[Any]:
-        """Prompts to respond to: those of `prompts_test`, or else all of `prompts`, those to learn on first."""
+        """Prompts to respond to."""
+        rows = self.predict_rows()
+        return self._held_out(rows, self.collator.prompts) if rows else []
+
+    def predict_rows(self) -> Rows:
+        """The prompts of `prompts_test`, or else all of `prompts`, those to learn on first."""
         if self.prompt_sources["test"] or self._prompts_stream:
-            return self.test_dataloader()
+            return self.prompt_rows("test")
         train, val, test = (self.prompt_rows(split) for split in ("train", "val", "test"))
         # Validation prompts may come from elsewhere, and may stand in for a test.
-        rows = [*train, *([] if self.prompt_sources["val"] else val), *([] if test is val else test)]
-        return self._held_out(rows, self.collator.prompts)
+        return [*train, *([] if self.prompt_sources["val"] else val), *([] if test is val else test)]
 
 
 class SFTDataModule(TextDataModule):

@@ -126,7 +126,7 @@ class EvaluatedPolicy(TrainedWeightsModule):
 
     def on_predict_epoch_end(self) -> None:
         """Put the responses of all processes together."""
-        self.samples = self._report(POLICY, "test").records
+        self.samples = self._report(POLICY, "predict").records
 
     # What all of them need.
 
@@ -150,7 +150,8 @@ class EvaluatedPolicy(TrainedWeightsModule):
 
     def _in_order(self, records: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
         """Records in the order of the prompts, however they were dealt out; for each, the reference's first."""
-        rows = cast("Any", self.trainer).datamodule.prompt_rows(split)
+        data = cast("Any", self.trainer).datamodule
+        rows = data.predict_rows() if split == "predict" else data.prompt_rows(split)
         place = {row["example_id"]: i for i, row in reversed(list(enumerate(rows)))}
         return sorted(records, key=lambda r: (place[r["prompt_id"]], r["policy"] == POLICY, r["response_number"]))
 
