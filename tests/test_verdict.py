@@ -126,3 +126,9 @@ def test_the_auroc_interval_covers(area):
         low, high = auroc_interval(float(auroc(scores, known)), 30, 50)
         inside += low <= area <= high
     assert 0.92 < inside / 400 < 0.98
+
+
+@pytest.mark.parametrize(("rewarded", "wanted"), [(0.9, "shorter"), (0.1, "longer")])
+def test_advice_on_length_asks_for_the_side_that_is_rewarded_too_little(rewarded, wanted):
+    findings = dataclasses.replace(GOOD, longer_rewarded=rewarded, longer_chosen=0.5)
+    assert f"more pairs whose {wanted} response was chosen" in " ".join(sentences(findings))

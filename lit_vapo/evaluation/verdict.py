@@ -116,12 +116,12 @@ def sentences(f: Findings) -> list[str]:
     return [text for part in (_accuracy(f), _length(f), _cut(f), _errors(f), _constant(f)) for text in part]
 
 
-def _percent(interval: Interval) -> str:
-    return f"95% interval {interval.low:.0%} to {interval.high:.0%}"
+def _within(interval: Interval, form: str = ".0%") -> str:
+    return f"95% interval {interval.low:{form}} to {interval.high:{form}}"
 
 
 def _accuracy(f: Findings) -> list[str]:
-    seen = f"right on {f.accuracy:.0%} of {f.num_pairs} held-out pairs ({_percent(f.accuracy_interval)})"
+    seen = f"right on {f.accuracy:.0%} of {f.num_pairs} held-out pairs ({_within(f.accuracy_interval)})"
     if f.accuracy_interval.low > 0.5:
         return [f"Better than a coin: {seen}."]
     return [
@@ -140,9 +140,10 @@ def _length(f: Findings) -> list[str]:
     interval = share_interval(f.longer_rewarded, f.num_pairs)
     if interval.low <= f.longer_chosen <= interval.high:
         return [f"Length: {seen}."]
+    other = "shorter" if f.longer_rewarded > f.longer_chosen else "longer"
     return [
         f"WARNING: length moves the reward more than people's choices do: {seen}.",
-        "Try more pairs whose shorter response was chosen, and watch response_length in PPO.",
+        f"Try more pairs whose {other} response was chosen, and watch response_length in PPO.",
     ]
 
 
@@ -161,7 +162,7 @@ def _cut(f: Findings) -> list[str]:
 def _errors(f: Findings) -> list[str]:
     if min(f.num_errors, f.num_pairs - f.num_errors) < FEW_ERRORS:
         return [f"Errors: {f.num_errors} of {f.num_pairs} are too few to say whether σ tells them."]
-    seen = f"AUROC {f.error_auroc:.2f}, {_percent(f.error_auroc_interval)}, {f.num_errors} errors"
+    seen = f"AUROC {f.error_auroc:.2f}, {_within(f.error_auroc_interval, '.2f')}, {f.num_errors} errors"
     if f.error_auroc_interval.low > 0.5:
         return [f"σ is larger where the ensemble errs ({seen})."]
     return [

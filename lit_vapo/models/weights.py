@@ -12,6 +12,7 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import is_offline_mode
 
 from lit_vapo.integrity import fault_of
+from lit_vapo.models.digests import check_sealed
 
 INDEX = "model.safetensors.index.json"
 ADVICE = (
@@ -29,7 +30,8 @@ def check_model(path: str, key: str, revision: str | None = None) -> None:
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        ValueError: There is no such folder, or a file of it is missing, damaged or of another kind.
+        ValueError: There is no such folder, or a file of it is missing, damaged, of another kind or not as it was when
+            it was written.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -52,6 +54,8 @@ def check_model(path: str, key: str, revision: str | None = None) -> None:
                 pass
         except Exception as error:
             raise ValueError(f"{key}: {file} cannot be read; {fault_of(file)}") from error
+    # A policy that was merged here, say; what other programs write has no digests.
+    check_sealed(folder, required=False)
 
 
 def _weights(folder: Path, key: str) -> list[Path]:

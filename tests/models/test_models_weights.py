@@ -224,3 +224,14 @@ def test_every_name_of_a_target_must_match(tmp_path, kind, top_layers):
         Policy(base, Lora(target_modules=["v_porj", right, "wte"], top_layers=top_layers))
     policy = Policy(base, Lora(target_modules=[right], top_layers=top_layers))
     assert sum(p.numel() for p in policy.actor_parameters()) > 0
+
+
+def test_a_model_of_ours_must_be_as_it_was_written(copied):
+    check_model(str(copied), "model.base.path")
+    seal(copied)
+    check_model(str(copied), "model.base.path")
+    weights = bytearray((copied / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copied / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"model.safetensors: expected .* it was changed or damaged"):
+        check_model(str(copied), "model.base.path")
