@@ -18,6 +18,8 @@ PROMPT_LIKE = (
     *("question", "instruction", "input", "query", "system", "prompts", "messages", "conversation", "conversations"),
     *("user", "context", "text", "post", "problem"),
 )
+# What begins a response in a dialogue written as one text (HH-RLHF).
+TURN = "\n\nAssistant:"
 # Rows of a source that are looked at to see of what kind all of them are.
 LOOK = 1000
 
@@ -119,6 +121,8 @@ def _refuse_twice(rows: Sequence[Row]) -> None:
     """Refuse responses that begin with their prompt, in all rows: one such row may be an echo, all are no accident."""
     found = [(row, [row.values.get(name) for name in ("prompt", "chosen", "rejected")]) for row in rows]
     texts = [(row, parts) for row, parts in found if all(isinstance(part, str) and part.strip() for part in parts)]
+    # Of whole dialogues, each row says where its prompt ends.
+    texts = [(row, parts) for row, parts in texts if TURN not in str(parts[0])]
     if len(texts) > 1 and all(str(text).startswith(str(prompt)) for _, (prompt, *both) in texts for text in both):
         first, (prompt, *_) = texts[0]
         raise ValueError(

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from lit_vapo.data.columns import advice, listed
+from lit_vapo.data.columns import TURN, advice, listed
 from lit_vapo.data.conversation import Message, Messages, Preference, Prompt
 from lit_vapo.data.labels import read_labels
 from lit_vapo.data.row import Row, UnusableError, shown
 from lit_vapo.data.schema import PairColumns, PromptColumns, validated
 
-TURN = "\n\nAssistant:"
 Said = str | Messages
 
 

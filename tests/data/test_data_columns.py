@@ -98,6 +98,13 @@ def test_texts_that_begin_with_their_prompt_throughout_are_refused(tmp_path, kin
     assert len(read(tmp_path, [*rows, {"prompt": "Hello", "chosen": "Hi", "rejected": "No"}], kind)) == 4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_dialogues_may_have_their_prompt_in_a_column_too(tmp_path, kind):
+    asked = [f"\n\nHuman: {i}?\n\nAssistant:" for i in range(3)]
+    rows = [{"prompt": prompt, "chosen": f"{prompt} yes", "rejected": f"{prompt} no"} for prompt in asked]
+    assert not any(row.problem for row in read(tmp_path, rows, kind))
+
+
 def tokens(model, folder, row, **options):
     """Texts of prompt and responses as trained on."""
     file = write_jsonl(folder / "rows.jsonl", [row, row])
