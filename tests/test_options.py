@@ -164,6 +164,22 @@ def test_what_is_harmless_passes(parser, tmp_path):
     assert given.maybe.as_dict() == {"path": "ä", "number": 2}
 
 
+@pytest.mark.parametrize("text", ["text\n", "1\n", "true", "[]", "- a\n"])
+def test_a_file_that_names_no_options_is_refused(refused, text):
+    assert "expected options by name (key: value)" in refused(text)
+
+
+@pytest.mark.parametrize("name", ["#1", "&a", "# b"])
+def test_a_text_that_yaml_takes_for_nothing_is_a_text(parser, tmp_path, name):
+    parser.add_argument("--folder", type=str | None, default="x")
+    path = tmp_path / "o.yaml"
+    path.write_text(f"folder: '{name}'\n")
+    assert parser.parse_args([f"--config={path}"]).folder == name
+    path.write_text("folder: null\n")
+    assert parser.parse_args([f"--config={path}"]).folder is None
+    assert parser.parse_args(["--folder=null"]).folder is None
+
+
 @pytest.mark.parametrize("text", ["", "\n\n", "# nothing set\n", "---\n"])
 def test_a_file_without_options_sets_nothing(parser, tmp_path, text):
     path = tmp_path / "o.yaml"

@@ -39,6 +39,17 @@ class Parser(ArgumentParser):
         complain(f"{message}\nAll options: {parser.prog.replace(' [options]', '')} --help")
         raise SystemExit(USAGE_ERROR) from ex
 
+    def _load_config_parser_mode(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        """Read a file of options; jsonargparse would repeat one that names none, and not say which it is."""
+        try:
+            parsed: Namespace = super()._load_config_parser_mode(content, *args, **kwargs)
+        except TypeError as error:
+            if not str(error).startswith("Unexpected config"):
+                raise
+            place = getattr(content, "file", "options")
+            raise TypeError(f"{place}: expected options by name (key: value), got something else") from error
+        return parsed
+
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse, and put the home folder in place of `~` wherever a value begins with it."""
         parsed: Namespace = at_home(super().parse_args(*args, **kwargs))
@@ -133,7 +144,10 @@ def _load(text: str) -> Any:
     except Exception as error:  # what stands behind a tag (`!!int`, say) is read without a check
         raise OptionsError(f"{place}expected YAML, got {error}") from error
     # A file of comments alone sets nothing.
-    return {} if value is None and place else value
+    if value is None and place:
+        return {}
+    # Elsewhere a text is null only where it says so: `#1` and `&a` are names.
+    return str(text) if value is None and text.strip().lower() not in ("", "~", "null") else value
 
 
 def _check(text: str) -> None:
