@@ -203,7 +203,7 @@ def test_prediction_returns_scored_texts(tiny_model_dir, reward, data, tmp_path)
     module = ppo_module(tiny_model_dir, reward)
     batches = ppo_helpers.trainer(tmp_path).predict(module, data)
     records = [record for batch in batches for record in batch]
-    assert [r["prompt"] for r in records] == [r["prompt"] for r in data.prompt_rows("test")]
+    assert [r["prompt"] for r in records] == [r["prompt"] for r in data.predict_rows()]
     assert {"prompt", "response", "members", "sigma", "kl"} <= set(records[0])
     assert module.samples == records
     assert all(math.isfinite(r["kl"]) for r in records)

@@ -253,10 +253,9 @@ def test_command_runs_reports_and_refuses(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [["study"], ["study", "fit"]])
-def test_a_study_wants_a_command(words, capsys):
-    with pytest.raises(ValueError, match="export, study run or study report, got 'study"):
+def test_a_study_wants_a_command(words):
+    with pytest.raises(ValueError, match="study run or study report, got 'study"):
         main(words)
-    assert "study run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.stem)
