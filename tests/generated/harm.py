@@ -63,5 +63,5 @@ def changed_tensor(tensor, value):
     if value is ... or isinstance(value, (str, dict)) or value is None:
         return value
     if isinstance(value, float) and tensor.is_floating_point():
-        return torch.full_like(tensor, value if abs(value) > 1 or value != value else float("inf"))
+        return torch.full_like(tensor, value if value != value else float("inf"))
     return torch.cat([tensor.flatten(), tensor.flatten()[:1]])

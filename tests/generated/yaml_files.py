@@ -20,6 +20,8 @@ STRINGS = st.one_of(
     PLAIN,
     st.sampled_from(["a: b", "- x", "a\nb", "x y", "a: ", "{a: 1}", *TRICKY.split()]),
 )
+# Where a list or a mapping may stand, a text that reads as one is one, even in quotes.
+FILES = STRINGS.filter(lambda text: text[0] not in "[{")
 COUNT, FLAG, FRACTION = st.integers(1, 9), st.booleans(), st.floats(0, 0.4)
 OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "trainer": {"max_epochs": COUNT, "max_steps": COUNT, "enable_progress_bar": FLAG, "default_root_dir": STRINGS},
@@ -30,9 +32,9 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "data": {
         "preferences": st.one_of(
-            STRINGS, st.lists(STRINGS, min_size=1, max_size=3), st.dictionaries(STRINGS, st.floats(0.1, 9), min_size=1)
+            FILES, st.lists(FILES, min_size=1, max_size=3), st.dictionaries(FILES, st.floats(0.1, 9), min_size=1)
         ),
-        "prompts": absent_or(STRINGS),
+        "prompts": absent_or(FILES),
         "batch_size": COUNT,
         "skip_invalid": FLAG,
         "validation_fraction": FRACTION,
@@ -66,7 +68,12 @@ def bomb(levels: int) -> str:
 ADDED = st.sampled_from(
     (
         *("data: {batch_size: 3}\n", "data:\n  batch_size: 3\n  batch_size: 3\n", "trainer: {}\n", "model: null\n"),
-        *("modle: {}\n", "x: !!python/object/apply:os.system ['exit 1']\n", "x: !!python/name:os.system\n", "\tx: 1\n"),
+        *(
+            "modle: {x: 1}\n",
+            "x: !!python/object/apply:os.system ['exit 1']\n",
+            "x: !!python/name:os.system\n",
+            "\tx: 1\n",
+        ),
         *("x: [\n", "x: 'a\n", "x: *nowhere\n", "---\nx: 1\n", "x: \x00\n", "? x\n", "x: &a [*a]\n", "]\n", "- x\n"),
         *("x: " + "[" * 200 + "]" * 200, "x: " + "[" * 100_000, "x: " + "9" * 5000, bomb(7), bomb(30)),
         *("x: " + "y" * 2_000_000, "x: !!int ''\n", "x: !!timestamp x\n", "x: !!set {a, b}\n", "x: 1: 2\n"),
