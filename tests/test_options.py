@@ -164,7 +164,7 @@ def test_what_is_harmless_passes(parser, tmp_path):
     assert given.maybe.as_dict() == {"path": "ä", "number": 2}
 
 
-@pytest.mark.parametrize("text", ["text\n", "1\n", "true", "[]", "- a\n"])
+@pytest.mark.parametrize("text", ["text\n", "1\n", "true", "[]", "- a\n", "null: 1\n", "1: 2\n", "&plain: x\n"])
 def test_a_file_that_names_no_options_is_refused(refused, text):
     assert "expected options by name (key: value)" in refused(text)
 

@@ -150,21 +150,21 @@ def _read(source: str, key: str, lazily: bool) -> Iterator[Row]:
     if not paths:
         if path.suffix in FILE_LIKE or not HUB_NAME.fullmatch(source):
             raise ValueError(f"{key}: expected a file, got {source!r}, which does not exist")
-        yield from _read_hub(source, lazily)
+        yield from _read_hub(source, key, lazily)
     for path in paths:
         if path.suffix not in FILES or not path.is_file():
             raise ValueError(f"{key}: expected a .jsonl, .json or .parquet file, got {str(path)!r}")
         yield from FILES[path.suffix](path)
 
 
-def _read_hub(source: str, lazily: bool) -> Iterator[Row]:
+def _read_hub(source: str, key: str, lazily: bool) -> Iterator[Row]:
     name, config, split = [*source.split(":"), "", ""][:3]
     split = split or "train"
     place = f"{source} ({split})"
     try:
         table = datasets.load_dataset(name, config or None, split=split, streaming=lazily)
     except Exception as error:  # the hub's client has many, and few of them name the source
-        raise ValueError(f"{source}: expected a file or a data set on the hub, got none ({error})") from error
+        raise ValueError(f"{key}: expected a file or a data set on the hub, got {source!r} ({error})") from error
     rows: Iterable[Any] = _one_by_one(table) if lazily else table
     yield from (Row(dict(values), f"{place}, row {i}") for i, values in enumerate(rows, 1))
 

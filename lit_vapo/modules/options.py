@@ -40,11 +40,11 @@ class Parser(ArgumentParser):
         raise SystemExit(USAGE_ERROR) from ex
 
     def _load_config_parser_mode(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
-        """Read a file of options; jsonargparse would repeat one that names none, and not say which it is."""
+        """Read a file of options; of one that names none jsonargparse would not say which it is."""
         try:
             parsed: Namespace = super()._load_config_parser_mode(content, *args, **kwargs)
-        except TypeError as error:
-            if not str(error).startswith("Unexpected config"):
+        except (TypeError, KeyError) as error:
+            if not str(error).startswith(("Unexpected config", "Key must be a string")):
                 raise
             place = getattr(content, "file", "options")
             raise TypeError(f"{place}: expected options by name (key: value), got something else") from error

@@ -65,6 +65,8 @@ class RewardHead(nn.Module, ABC):
         super().__init__()
         if num_members < 1:
             raise ValueError(f"num_members: expected at least 1, got {num_members}")
+        if not 0 <= label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing}")
         self.num_members = num_members
         self.bootstrap = bootstrap
         self.label_smoothing = label_smoothing

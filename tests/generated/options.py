@@ -106,7 +106,7 @@ def says(value: Any, text: str) -> bool:
     with contextlib.suppress(ValueError, TypeError):
         if float(value) == float(text) or (value != value and text == "nan"):
             return True
-    return value in (text, meant, [text]) or str(value) in (text, str(meant))
+    return value in (text, meant, [text], str(Path(text).absolute())) or str(value) in (text, str(meant))
 
 
 KINDS = [Kind("options", CASES, check_options, 2)]

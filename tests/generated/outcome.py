@@ -24,7 +24,7 @@ ADVICE = ("weights_only=False", "weights_only` argument", "trust_remote_code=Tru
 # A file's line, an option, or a key of a file; the folder of the input counts as well.
 PLACE = re.compile(
     r"\b(line|row) \d+|--\w+|\b(data|model|trainer|checkpoint|samples)\.\w+|\.(yaml|json|jsonl)\b"
-    r"|[Oo]ption '[^']+'|key \"[\w.]+\""
+    r"|^\w+: expected|Trainer\(\w+=|[Oo]ption '[^']+'|key \"[\w.]+\""
 )
 
 

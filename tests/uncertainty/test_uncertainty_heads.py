@@ -99,3 +99,6 @@ def test_bad_settings_are_refused():
         McDropout(dropout=1)
     with pytest.raises(ValueError, match=r"prior_precision: expected a number above 0, got 0"):
         BayesianLinear(prior_precision=0)
+    for kind in (BayesianLinear, McDropout):
+        with pytest.raises(ValueError, match=r"label_smoothing: expected a number in \[0, 0.5\), got 0.5"):
+            kind(label_smoothing=0.5)
