@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 
 from lit_vapo.data.splits import FeatureRows
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.modules.reward import RewardModule
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
+from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.stages.reward.module import RewardModule
 
 
 class FromFeatures(RewardModule):

@@ -33,15 +33,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_vapo.functional import spearman
-from lit_vapo.models.features import right_pad
+from lit_vapo.models.batching import right_pad
 from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, hidden_size, load_backbone, quiet
-from lit_vapo.models.reward import FeatureSpec, RewardModel
+from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.members.base import RewardHead
+from lit_vapo.rewards.members.bayesian import BayesianLinear
+from lit_vapo.rewards.members.dropout import McDropout
+from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.members.lora import LoraEnsemble
 from lit_vapo.types import FeaturePairs, PairLabels
-from lit_vapo.uncertainty.base import RewardHead
-from lit_vapo.uncertainty.bayesian_linear import BayesianLinear
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
-from lit_vapo.uncertainty.lora_ensemble import LoraEnsemble
-from lit_vapo.uncertainty.mc_dropout import McDropout
 
 HIDDEN = 64
 PROMPT = [5, 6]

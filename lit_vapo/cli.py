@@ -81,11 +81,11 @@ def _run(words: list[str]) -> None:
 
 def _stage(stage: str, words: list[str]) -> None:
     # Imported here so that `lit-vapo --help` answers at once.
+    from lit_vapo.commands.run import StageCLI
     from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule, SFTDataModule
-    from lit_vapo.modules.ppo import PPOModule
-    from lit_vapo.modules.reward import RewardModule
-    from lit_vapo.modules.run import StageCLI
-    from lit_vapo.modules.sft import SFTModule
+    from lit_vapo.stages.ppo.module import PPOModule
+    from lit_vapo.stages.reward.module import RewardModule
+    from lit_vapo.stages.sft.module import SFTModule
 
     classes: dict[str, tuple[Any, Any]] = {
         "sft": (SFTModule, SFTDataModule),
@@ -98,10 +98,10 @@ def _stage(stage: str, words: list[str]) -> None:
 def _tool(name: str, words: list[str]) -> None:
     import inspect
 
+    from lit_vapo.commands import ensembles as ensemble
+    from lit_vapo.commands.options import Parser, check_models
     from lit_vapo.data.datamodule import PreferenceDataModule
     from lit_vapo.models.pretrained import quiet
-    from lit_vapo.modules import ensemble
-    from lit_vapo.modules.options import Parser, check_models
 
     quiet()
     function = getattr(ensemble, name)
@@ -120,8 +120,8 @@ def _tool(name: str, words: list[str]) -> None:
 
 
 def _export(words: list[str]) -> None:
-    from lit_vapo.modules.export import export
-    from lit_vapo.modules.options import Parser
+    from lit_vapo.commands.export import export
+    from lit_vapo.commands.options import Parser
 
     parser = Parser(prog="lit-vapo export", description=(export.__doc__ or "").partition("\n\n")[0])
     parser.add_function_arguments(export, as_group=False)
@@ -129,7 +129,7 @@ def _export(words: list[str]) -> None:
 
 
 def _data_show(words: list[str]) -> None:
-    from lit_vapo.modules.data_show import main as show
+    from lit_vapo.commands.data_show import main as show
 
     show(words)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_vapo.evaluation.policy import COLUMNS, response_statistics
-from lit_vapo.evaluation.report import PreferenceReport
+from lit_vapo.evaluation.policy_report import COLUMNS, response_statistics
+from lit_vapo.evaluation.preference_report import PreferenceReport
 from lit_vapo.functional import masked_mean
 from lit_vapo.functional.masked import check_same_shape
 from lit_vapo.rollout import Rollout

@@ -103,9 +103,9 @@ def untrained(monkeypatch, sft_run, ppo_run):
     def step(self, batch, batch_idx):
         raise AssertionError("training began")
 
-    from lit_vapo.modules.ppo import PPOModule
-    from lit_vapo.modules.reward import RewardModule
-    from lit_vapo.modules.sft import SFTModule
+    from lit_vapo.stages.ppo.module import PPOModule
+    from lit_vapo.stages.reward.module import RewardModule
+    from lit_vapo.stages.sft.module import SFTModule
 
     for module in (SFTModule, RewardModule, PPOModule):
         monkeypatch.setattr(module, "training_step", step)

@@ -11,9 +11,9 @@ from lit_vapo.models.actor_critic import Rows
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Shaping
 from lit_vapo.models.pretrained import Lora, Pretrained
-from lit_vapo.modules.ppo import PPOModule
-from lit_vapo.modules.ppo_update import PPOUpdate, UpdateSettings, compute_advantages
 from lit_vapo.rollout import Rollout
+from lit_vapo.stages.ppo.module import PPOModule
+from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, compute_advantages
 from lit_vapo.types import RewardEstimate
 
 SETTINGS = UpdateSettings(epochs=2, minibatches=1, micro_batch_tokens=40, entropy_coef=0.01)

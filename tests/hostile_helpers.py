@@ -7,13 +7,13 @@ import torch
 
 from lit_vapo.models.digests import seal
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.models.reward import FeatureSpec, RewardModel
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
+from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.members.heads import HeadEnsemble
 
 # What libraries say to whoever meets a protection, and no user of ours should hear.
 ADVICE = ("weights_only", "trust_remote_code=True", "trust_remote_code=`True`", "huggingface.co", "torch.load")
-HEAD = "lit_vapo.uncertainty.head_ensemble.HeadEnsemble"
-EVIL = "open({marker!r}, 'w').close()\nfrom lit_vapo.uncertainty.head_ensemble import HeadEnsemble as Evil\n"
+HEAD = "lit_vapo.rewards.members.heads.HeadEnsemble"
+EVIL = "open({marker!r}, 'w').close()\nfrom lit_vapo.rewards.members.heads import HeadEnsemble as Evil\n"
 
 
 def refused(match, call, *args, **kwargs):

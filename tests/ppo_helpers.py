@@ -13,12 +13,12 @@ from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
-from lit_vapo.models.reward import FeatureSpec, RewardModel
-from lit_vapo.modules.ppo import PPOModule
-from lit_vapo.modules.ppo_update import UpdateSettings, compute_advantages
 from lit_vapo.objectives.mean_reward import MeanReward
+from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rollout import RolloutMaker
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
+from lit_vapo.stages.ppo.module import PPOModule
+from lit_vapo.stages.ppo.update import UpdateSettings, compute_advantages
 
 PROMPTS = ["the film", "the plot was good and", "Review", "a quiet family was", "slow", "the story was"]
 

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_vapo.cli import STAGES, main
-from lit_vapo.models.reward import RewardModel
+from lit_vapo.rewards.ensemble import RewardModel
 
 # Words.
 
@@ -67,7 +67,7 @@ def test_export_explains_its_options(capsys):
 OWN_HEAD = '''
 import torch
 from lit_vapo.functional import bradley_terry_loss
-from lit_vapo.uncertainty.base import RewardHead
+from lit_vapo.rewards.members.base import RewardHead
 
 
 class Paired(RewardHead):
@@ -229,7 +229,7 @@ def test_a_checkpoint_from_elsewhere_does_not_open_a_held_folder(stage_args, sft
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
 def test_a_missing_checkpoint_is_named_at_once(stage_args, tmp_path, command, untrained, monkeypatch):
-    monkeypatch.setattr("lit_vapo.modules.reward.load_backbone", None)
+    monkeypatch.setattr("lit_vapo.stages.reward.module.load_backbone", None)
     with pytest.raises(
         ValueError, match="--ckpt_path: expected a checkpoint, got 'nowhere.ckpt', which does not exist"
     ):

@@ -19,18 +19,18 @@ from lit_vapo.advantages.gae import Gae
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.functional import ensemble_estimate, optimal_policy
 from lit_vapo.models.actor_critic import Rows
-from lit_vapo.models.features import right_pad
+from lit_vapo.models.batching import right_pad
 from lit_vapo.models.generation import Sampling, Shaping
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.trunk import pool
-from lit_vapo.modules.ppo import PPOModule
-from lit_vapo.modules.ppo_update import UpdateSettings
 from lit_vapo.objectives.lower_confidence import LowerConfidence
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.single_reward import SingleReward
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.uncertainty.base import RewardHead
+from lit_vapo.rewards.members.base import RewardHead
+from lit_vapo.stages.ppo.module import PPOModule
+from lit_vapo.stages.ppo.update import UpdateSettings
 
 TOKENS = ["<eos>", "a", "b"]
 PROMPTS = ["b a", "a b b"]

@@ -14,14 +14,14 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from transformers import AutoModelForCausalLM
 
 from lit_vapo.cli import STAGES, main
+from lit_vapo.commands.run import StageCLI
 from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule, SFTDataModule
-from lit_vapo.modules.ppo import PPOModule
-from lit_vapo.modules.reward import RewardModule
-from lit_vapo.modules.run import StageCLI
-from lit_vapo.modules.sft import SFTModule
 from lit_vapo.objectives.base import Objective
-from lit_vapo.uncertainty.base import RewardHead
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
+from lit_vapo.rewards.members.base import RewardHead
+from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.stages.ppo.module import PPOModule
+from lit_vapo.stages.reward.module import RewardModule
+from lit_vapo.stages.sft.module import SFTModule
 
 CLASSES = {
     "sft": (SFTModule, SFTDataModule),

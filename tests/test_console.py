@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
+from lit_vapo.commands.options import Parser
 from lit_vapo.console import lasting, reported
 from lit_vapo.folders import check_new, write_whole
 from lit_vapo.functional import gae
 from lit_vapo.models.pretrained import Lora
-from lit_vapo.modules.options import Parser
 
 
 def ending(capsys, action):

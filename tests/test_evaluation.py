@@ -10,9 +10,9 @@ import torch
 from scipy import optimize, stats
 from sklearn.metrics import roc_auc_score
 
-from lit_vapo.evaluation.files import evaluation, write_report
-from lit_vapo.evaluation.report import PreferenceReport
-from lit_vapo.evaluation.tables import ood_auroc, subset_table, temperature_report
+from lit_vapo.evaluation.preference_files import evaluation, write_report
+from lit_vapo.evaluation.preference_report import PreferenceReport
+from lit_vapo.evaluation.preference_tables import ood_auroc, subset_table, temperature_report
 from lit_vapo.functional import ensemble_estimate
 from lit_vapo.metrics import PreferenceMetrics
 from lit_vapo.types import PairLabels, RewardEstimate

@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from lit_vapo.callbacks.samples import SampleTable
-from lit_vapo.evaluation.policy import PolicyReport, compare
 from lit_vapo.evaluation.policy_files import (
     evaluation_row,
     policy_evaluation,
     read_evaluations,
     write_evaluations,
 )
+from lit_vapo.evaluation.policy_report import PolicyReport, compare
 from lit_vapo.metrics import ResponseMetrics
 
 

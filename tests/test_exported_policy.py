@@ -16,7 +16,7 @@ from lit_vapo.cli import main
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.digests import seal
 from lit_vapo.models.pretrained import Lora, Pretrained
-from lit_vapo.modules.ppo import PPOModule
+from lit_vapo.stages.ppo.module import PPOModule
 
 
 def figures(folder, prefix):

@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 
 from lit_vapo import figures
-from lit_vapo.evaluation.report import PreferenceReport
+from lit_vapo.evaluation.preference_report import PreferenceReport
 from lit_vapo.functional import ensemble_estimate
 from lit_vapo.types import RewardEstimate
 

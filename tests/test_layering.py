@@ -38,7 +38,7 @@ FLOORS = {
     "__main__": 3,
 }
 # Plug-ins of floor 1 do not know each other: (importer, imported) pairs that may.
-SIBLING_EXCEPTIONS = {("lit_vapo.models.reward", "lit_vapo.uncertainty.base")}
+SIBLING_EXCEPTIONS = {("lit_vapo.rewards.ensemble", "lit_vapo.rewards.members.base")}
 
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 LIGHTNING_HOMES = {"modules", "callbacks", "study", "cli"}
@@ -50,7 +50,7 @@ GROUND_FLOOR_LIBRARIES = {"torch"} | set(sys.stdlib_module_names)
 
 
 def component(module: str) -> str:
-    """`lit_vapo.models.reward` -> `models`; the package itself -> the empty string."""
+    """`lit_vapo.rewards.ensemble` -> `models`; the package itself -> the empty string."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 
@@ -126,7 +126,7 @@ def violations(sources: Mapping[str, str]) -> list[str]:
     """What is wrong with the imports of a package.
 
     Args:
-        sources: Text of each module, by path relative to the repository (`lit_vapo/models/reward.py`).
+        sources: Text of each module, by path relative to the repository (`lit_vapo/rewards/ensemble.py`).
 
     Returns:
         One line `path:line: reason` for each import that breaks a rule.
@@ -183,7 +183,7 @@ def test_files_stay_short(sources: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("path", "code", "reason"),
     [
-        ("lit_vapo/functional/kl.py", "from lit_vapo.models.reward import RewardModel", "above floor 0"),
+        ("lit_vapo/functional/kl.py", "from lit_vapo.rewards.ensemble import RewardModel", "above floor 0"),
         ("lit_vapo/functional/kl.py", "from ..models import reward", "above floor 0"),
         ("lit_vapo/functional/__init__.py", "from ..models.reward import RewardModel", "above floor 0"),
         ("lit_vapo/functional/kl.py", "from lit_vapo import models", "above floor 0"),
@@ -196,22 +196,22 @@ def test_files_stay_short(sources: dict[str, str]) -> None:
         ("lit_vapo/types.py", "import numpy", "floor 0 is pure torch, not numpy"),
         (
             "lit_vapo/objectives/new.py",
-            "from lit_vapo.uncertainty.base import RewardHead",
+            "from lit_vapo.rewards.members.base import RewardHead",
             "sibling on floor 1",
         ),
         (
-            "lit_vapo/models/reward.py",
-            "from lit_vapo.uncertainty.head_ensemble import X",
+            "lit_vapo/rewards/ensemble.py",
+            "from lit_vapo.rewards.members.heads import X",
             "sibling on floor 1",
         ),
         (
-            "lit_vapo/models/reward.py",
-            "from lit_vapo.uncertainty import base, head_ensemble",
+            "lit_vapo/rewards/ensemble.py",
+            "from lit_vapo.rewards.members import base, head_ensemble",
             "sibling on floor 1",
         ),
         ("lit_vapo/objectives/new.py", "from lit_vapo.rollout import Rollout", "above floor 1"),
         ("lit_vapo/rollout/maker.py", "from lit_vapo.modules import ppo", "above floor 1.5"),
-        ("lit_vapo/modules/ppo.py", "from lit_vapo.cli import main", "above floor 2"),
+        ("lit_vapo/stages/ppo/module.py", "from lit_vapo.cli import main", "above floor 2"),
         ("lit_vapo/rollout/maker.py", "import lightning.pytorch as pl", "lightning belongs in"),
         ("lit_vapo/data/tokenise.py", "from lightning import seed_everything", "lightning belongs in"),
         (
@@ -219,7 +219,7 @@ def test_files_stay_short(sources: dict[str, str]) -> None:
             "from pytorch_lightning import Trainer",
             "pytorch_lightning belongs in",
         ),
-        ("lit_vapo/modules/ppo.py", "from transformers import AutoModel", "transformers belongs in"),
+        ("lit_vapo/stages/ppo/module.py", "from transformers import AutoModel", "transformers belongs in"),
         ("lit_vapo/uncertainty/new.py", "import peft.tuners", "peft belongs in"),
         ("lit_vapo/rollout/maker.py", "import datasets", "datasets belongs in"),
         ("lit_vapo/cli.py", "import bitsandbytes", "bitsandbytes belongs in"),
@@ -230,7 +230,7 @@ def test_files_stay_short(sources: dict[str, str]) -> None:
         ),
         (
             "lit_vapo/rollout/maker.py",
-            "if TYPE_CHECKING:\n    from lit_vapo.modules.ppo import X",
+            "if TYPE_CHECKING:\n    from lit_vapo.stages.ppo.module import X",
             "above floor 1.5",
         ),
         ("lit_vapo/helpers.py", "", "has no floor"),
@@ -251,18 +251,18 @@ def test_checker_refuses(path: str, code: str, reason: str) -> None:
         ("lit_vapo/functional/kl.py", "import math\nimport torch\nfrom lit_vapo.types import RewardEstimate"),
         ("lit_vapo/functional/kl.py", "from .masked import masked_sum"),
         (
-            "lit_vapo/models/reward.py",
-            "from lit_vapo.uncertainty.base import RewardHead\nimport transformers",
+            "lit_vapo/rewards/ensemble.py",
+            "from lit_vapo.rewards.members.base import RewardHead\nimport transformers",
         ),
-        ("lit_vapo/models/reward.py", "from lit_vapo.uncertainty import base"),
+        ("lit_vapo/rewards/ensemble.py", "from lit_vapo.rewards.members import base"),
         (
             "lit_vapo/data/datamodule.py",
             "import lightning, datasets\nfrom lit_vapo.data.sources import load_rows",
         ),
         ("lit_vapo/rollout/maker.py", "import torchmetrics\nfrom lit_vapo.objectives.base import Objective"),
         ("lit_vapo/rollout/maker.py", "if TYPE_CHECKING:\n    from transformers import PreTrainedModel"),
-        ("lit_vapo/modules/ppo.py", "import lightning\nfrom lit_vapo.rollout import Rollout"),
-        ("lit_vapo/modules/export.py", "from lit_vapo.modules.ppo import PPOModule"),
+        ("lit_vapo/stages/ppo/module.py", "import lightning\nfrom lit_vapo.rollout import Rollout"),
+        ("lit_vapo/commands/export.py", "from lit_vapo.stages.ppo.module import PPOModule"),
         (
             "lit_vapo/cli.py",
             "from lightning.pytorch.cli import LightningCLI\nfrom lit_vapo import __version__",
@@ -270,13 +270,13 @@ def test_checker_refuses(path: str, code: str, reason: str) -> None:
     ],
 )
 def test_checker_accepts(path: str, code: str) -> None:
-    assert violations({"lit_vapo/uncertainty/base.py": "", path: code}) == []
+    assert violations({"lit_vapo/rewards/members/base.py": "", path: code}) == []
 
 
 def test_checker_refuses_a_circle_on_one_floor() -> None:
     package = {
-        "lit_vapo/modules/ppo.py": "from lit_vapo.callbacks.table import Table",
-        "lit_vapo/callbacks/table.py": "from lit_vapo.modules.ppo import PPOModule",
+        "lit_vapo/stages/ppo/module.py": "from lit_vapo.callbacks.table import Table",
+        "lit_vapo/callbacks/table.py": "from lit_vapo.stages.ppo.module import PPOModule",
     }
     (problem,) = violations(package)
     assert "circle of imports" in problem

@@ -11,11 +11,11 @@ from lightning.pytorch.loggers import CSVLogger
 from lit_vapo.data.datamodule import PreferenceDataModule, SFTDataModule
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.modules.reward import RewardModule
-from lit_vapo.modules.sft import SFTModule
 from lit_vapo.objectives.covariance_aware import CovarianceAware
+from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.stages.reward.module import RewardModule
+from lit_vapo.stages.sft.module import SFTModule
 from lit_vapo.types import TextReward
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
 

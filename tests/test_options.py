@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lit_vapo.commands.options import MAX_CHARACTERS, MAX_DEPTH, MAX_NODES, Parser, check_models, find_models
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.modules.options import MAX_CHARACTERS, MAX_DEPTH, MAX_NODES, Parser, check_models, find_models
 
 
 @dataclass

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lit_vapo.cli import main
-from lit_vapo.models.reward import RewardModel
+from lit_vapo.rewards.ensemble import RewardModel
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_second_run_computes_no_features(reward, run, monkeypatch):
     def forbidden(*args):
         raise AssertionError("features were computed again")
 
-    monkeypatch.setattr("lit_vapo.modules.reward.compute_features", forbidden)
+    monkeypatch.setattr("lit_vapo.stages.reward.module.compute_features", forbidden)
     run("reward", "validate", f"--ckpt_path={reward}/checkpoints/last.ckpt")
 
 

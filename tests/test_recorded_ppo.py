@@ -15,13 +15,13 @@ from lit_vapo.advantages.rloo import Rloo
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained, decoder_layers, freeze, load_backbone
-from lit_vapo.models.reward import FeatureSpec, RewardModel
 from lit_vapo.objectives.covariance_aware import CovarianceAware
 from lit_vapo.objectives.lower_confidence import LowerConfidence
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.uncertainty.full_ensemble import FullEnsemble
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
-from lit_vapo.uncertainty.lora_ensemble import LoraEnsemble
+from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.members.full import FullEnsemble
+from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.members.lora import LoraEnsemble
 
 RECORDED = Path(__file__).parent / "recorded" / "ppo.json"
 STOPS = list(range(60))
@@ -92,7 +92,7 @@ def train(name, folder):
 
 
 def figures(state, rows):
-    """Sum and length of each trained tensor in the order they were made, and what the run said of its last iteration."""
+    """Sum and length of each trained tensor, in order, and what the run said of its last iteration."""
     said = ("train/reward_mean", "train/ensemble_sigma", "train/kl_weight_mean", "train/kl_k3", "train/policy_loss")
     return {
         "weights": [[float(x.double().sum()), float(x.double().norm())] for x in state.values()],

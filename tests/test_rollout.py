@@ -11,14 +11,14 @@ import torch
 
 from lit_vapo.data.collate import PromptBatch
 from lit_vapo.metrics import rollout_statistics, sample_rows
-from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Generated, Sampling
 from lit_vapo.models.pretrained import Pretrained, load_backbone, load_causal_lm, load_tokenizer
-from lit_vapo.models.reward import FeatureSpec, RewardModel
 from lit_vapo.objectives.variance_aware import VarianceAware
+from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.features import compute_features
+from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rollout import assemble_rows, sample_references
 from lit_vapo.types import RewardEstimate, TextReward, TokenSequence
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 
 @pytest.fixture(scope="module")

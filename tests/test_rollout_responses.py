@@ -13,10 +13,10 @@ from lit_vapo.data.collate import PromptBatch
 from lit_vapo.models.generation import Generated, Generator, Sampling, stop_ids
 from lit_vapo.models.pretrained import Pretrained, load_causal_lm, load_tokenizer
 from lit_vapo.models.transformers_generator import TransformersGenerator
-from lit_vapo.modules.ppo import PPOModule
-from lit_vapo.modules.ppo_update import PPOUpdate, UpdateSettings, compute_advantages
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.rollout import RolloutMaker, assemble_rows, sample_references
+from lit_vapo.stages.ppo.module import PPOModule
+from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, compute_advantages
 from lit_vapo.types import TextReward
 
 HALF = list(range(160))

@@ -7,8 +7,8 @@ from helpers import CHAT, tiny_model, tiny_tokenizer, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_vapo.data.datamodule import PromptDataModule
-from lit_vapo.models.reward import RewardModel
 from lit_vapo.objectives.mean_reward import MeanReward
+from lit_vapo.rewards.ensemble import RewardModel
 
 OTHER = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}<eos>\n{% endfor %}"

@@ -15,8 +15,8 @@ from helpers import last
 
 from lit_vapo.callbacks.checkpoint import RunCheckpoint, WholeCheckpointIO
 from lit_vapo.cli import STAGES, main
-from lit_vapo.modules.run_folder import CLAIM, Claim
-from lit_vapo.modules.sft import SFTModule
+from lit_vapo.commands.run_folder import CLAIM, Claim
+from lit_vapo.stages.sft.module import SFTModule
 
 
 def saved_config(folder):
@@ -99,7 +99,7 @@ def test_a_second_run_is_refused_while_the_first_one_lives(stage_args, tmp_path,
 HOLD = """
 import sys, time
 from pathlib import Path
-from lit_vapo.modules.run_folder import Claim
+from lit_vapo.commands.run_folder import Claim
 claim = Claim(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lit_vapo.evaluation.report import PreferenceReport
+from lit_vapo.evaluation.preference_report import PreferenceReport
 from lit_vapo.evaluation.verdict import Findings, find, sentences
 from lit_vapo.functional import Interval, auroc_interval, ensemble_estimate, share_interval
 

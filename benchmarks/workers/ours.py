@@ -14,10 +14,10 @@ from lightning.pytorch import Trainer
 
 from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.models.pretrained import Pretrained, quiet
-from lit_vapo.modules import reward
-from lit_vapo.uncertainty.base import RewardHead
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
-from lit_vapo.uncertainty.lora_ensemble import LoraEnsemble
+from lit_vapo.rewards.members.base import RewardHead
+from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.members.lora import LoraEnsemble
+from lit_vapo.stages.reward import module as reward
 
 
 class Timed(reward.RewardModule):

@@ -14,9 +14,9 @@ from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained, quiet
-from lit_vapo.modules.ppo import PPOModule
-from lit_vapo.modules.ppo_update import UpdateSettings
 from lit_vapo.objectives.single_reward import SingleReward
+from lit_vapo.stages.ppo.module import PPOModule
+from lit_vapo.stages.ppo.update import UpdateSettings
 
 
 class Laps(Callback):

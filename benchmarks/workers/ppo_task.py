@@ -174,7 +174,7 @@ def make_reward(folder: Path, policy: Path, language: Language, pairs: int, seed
         "model.base.path": policy,
         "model.reference.path": policy,
         "model.reference_sampling.max_new_tokens": RESPONSE,
-        "model.head": "lit_vapo.uncertainty.head_ensemble.HeadEnsemble",
+        "model.head": "lit_vapo.rewards.members.heads.HeadEnsemble",
         "model.head.num_members": 1,
         "model.head.bootstrap": "false",
         "model.learning_rate": 1e-2,

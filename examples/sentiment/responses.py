@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from examples.sentiment.judge import SentimentJudge
 from examples.sentiment.prepare import once
 from examples.sentiment.study import FEATURES, RESPONSE_TOKENS, feature_spec, judged
-from lit_vapo.models.features import compute_features
-from lit_vapo.study.references import feature_model, reference_responses
-from lit_vapo.study.response_optima import KnownResponses
+from lit_vapo.rewards.features import compute_features
+from lit_vapo.study.experiments.reference_responses import feature_model, reference_responses
+from lit_vapo.study.experiments.responses import KnownResponses
 
 TIMES = 32  # responses to each prompt
 

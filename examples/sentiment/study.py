@@ -24,12 +24,13 @@ from examples.sentiment.judge import SentimentJudge
 from examples.sentiment.prepare import once
 from lit_vapo.data.conversation import Prompt
 from lit_vapo.data.encoder import Encoder
-from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.models.reward import FeatureSpec
-from lit_vapo.study.learned_ensemble import LearnedEnsemble
-from lit_vapo.study.learner import draw_stated
-from lit_vapo.study.references import PromptValues, feature_model, reference_responses
+from lit_vapo.rewards.ensemble import FeatureSpec
+from lit_vapo.rewards.features import compute_features
+from lit_vapo.study.experiments.learned import LearnedEnsemble
+from lit_vapo.study.experiments.learner import draw_stated
+from lit_vapo.study.experiments.reference_responses import feature_model, reference_responses
+from lit_vapo.study.experiments.truth import PromptValues
 from lit_vapo.types import FeaturePairs, TextReward, TokenSequence
 
 FEATURES = "features.safetensors"

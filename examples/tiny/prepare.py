@@ -26,11 +26,11 @@ from lit_vapo.cli import main
 from lit_vapo.data.conversation import Prompt
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.folders import claim_folder
-from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.models.reward import FeatureSpec, RewardModel
-from lit_vapo.study.references import PromptValues, feature_model, reference_responses
-from lit_vapo.study.true_reward import TrueReward
+from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.features import compute_features
+from lit_vapo.study.experiments.reference_responses import feature_model, reference_responses
+from lit_vapo.study.experiments.truth import PromptValues, TrueReward
 from lit_vapo.types import TokenSequence
 
 SFT = Path(__file__).parents[2] / "configs" / "sft" / "study.yaml"

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from lit_vapo.evaluation.policy import MEMBERS_SHOWN
+from lit_vapo.evaluation.policy_report import MEMBERS_SHOWN
 
 
 class SampleTable(Callback):

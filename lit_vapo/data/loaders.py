@@ -7,9 +7,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lit_vapo.data.held import TextSplits
 from lit_vapo.data.place import RowLoader, StreamLoader, TrainerCourse
 from lit_vapo.data.sampler import EpochSampler, LengthSampler
+from lit_vapo.data.text_splits import TextSplits
 
 
 class TextLoaders(TextSplits):

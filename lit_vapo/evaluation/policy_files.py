@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_vapo.evaluation.files import write_csv
-from lit_vapo.evaluation.policy import PolicyReport, compare
+from lit_vapo.evaluation.policy_report import PolicyReport, compare
+from lit_vapo.evaluation.preference_files import write_csv
 
 WHO = "policy"
 COUNTS = ("iteration", "step")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_vapo.evaluation.report import PreferenceReport
+from lit_vapo.evaluation.preference_report import PreferenceReport
 from lit_vapo.functional import Interval, auroc_interval, share_interval
 
 # Fewer errors than these say nothing about σ.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_vapo.evaluation.report import PreferenceReport
+from lit_vapo.evaluation.preference_report import PreferenceReport
 from lit_vapo.figures.drawing import BLUE, GREY, ORANGE, drawing
 from lit_vapo.functional import reliability_curve
 

@@ -15,13 +15,13 @@ from lit_vapo.folders import new_folder
 from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.critic import Critic, CriticSpec, Reads, load_critic, own_trunk, save_critic, saved_trunk
 from lit_vapo.models.digests import seal
-from lit_vapo.models.ensemble_file import read_trusted_config
 from lit_vapo.models.exported import same_place
 from lit_vapo.models.generation import Sampling, Shaping, generation_config, stop_ids
 from lit_vapo.models.policy import Policy, Role
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
-from lit_vapo.models.reward import RewardModel, ensemble_class
 from lit_vapo.models.trunk import content_lengths, pool, response_states, run_trunk
+from lit_vapo.rewards.ensemble import RewardModel, ensemble_class
+from lit_vapo.rewards.ensemble_file import read_trusted_config
 
 CRITIC_NAME = "critic"
 

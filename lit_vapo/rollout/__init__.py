@@ -1,7 +1,7 @@
 """Generate, score, assemble: prompts in; responses, log-probabilities, rewards and their variance out."""
 
 from lit_vapo.rollout.maker import RolloutMaker
-from lit_vapo.rollout.references import sample_references
+from lit_vapo.rollout.reference_sampling import sample_references
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
 
 __all__ = ["Rollout", "RolloutMaker", "assemble_rows", "sample_references"]

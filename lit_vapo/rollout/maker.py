@@ -17,7 +17,7 @@ from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.stopping import find_stops
 from lit_vapo.functional import clip_rewards, sequence_log_ratio
 from lit_vapo.models.actor_critic import ActorCritic, Rows
-from lit_vapo.models.features import compute_features, length_batches
+from lit_vapo.models.batching import length_batches
 from lit_vapo.models.generation import Generated, Generator, Sampling, stop_ids
 from lit_vapo.models.policy import Role
 from lit_vapo.models.pretrained import model_config
@@ -25,6 +25,7 @@ from lit_vapo.models.transformers_generator import TransformersGenerator
 from lit_vapo.models.trunk import widen
 from lit_vapo.models.vocabulary import same_language, vocabulary_size
 from lit_vapo.objectives.base import Objective
+from lit_vapo.rewards.features import compute_features
 from lit_vapo.rollout.ending import EndingWatch
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
 from lit_vapo.types import RewardEstimate, TextReward, TokenSequence

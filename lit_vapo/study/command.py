@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from lit_vapo.modules.options import Parser
+from lit_vapo.commands.options import Parser
 from lit_vapo.study import execution
 from lit_vapo.study.execution import Study
 from lit_vapo.study.report import report

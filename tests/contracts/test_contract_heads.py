@@ -6,20 +6,20 @@ import pytest
 import torch
 from helpers import concrete_subclasses, tiny_model, tiny_tokenizer
 
-import lit_vapo.uncertainty
-from lit_vapo.models.features import compute_features
+import lit_vapo.rewards.members
 from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, hidden_size, load_backbone
-from lit_vapo.models.reward import FeatureSpec, RewardModel, build_head
 from lit_vapo.models.settings import Component
+from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel, build_head
+from lit_vapo.rewards.features import compute_features
+from lit_vapo.rewards.members.base import RewardHead
+from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.types import FeaturePairs, PairLabels, TokenSequence
-from lit_vapo.uncertainty.base import RewardHead
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 HIDDEN = 16
 CPU = torch.device("cpu")
 
 
-HEADS = concrete_subclasses(lit_vapo.uncertainty, RewardHead)
+HEADS = concrete_subclasses(lit_vapo.rewards.members, RewardHead)
 SEQUENCES = [TokenSequence(list(range(5, 5 + n)), p) for n, p in ((4, 1), (9, 3), (2, 1), (6, 2), (30, 10), (7, 3))]
 
 

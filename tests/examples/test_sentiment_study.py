@@ -17,18 +17,18 @@ from examples.sentiment.study import SentimentStudy
 from lit_vapo.data.conversation import Prompt
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.tokenise import stable_id
-from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.models.reward import FeatureSpec, RewardModel
-from lit_vapo.modules.ppo_update import UpdateSettings
 from lit_vapo.objectives.mean_reward import MeanReward
+from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.features import compute_features
+from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.stages.ppo.update import UpdateSettings
 from lit_vapo.study.execution import Study
 from lit_vapo.study.experiment import Repetition
-from lit_vapo.study.language import Training
-from lit_vapo.study.response_optima import KnownResponses
+from lit_vapo.study.experiments.language import Training
+from lit_vapo.study.experiments.responses import KnownResponses
 from lit_vapo.types import TextReward
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 WIDTH, PAIRS = 32, 40
 

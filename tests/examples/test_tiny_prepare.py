@@ -16,7 +16,7 @@ from examples.tiny.prepare import (
     make_tokenizer,
     write_texts,
 )
-from lit_vapo.study.language import Training
+from lit_vapo.study.experiments.language import Training
 
 
 def read(path):

@@ -6,7 +6,7 @@ import time
 import pytest
 from hypothesis import strategies as st
 
-from lit_vapo.models.ensemble_file import read_config
+from lit_vapo.rewards.ensemble_file import read_config
 from tests.generated import processes
 from tests.generated.outcome import ACCEPTED, DEEP, HANG, REFUSED, UNCLEAR, WRONG, Kind, WrongError, outcome, refusal
 from tests.generated.texts import ALPHABET, ids_to_bytes

@@ -10,10 +10,10 @@ from hostile_helpers import EVIL, HEAD, checkpoint, edit, ensemble, refused
 from lit_vapo.cli import main
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.models.reward import RewardModel
 from lit_vapo.models.settings import MOST_SETTINGS
 from lit_vapo.models.trust import check_trusted
-from lit_vapo.modules.ppo import PPOModule
+from lit_vapo.rewards.ensemble import RewardModel
+from lit_vapo.stages.ppo.module import PPOModule
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ OTHERS = [
     "lit_vapo._trap.Evil",
     "lit_vapo.trap.Evil",
     "lit_vapo..trap.Evil",
-    "lit_vapo.models.reward.importlib.import_module",
-    "lit_vapo.models.reward/../../trap.Evil",
+    "lit_vapo.rewards.ensemble.importlib.import_module",
+    "lit_vapo.rewards.ensemble/../../trap.Evil",
     "lit_vapo_trap.models.Evil",
     "HeadEnsemble",
     "",

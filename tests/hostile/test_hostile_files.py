@@ -13,11 +13,11 @@ import torch
 from hostile_helpers import edit, ensemble, head, refused
 from safetensors.torch import save_file
 
+from lit_vapo.commands.ensembles import join
 from lit_vapo.models.digests import check_sealed, copy_sealed, seal
-from lit_vapo.models.ensemble_file import read_config
-from lit_vapo.models.features import load_features, save_features
-from lit_vapo.models.reward import RewardModel
-from lit_vapo.modules.ensemble import join
+from lit_vapo.rewards.ensemble import RewardModel
+from lit_vapo.rewards.ensemble_file import read_config
+from lit_vapo.rewards.features import load_features, save_features
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +168,12 @@ def test_a_feature_cache_is_read_as_it_was_written(tmp_path):
         ({"head__init_args__other": 1}, "head.init_args.other: expected no such key"),
         ({"head__init_args__bootstrap": "yes"}, "head.init_args.bootstrap: expected a valid boolean, got 'yes'"),
         (
-            {"head__class_path": "lit_vapo.uncertainty.head_ensemble.Nothing"},
+            {"head__class_path": "lit_vapo.rewards.members.heads.Nothing"},
             "expected a class that can be",
         ),
         ({"head__class_path": "lit_vapo.objectives.mean_reward.MeanReward"}, "class_path: expected a subclass of Rew"),
         (
-            {"head__class_path": "lit_vapo.uncertainty.mc_dropout.McDropout"},
+            {"head__class_path": "lit_vapo.rewards.members.dropout.McDropout"},
             "bootstrap: expected no such key",
         ),
         ({"spec__pooling": "max"}, "spec.pooling: expected 'last' or 'mean', got 'max'"),

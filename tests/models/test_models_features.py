@@ -8,19 +8,13 @@ import ppo_helpers
 import pytest
 import torch
 
-from lit_vapo.models.features import (
-    compute_features,
-    feature_key,
-    length_batches,
-    load_features,
-    right_pad,
-    save_features,
-)
+from lit_vapo.models.batching import length_batches, right_pad
 from lit_vapo.models.pretrained import Pretrained, hidden_size, load_backbone
-from lit_vapo.models.reward import FeatureSpec, RewardModel
 from lit_vapo.models.trunk import last_rows_only, pool, run_trunk
+from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.features import compute_features, feature_key, load_features, save_features
+from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.types import TokenSequence
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 CPU = torch.device("cpu")
 SEQUENCES = [TokenSequence(list(range(5, 5 + n)), p) for n, p in ((4, 1), (9, 3), (2, 1), (6, 2), (30, 10))]
@@ -46,7 +40,7 @@ def test_batches_hold_each_row_once_within_the_budget():
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("tokens", [1, 20, 4096])
 def test_features_do_not_depend_on_batching(tiny_model_dir, monkeypatch, pooling, tokens):
-    monkeypatch.setattr("lit_vapo.models.features.TOKENS_ON_CPU", tokens)
+    monkeypatch.setattr("lit_vapo.rewards.features.TOKENS_ON_CPU", tokens)
     spec = FeatureSpec(Pretrained(tiny_model_dir), 1, pooling)
     backbone = load_backbone(spec.base, spec.layer)
     features = compute_features(bare(spec, backbone), SEQUENCES, CPU)

@@ -9,7 +9,6 @@ from ppo_helpers import fit_ppo, make_rollout, ppo_module, prompt_data
 
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.critic import CriticSpec
-from lit_vapo.models.features import compute_features
 from lit_vapo.models.pretrained import (
     Lora,
     Pretrained,
@@ -19,9 +18,10 @@ from lit_vapo.models.pretrained import (
     load_backbone,
     load_causal_lm,
 )
-from lit_vapo.models.reward import FeatureSpec, RewardModel
+from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.features import compute_features
+from lit_vapo.rewards.members.lora import LoraEnsemble
 from lit_vapo.types import TokenSequence
-from lit_vapo.uncertainty.lora_ensemble import LoraEnsemble
 
 CPU = torch.device("cpu")
 SEQUENCES = [TokenSequence(list(range(5, 5 + n)), 2) for n in (4, 9, 3, 6)]

@@ -19,8 +19,8 @@ from lit_vapo.models.pretrained import (
     load_tokenizer,
     model_config,
 )
-from lit_vapo.models.reward import RewardModel
 from lit_vapo.models.weights import check_model, loading
+from lit_vapo.rewards.ensemble import RewardModel
 
 LOADERS = [load_causal_lm, load_backbone, model_config]
 

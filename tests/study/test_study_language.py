@@ -12,23 +12,23 @@ from jsonargparse import ArgumentParser
 
 from lit_vapo.advantages.gae import Gae
 from lit_vapo.data.tokenise import stable_id
-from lit_vapo.models.features import compute_features
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained, load_tokenizer
-from lit_vapo.models.reward import FeatureSpec, RewardModel
-from lit_vapo.modules.ppo_update import UpdateSettings
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.single_reward import SingleReward
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.study import language
+from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.features import compute_features
+from lit_vapo.stages.ppo.update import UpdateSettings
 from lit_vapo.study.execution import Study
 from lit_vapo.study.experiment import Analysis, Repetition
-from lit_vapo.study.known_noise import KnownNoise
-from lit_vapo.study.language import Training
-from lit_vapo.study.learned_ensemble import LearnedEnsemble, draw_pairs
-from lit_vapo.study.planted_optima import PlantedOptima
-from lit_vapo.study.references import PromptValues, feature_model, reference_responses
-from lit_vapo.study.true_reward import TrueReward
+from lit_vapo.study.experiments import language
+from lit_vapo.study.experiments.language import Training
+from lit_vapo.study.experiments.learned import LearnedEnsemble, draw_pairs
+from lit_vapo.study.experiments.noise import KnownNoise
+from lit_vapo.study.experiments.planted import PlantedOptima
+from lit_vapo.study.experiments.reference_responses import feature_model, reference_responses
+from lit_vapo.study.experiments.truth import PromptValues, TrueReward
 from lit_vapo.types import TextReward
 
 METHODS = {"single": SingleReward(), "mean": MeanReward(), "aware": VarianceAware()}

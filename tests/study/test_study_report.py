@@ -210,7 +210,7 @@ SMALL = """
 output: {folder}
 repetitions: 12
 experiment:
-  class_path: lit_vapo.study.tabular.Optima
+  class_path: lit_vapo.study.experiments.tabular.Optima
   init_args:
     noise_ratio: [10]
     members: [3]

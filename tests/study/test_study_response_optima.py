@@ -12,12 +12,12 @@ from lit_vapo.functional import match_kl, optimal_policy
 from lit_vapo.functional import objective as objective_value
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.variance_aware import VarianceAware
+from lit_vapo.rewards.members.bayesian import BayesianLinear
+from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.study.experiment import Repetition
-from lit_vapo.study.learner import Learner, examine
-from lit_vapo.study.response_optima import EXPONENTS, KnownResponses, ResponseOptima
+from lit_vapo.study.experiments.learner import Learner, examine
+from lit_vapo.study.experiments.responses import EXPONENTS, KnownResponses, ResponseOptima
 from lit_vapo.types import RewardEstimate
-from lit_vapo.uncertainty.bayesian_linear import BayesianLinear
-from lit_vapo.uncertainty.head_ensemble import HeadEnsemble
 
 WIDTH, PAIRS = 3, 40
 

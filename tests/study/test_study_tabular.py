@@ -8,10 +8,10 @@ from lit_vapo.functional import risk_vanilla, risk_variance_aware
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.single_reward import SingleReward
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.study import variance
 from lit_vapo.study.experiment import Joined, Repetition, seed_of
+from lit_vapo.study.experiments import variance
+from lit_vapo.study.experiments.tabular import Method, Optima, SmallSteps, World, _ensembles
 from lit_vapo.study.summary import formulas
-from lit_vapo.study.tabular import Method, Optima, SmallSteps, World, _ensembles
 
 METHODS = {"single": Method(SingleReward()), "mean": Method(MeanReward()), "aware": Method(VarianceAware())}
 

@@ -6,8 +6,16 @@ import torch
 from lit_vapo.objectives.covariance_aware import CovarianceAware
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.study.told import Told
-from lit_vapo.study.variance import Constant, Honest, Inverted, LogNormal, Power, Shuffled, Understated
+from lit_vapo.study.experiments.variance import (
+    Constant,
+    Honest,
+    Inverted,
+    LogNormal,
+    Power,
+    Shuffled,
+    Told,
+    Understated,
+)
 from lit_vapo.types import RewardEstimate
 
 # Variances 1, 4 and 16 at a reference mean of 4: weights ¼, 1 and 4.

@@ -1,0 +1,278 @@
+"""A LightningCLI for one stage: where a run lives, what it keeps, and what it refuses to overwrite."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lit_vapo.callbacks.checkpoint import BestCheckpoint, RunCheckpoint
+from lit_vapo.callbacks.samples import SampleTable
+from lit_vapo.commands.options import StageParser, check_models
+from lit_vapo.commands.run_folder import (
+    CHECKPOINTS,
+    FINISHED,
+    Claim,
+    checkpoint_meant,
+    held_by_run,
+    refuse_foreign,
+    replaced_by_run,
+)
+from lit_vapo.console import INTERRUPTED, TERMINATED
+from lit_vapo.folders import absolute
+from lit_vapo.models.pretrained import quiet
+from lit_vapo.stages.checkpoint_file import check_checkpoint
+
+# What --ckpt_path takes in place of a file of the run's own folder.
+RESUME_WORDS = ("best", "last")
+NOISE = (
+    # Lightning is handed arguments while the command line has some: the stage's name, here.
+    ".*LightningCLI's args parameter is intended to run from within.*",
+    # A folder that holds a run is refused before this, unless it is resumed.
+    ".*Checkpoint directory .* exists and is not empty.*",
+    # Nobody who sets nothing aside for validation needs to hear that nothing was.
+    ".*Total length of `list` across ranks is zero.*",
+    # Frozen models belong in evaluation mode, and a policy has no dropout, so its mode does not matter.
+    ".*module\\(s\\) in eval mode at the start of training.*",
+)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the full configuration beside the logs, and into W&B."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give W&B the whole configuration; Lightning alone would give it the model's only."""
+        config = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update({"lit_vapo": config}, allow_val_change=True)
+
+
+class StageCLI(LightningCLI):
+    """`fit`, `validate` and `test` of one stage, and `predict` of the ppo stage.
+
+    A run lives in `trainer.default_root_dir`: `checkpoints/`, `logs/version_N/` (metrics.csv, config.yaml),
+    samples, evaluations, and `finished.json` once it ended. A folder that holds a run is not written over unless told
+    to.
+
+    Args:
+        model_class: The stage's module.
+        datamodule_class: The stage's data.
+        stage: Name of the stage.
+        args: Command line.
+    """
+
+    def __init__(
+        self,
+        model_class: type[LightningModule],
+        datamodule_class: type[LightningDataModule],
+        stage: str,
+        args: Sequence[str] | None = None,
+    ) -> None:
+        self.stage = stage
+        self.replaced: list[Path] = []
+        self.claim: Claim | None = None
+        self.trial = False
+        quiet()
+        for message in NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            super().__init__(
+                model_class,
+                datamodule_class,
+                save_config_callback=SaveConfig,
+                parser_class=StageParser,
+                # The modules make their own optimisers; options that do nothing would mislead.
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                trainer_defaults={"default_root_dir": f"runs/{stage}"},
+                parser_kwargs={"prog": f"lit-vapo {stage}"},
+                args=list(args) if args is not None else None,
+            )
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
+        except SystemExit as error:
+            # Lightning ends with 0 or 1, which says too little to whoever waits for this run.
+            if isinstance(error, SIGTERMException):
+                raise SystemExit(TERMINATED) from error
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise SystemExit(INTERRUPTED) from error
+            raise
+        finally:
+            self._leave()
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of a run: checkpoints, sample tables, overwriting."""
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.enable_version_counter": False})
+        if self.stage == "ppo":
+            parser.add_lightning_class_args(SampleTable, "samples")
+        parser.add_argument(
+            "--overwrite",
+            type=bool,
+            default=False,
+            help="Replace the run that the folder holds, if there is one.",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let the checkpoint's hyperparameters beat the command line without a word. Here a
+        # checkpoint gives weights and state, differing settings are named on loading, and a misfit is refused.
+        return
+
+    def before_instantiate_classes(self) -> None:
+        """Say where the run lives, and refuse what can be refused before models are loaded."""
+        config = self.config[self.subcommand]
+        if self.subcommand != "fit":
+            # A checkpoint may be judged anywhere, and nothing is saved there.
+            warnings.filterwarnings("ignore", message="The dirpath has changed from .*")
+        if self.subcommand == "predict" and self.stage != "ppo":
+            raise ValueError(f"lit-vapo {self.stage}: expected fit, validate or test, got predict")
+        if config["trainer"]["default_root_dir"] is None:
+            raise ValueError("trainer.default_root_dir: expected a folder for the run, got null")
+        self.root = Path(config["trainer"]["default_root_dir"])
+        self.trial = bool(config["trainer"]["fast_dev_run"])
+        if self.trial:
+            # Every process finds this place, and nothing in it outlives the trial.
+            self.root = self.root.with_name(f".{self.root.name}.fast_dev_run")
+            config["trainer"]["default_root_dir"] = str(self.root)
+        # Not a setting: it would be saved with the others, and go along into the next run that is made of them.
+        self.checkpoints = Path(config["checkpoint"]["dirpath"] or self.root / CHECKPOINTS)
+        if "weights_only" in config and config["weights_only"] is None:
+            config["weights_only"] = True
+        self._check_resumed(config)
+        check_models(config)
+        for name in ("reward", "policy"):
+            # Like the models' own: what a checkpoint remembers is found from elsewhere.
+            if config["model"].get(name) is not None:
+                config["model"][name] = absolute(config["model"][name])
+        if self.subcommand == "fit" and not self.trial:
+            self._guard(config)
+        # Said once, of one run: the saved configuration would say it for ever.
+        config["overwrite"] = False
+
+    def _check_resumed(self, config: Any) -> None:
+        """Find the checkpoint that is meant, and refuse one that cannot be.
+
+        Raises:
+            ValueError: It is missing, no checkpoint, or none is given where random weights would be judged.
+        """
+        given = config["ckpt_path"]
+        if given in RESUME_WORDS:
+            config["ckpt_path"] = given = checkpoint_meant(given, self.checkpoints)
+        if given is None and self.stage == "reward" and self.subcommand != "fit":
+            raise ValueError(
+                f"--ckpt_path: expected the checkpoint of the ensemble to {self.subcommand}, got none: its members "
+                "would be random"
+            )
+        if given is None or given == "hpc" or "://" in given:
+            return
+        if not Path(given).exists():
+            raise ValueError(f"--ckpt_path: expected a checkpoint, got {given!r}, which does not exist")
+        check_checkpoint(given, "--ckpt_path")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer that always keeps a metrics.csv."""
+        if self.config[self.subcommand]["trainer"]["logger"] in (None, True, False):
+            kwargs["logger"] = False
+        self._get(self.config_init, "checkpoint").dirpath = str(self.checkpoints.resolve())
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.trial:
+            return trainer
+        others: list[Logger] = list(trainer.loggers)
+        csv = [x for x in others if isinstance(x, CSVLogger)] or [CSVLogger(str(self.root), name="logs")]
+        # First, since the first logger's folder is where the configuration goes.
+        trainer.loggers = [*csv, *(x for x in others if not isinstance(x, CSVLogger))]
+        if self.stage == "reward":
+            # Before the other, whose checkpoint then knows the best one.
+            callbacks = cast("Any", trainer).callbacks
+            place = next(i for i, x in enumerate(callbacks) if isinstance(x, RunCheckpoint))
+            callbacks.insert(place, BestCheckpoint(str(self.checkpoints.resolve()), "val/nll"))
+        return trainer
+
+    @rank_zero_only
+    def _guard(self, config: Any) -> None:
+        """Claim the run's folder; refuse one that holds a run, unless told to resume or to overwrite.
+
+        Raises:
+            ValueError: The folder holds a run, or another run holds the folder.
+        """
+        resumed = config["ckpt_path"]
+        own = resumed is not None and (resumed == "hpc" or Path(resumed).resolve().parent == self.checkpoints.resolve())
+        refuse_foreign(self.root, self.checkpoints, own)
+        self.claim = Claim(self.root)
+        held = held_by_run(self.root, self.checkpoints)
+        if own or not held:
+            return
+        if not config["overwrite"]:
+            raise ValueError(
+                f"trainer.default_root_dir: expected a folder without a run, got {self.root}, which holds "
+                f"{held[0].relative_to(self.root)}. "
+                f"Resume with --ckpt_path={self.checkpoints}/last.ckpt, replace it with --overwrite=true, or choose "
+                "another folder."
+            )
+        self.replaced = replaced_by_run(self.root, held)
+
+    def _leave(self) -> None:
+        """Let the folder of the run go."""
+        if self.claim is not None:
+            self.claim.release()
+        if self.trial:
+            rank_zero_only(shutil.rmtree)(self.root, ignore_errors=True)
+
+    @rank_zero_only
+    def before_fit(self) -> None:
+        """Remove the run that is replaced, now that the configuration of the new one is known to be sound."""
+        for path in self.replaced:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def after_fit(self) -> None:
+        """Mark the run as finished.
+
+        Raises:
+            ValueError: It had nothing to do.
+        """
+        if not self._get(self.config_init, "checkpoint").trained and not self.trainer.interrupted:
+            raise ValueError(
+                f"fit: expected at least one batch to train on, got none at step {self.trainer.global_step} of "
+                f"trainer.max_steps={self.trainer.max_steps}, epoch {self.trainer.current_epoch} of "
+                f"trainer.max_epochs={self.trainer.max_epochs}"
+            )
+        if self.trial or not self.trainer.is_global_zero:
+            return
+        record = {
+            "stage": self.stage,
+            "steps": self.trainer.global_step,
+            "ended": datetime.now(UTC).isoformat(),
+        }
+        (self.root / FINISHED).write_text(json.dumps(record, indent=2) + "\n")
+
+    def after_validate(self) -> None:
+        """Refuse to end as if something had been validated."""
+        self._refuse_nothing("validate on", "validation", self.trainer.num_val_batches)
+
+    def after_test(self) -> None:
+        """Refuse to end as if something had been tested."""
+        self._refuse_nothing("test on", "test", self.trainer.num_test_batches)
+
+    def after_predict(self) -> None:
+        """Refuse to end as if something had been answered."""
+        self._refuse_nothing("respond to", "test", self.trainer.num_predict_batches)
+
+    def _refuse_nothing(self, what: str, split: str, batches: Sequence[int | float]) -> None:
+        if not sum(batches):
+            kind = "prompts" if self.stage == "ppo" else "preferences"
+            raise ValueError(
+                f"data.{kind}_{split}: expected {kind} to {what}, got none; give files, or set a part aside "
+                f"(data.{split}_fraction)"
+            )

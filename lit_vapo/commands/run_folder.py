@@ -1,0 +1,123 @@
+"""The folder of a run: who holds it, what it holds already, and which checkpoint a word means."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from lit_vapo.stages.checkpoint_file import read_checkpoint
+
+FINISHED = "finished.json"
+CLAIM = "running.json"
+CHECKPOINTS = "checkpoints"
+# What a run writes besides its logs and checkpoints.
+WRITTEN = ("samples_*.jsonl", "evaluations.csv", "overoptimisation.png", "test")
+
+
+class Claim:
+    """A folder held against other runs.
+
+    The system's lock on a file in it holds it, so that a process that dies, however it dies, lets it go. What the file
+    says is for people. Where a file system has no locks, nothing is held.
+
+    Args:
+        folder: The folder; made if need be.
+
+    Raises:
+        ValueError: Another run holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / CLAIM
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = self._lock()
+        holder = {"host": socket.gethostname(), "process": os.getpid(), "started": datetime.now(UTC).isoformat()}
+        self.file.truncate(0)
+        self.file.write(json.dumps(holder) + "\n")
+        self.file.flush()
+
+    def _lock(self) -> IO[str]:
+        while True:
+            file = self.path.open("a+", encoding="utf-8")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "a process that has just started"
+                file.close()
+                raise ValueError(
+                    f"trainer.default_root_dir: expected a folder that no other run uses, got {self.folder}, held by "
+                    f"{holder}. Choose another folder, or wait for its end."
+                ) from None
+            except OSError:
+                return file
+            # The holder before may have removed the file between opening and locking it.
+            if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                return file
+            file.close()
+
+    def release(self) -> None:
+        """Let the folder go, and remove it if nothing came into it."""
+        self.path.unlink(missing_ok=True)
+        self.file.close()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def held_by_run(root: Path, checkpoints: Path) -> list[Path]:
+    """The marks of a run: that it finished, and its checkpoints."""
+    return [path for path in (root / FINISHED, *sorted(checkpoints.glob("*.ckpt"))) if path.exists()]
+
+
+def refuse_foreign(root: Path, checkpoints: Path, resumed: bool) -> None:
+    """Refuse a folder of checkpoints outside the run's own that belongs to another run.
+
+    Raises:
+        ValueError: It holds checkpoints, and none of them is resumed; or a run that finished lives around it.
+    """
+    root, checkpoints = root.resolve(), checkpoints.resolve()
+    if checkpoints.is_relative_to(root):
+        return
+    others = [folder for folder in (checkpoints, *checkpoints.parents) if not root.is_relative_to(folder)]
+    found = [folder / FINISHED for folder in others if (folder / FINISHED).exists()]
+    if not resumed:
+        found += sorted(checkpoints.glob("*.ckpt"))
+    if found:
+        raise ValueError(
+            f"checkpoint.dirpath: expected a folder of this run (null, for one in trainer.default_root_dir), got "
+            f"{checkpoints}, and another run left {found[0]}, which is never replaced"
+        )
+
+
+def replaced_by_run(root: Path, held: list[Path]) -> list[Path]:
+    """What a run that replaces another removes."""
+    return [*held, *(path for pattern in WRITTEN for path in root.glob(pattern))]
+
+
+def checkpoint_meant(word: str, checkpoints: Path) -> str:
+    """The file that `last` or `best` means in a folder of checkpoints.
+
+    Raises:
+        ValueError: There is none.
+    """
+    last = checkpoints / "last.ckpt"
+    if not last.is_file():
+        raise ValueError(f"--ckpt_path: expected a run with {last} for the word {word!r}, got none")
+    if word == "last":
+        return str(last)
+    states: dict[str, Any] = read_checkpoint(last, "--ckpt_path").get("callbacks", {})
+    best = [state.get("best_model_path") for state in states.values() if state.get("monitor")]
+    # The run may have been moved.
+    path = checkpoints / Path(best[0] or "none").name if best else None
+    if path is None or not path.is_file():
+        raise ValueError(
+            f"--ckpt_path: expected a run that kept its best checkpoint (checkpoint.monitor), got {checkpoints}; "
+            "give the file, or the word 'last'"
+        )
+    return str(path)

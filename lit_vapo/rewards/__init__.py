@@ -1,0 +1,1 @@
+"""Rewards: one door (`RewardSource`), and what stands behind it."""

@@ -1,0 +1,81 @@
+"""K reward models, each with a backbone of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_vapo.rewards.members.base import RewardHead
+
+
+class FullEnsemble(RewardHead):
+    """K independently trained reward models: the ensemble of 2507.15906, and the baseline of the others.
+
+    Every member is a whole backbone with a linear head. By default one run trains them all and holds weights, optimiser
+    states and activations of all. With `model.member` a run trains one of them, in the memory of one: run after run, or
+    in any number of processes at once. `lit-vapo reward join` then makes an ensemble of the members.
+
+    Args:
+        num_members: Number of members K. A variance needs at least 2.
+        resident: Hold all backbones in memory while scoring; if off, they are read from disk one after another at each
+            call, which takes the memory of one.
+        bootstrap: Weight pairs by Poisson(1) counts per member; if off, members differ by their heads' initialisation
+            (and by the order of data, where they are trained in runs of their own).
+        label_smoothing: Share of preferences taken to be stated the wrong way round, in [0, 0.5).
+        centering: Weight of the penalty (r_chosen + r_rejected)², which keeps rewards near zero.
+        seed: Seed of initialisation and bootstrap.
+    """
+
+    shares_features = False
+    owns_backbones = True
+
+    def __init__(
+        self,
+        num_members: int = 4,
+        resident: bool = True,
+        bootstrap: bool = True,
+        label_smoothing: float = 0.0,
+        centering: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(num_members, bootstrap, label_smoothing, centering, seed)
+        self.resident = resident
+
+    def make_parameters(self, hidden_size: int) -> None:
+        """Draw the members' heads."""
+        # No bias: a preference cannot tell what it is.
+        self.weight = nn.Parameter(self.draw((hidden_size,), hidden_size, stream=0))
+
+    def attach(self, backbone: nn.Module, blocks: nn.ModuleList) -> nn.Module:
+        """A copy of the backbone for each member, to be trained in float32."""
+        members = [backbone, *(copy.deepcopy(backbone) for _ in self.present_members[1:])]
+        # Small updates of weights in bfloat16 would be rounded away.
+        return nn.ModuleList(member.float().requires_grad_(True) for member in members)
+
+    def select(self, member: int) -> None:
+        """Train one member by itself.
+
+        Raises:
+            ValueError: There is no such member.
+        """
+        if not 0 <= member < self.num_members:
+            raise ValueError(f"model.member: expected 0 … {self.num_members - 1}, got {member}")
+        self.present = slice(member, member + 1)
+
+    def passes(self, backbone: Sequence[nn.Module | Callable[[], nn.Module]]) -> Iterator[Any]:
+        """The members' backbones one after another, read from disk where they are not held."""
+        for member in backbone:
+            yield member if isinstance(member, nn.Module) else member().to(self.weight.device)
+
+    def join(self, outputs: list[Tensor]) -> Tensor:
+        """Features (B, K, H)."""
+        return torch.stack(outputs, dim=1)
+
+    def rewards(self, features: Tensor) -> Tensor:
+        """Raw rewards (B, K) of features (B, K, H); of the member under training alone, if there is one."""
+        with torch.autocast(features.device.type, enabled=False):
+            return torch.einsum("bkh,kh->bk", features.float(), self.weight[self.present])

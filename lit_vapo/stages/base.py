@@ -1,0 +1,104 @@
+"""What the stages share: checkpoints hold only trained weights, and misfits are named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_vapo.models.settings import whole_paths
+from lit_vapo.stages.checkpoint_file import FIGURES_KEY, STAGE_KEY
+from lit_vapo.stages.settings import plain
+
+INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+
+
+class TrainedWeightsModule(LightningModule):
+    """A LightningModule whose checkpoints hold what training changed and nothing else.
+
+    Frozen weights come from the base model, so a checkpoint of adapters on a large base stays small. `stage` is
+    written into each checkpoint, and one of another stage or architecture is refused by name.
+    """
+
+    stage: str = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # What the run had logged when it was last saved, by key: a model card tells it.
+        self.figures: dict[str, float] = {}
+
+    def kept_keys(self) -> set[str]:
+        """Names in the state dict that a checkpoint keeps: trained parameters, and buffers outside frozen models."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return trained | {name for name in self.state_dict() if self._is_own_state(name)}
+
+    def _is_own_state(self, name: str) -> bool:
+        """Whether an untrained entry (a buffer, say) belongs to the run rather than to a frozen base."""
+        return False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drop frozen weights, note the stage and the latest figures.
+
+        Raises:
+            ValueError: A trained weight is not finite; nothing is written, so that the checkpoint before it stays.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise ValueError(f"checkpoint: expected finite weights, got NaN or infinity in {name}; not saved")
+        kept = self.kept_keys()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        checkpoint[STAGE_KEY] = self.stage
+        logged = {} if self._trainer is None else self.trainer.callback_metrics
+        self.figures.update({key: float(value) for key, value in logged.items() if "/" in key})
+        checkpoint[FIGURES_KEY] = dict(self.figures)
+        settings = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        if settings is not None:
+            # Made in Python rather than from a config: write what the command line would have written.
+            plainly = whole_paths(plain(dict(settings)))
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {"_instantiator": INSTANTIATOR, **plainly}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that does not fit, and fill in the frozen weights it left out.
+
+        Raises:
+            ValueError: Another stage, other parameters or other shapes.
+        """
+        stage = checkpoint.get(STAGE_KEY)
+        if stage != self.stage:
+            raise ValueError(f"checkpoint: expected one of stage {self.stage!r}, got one of stage {stage!r}")
+        self.figures = dict(checkpoint.get(FIGURES_KEY, {}))
+        self._tell_differences(checkpoint)
+        own = self.state_dict()
+        saved = checkpoint["state_dict"]
+        _refuse("unknown weights", (k for k in saved if k not in own))
+        _refuse("no weights for", (k for k in self.kept_keys() if k not in saved))
+        for key, value in saved.items():
+            if own[key].shape != value.shape:
+                raise ValueError(
+                    f"checkpoint of another architecture: expected {key} of shape {tuple(own[key].shape)}, "
+                    f"got {tuple(value.shape)}"
+                )
+        for key, value in own.items():
+            # A 4-bit weight writes how it is quantised under keys of its own, and reads none.
+            if ".weight." not in key:
+                saved.setdefault(key, value)
+
+    def _tell_differences(self, checkpoint: dict[str, Any]) -> None:
+        """Name every setting that differs from the checkpoint's: its state goes on, whatever the setting says."""
+        then, now = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}), plain(dict(self.hparams))
+        for key in sorted(then.keys() & now.keys()):
+            if plain(then[key]) != now[key]:
+                rank_zero_info(
+                    f"checkpoint: model.{key} was {then[key]!r} and is now {now[key]!r}; weights, optimiser and "
+                    "learning-rate schedule go on from the checkpoint"
+                )
+
+
+def _refuse(problem: str, keys: Iterable[str]) -> None:
+    found = sorted(keys)
+    if found:
+        shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+        raise ValueError(f"checkpoint of another architecture: {problem} {shown} ({len(found)} in all)")

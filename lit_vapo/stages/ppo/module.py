@@ -1,0 +1,290 @@
+"""Variance-aware PPO: one training step is one iteration of rollout and update."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lit_vapo.advantages.base import AdvantageEstimator
+from lit_vapo.advantages.gae import Gae
+from lit_vapo.data.collate import PromptBatch
+from lit_vapo.data.datamodule import PromptDataModule
+from lit_vapo.metrics import rollout_statistics
+from lit_vapo.models.actor_critic import ActorCritic
+from lit_vapo.models.critic import CriticSpec
+from lit_vapo.models.exported import check_policy
+from lit_vapo.models.generation import Generator, Sampling
+from lit_vapo.models.pretrained import Lora, Pretrained
+from lit_vapo.models.vocabulary import check_embeddings
+from lit_vapo.objectives.base import Objective
+from lit_vapo.objectives.variance_aware import VarianceAware
+from lit_vapo.rewards.ensemble_file import read_trusted_config
+from lit_vapo.rollout import Rollout, RolloutMaker
+from lit_vapo.stages.guards import check_context, check_positive, check_precision
+from lit_vapo.stages.ppo.control import check_targets, global_kl, named, next_kl_coef, over_budget
+from lit_vapo.stages.ppo.evaluation import EvaluatedPolicy
+from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, chosen_critic, compute_advantages
+from lit_vapo.stages.schedule import linear_decay, total_steps
+from lit_vapo.stages.seeding import seeded, seeded_batch
+from lit_vapo.stages.settings import unpickled
+from lit_vapo.types import TextReward
+
+
+class PPOModule(EvaluatedPolicy):
+    """Aligns a language model with PPO against a reward ensemble.
+
+    One batch of prompts is one iteration: the policy answers, the ensemble scores, the objective turns scores
+    into a reward and a KL weight, and the responses are learned from in several epochs of minibatches.
+
+    Args:
+        base: The language model to align; its frozen self is the reference.
+        reward: Folder of the reward ensemble (written by `lit-vapo export`).
+        objective: What to maximise.
+        lora: Adapters to train; `null` trains all weights and keeps the base beside them as the reference, quantised if
+            `base.quantization` says so.
+        policy: Folder of an exported policy to start from; its critic is taken along if it has one that fits. An
+            adapter of `base` brings the settings of `lora` with it (`lora` may be `null`). The reference stays `base`.
+        critic: What the critic reads, where the advantage needs one; leave it out where it does not.
+        sampling: How responses are drawn.
+        advantage: What a token is better than: `Gae` asks a critic, `Rloo` and `Grpo` compare the responses to a prompt
+            (`sampling.num_responses` of 2 or more) and need none.
+        update: How PPO learns from them.
+        learning_rate: Peak learning rate of the actor (AdamW, linear decay).
+        critic_learning_rate: Peak learning rate of the critic.
+        kl_coef: β, the price of a nat of the objective's *weighted* KL to the reference, in units of reward; >= 0.
+        kl_target: Adapt β so that the *plain* KL to the reference (`train/kl_k3`: k3 of whole responses, over all
+            processes) rises to this many nats per response over the first half of the run and stays there; `null`
+            keeps β fixed.
+        kl_budget: End the run once that same plain KL is above this many nats per response. The update of the iteration
+            that finds out is not taken; the policy that is saved has overstepped by no more than the update before it.
+            (With `min_epochs` or `min_steps` the trainer goes on until these are met, without updates while the policy
+            is above the budget.) `null` for no limit.
+        reward_clip: Largest absolute terminal reward, or `null`.
+        missing_eos_penalty: Taken off the reward of a response cut off at `max_new_tokens`.
+        gold: A judge that only watches: its mean is logged, training never sees it.
+        num_reference: How many reference responses calibrate an ensemble that is not calibrated yet.
+        seed: Seed of evaluation samples, so that evaluations differ by the policy alone.
+        generator: Who draws the responses; `null` for transformers.
+        trust: Code outside of lit_vapo that the ensemble in `reward` may run: classes by their Python name, models that
+            bring code by folder or hub name.
+    """
+
+    stage = "ppo"
+    kl_coef: Tensor
+
+    def __init__(
+        self,
+        base: Pretrained,
+        reward: str,
+        objective: Objective | None = None,
+        lora: Lora | None = None,
+        policy: str | None = None,
+        critic: CriticSpec | None = None,
+        sampling: Sampling | None = None,
+        advantage: AdvantageEstimator | None = None,
+        update: UpdateSettings | None = None,
+        learning_rate: float = 1e-5,
+        critic_learning_rate: float = 1e-4,
+        kl_coef: float = 0.05,
+        kl_target: float | None = None,
+        kl_budget: float | None = None,
+        reward_clip: float | None = None,
+        missing_eos_penalty: float = 0.0,
+        gold: TextReward | None = None,
+        num_reference: int = 256,
+        seed: int = 0,
+        generator: Generator | None = None,
+        trust: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(
+            learning_rate=learning_rate,
+            critic_learning_rate=critic_learning_rate,
+            kl_target=kl_target,
+            kl_budget=kl_budget,
+            reward_clip=reward_clip,
+        )
+        check_targets(kl_coef, kl_target, kl_budget)
+        if num_reference < 2:
+            raise ValueError(f"model.num_reference: expected at least 2, got {num_reference}")
+        with unpickled():
+            self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.base = base
+        self.reward = reward
+        self.objective = objective or VarianceAware()
+        # A policy that is not there or of another base is refused before anything heavy is loaded.
+        self.lora = lora if policy is None else check_policy(policy, base, lora)
+        self.policy = policy
+        self.sampling = sampling or Sampling()
+        self.advantage = advantage or Gae()
+        self.update = update or UpdateSettings()
+        self.critic = chosen_critic(critic, self.advantage, self.update)
+        self.learning_rate = learning_rate
+        self.critic_learning_rate = critic_learning_rate
+        self.kl_target = kl_target
+        self.kl_budget = kl_budget
+        self.reward_clip = reward_clip
+        self.missing_eos_penalty = missing_eos_penalty
+        self.gold = gold
+        self.num_reference = num_reference
+        self.seed = seed
+        self.generator = generator
+        self.trust = trust
+        self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))
+        self.networks: ActorCritic | None = None
+        # What the objective or the advantage cannot use is refused before anything heavy is loaded.
+        self.advantage.check_responses(self.sampling.num_responses)
+        self.objective.check_members(read_trusted_config(reward, trust).num_members)
+        self.objective.check_responses(self.sampling.num_responses)
+
+    # 1. Building.
+
+    def configure_model(self) -> None:
+        """Load actor, reference, critic and reward ensemble."""
+        if self.networks is not None:
+            return
+        self.networks = ActorCritic(self.base, self.lora, self.critic, self.reward, self.policy, self.trust)
+        if self.policy is not None:
+            rank_zero_info(f"policy: starts from {self.policy}; its critic from {self.networks.critic_start}")
+        head = self.networks.reward_model.head
+        self.objective.prepare(head.num_members, head.reference_variance)
+
+    def start(self) -> None:
+        """What needs the device and the data: the rollout maker, and a calibrated ensemble."""
+        assert self.networks is not None
+        # The loss scaler of 16-mixed belongs to one step a batch, and an iteration takes many.
+        check_precision(self.trainer.precision, "32-true", "bf16-mixed")
+        datamodule = cast("PromptDataModule | None", getattr(self.trainer, "datamodule", None))
+        if datamodule is None:
+            raise ValueError("trainer: expected a PromptDataModule (it has the tokenizer), got plain dataloaders")
+        longest = datamodule.max_prompt_length + self.sampling.max_new_tokens
+        limits = "data.max_prompt_length + model.sampling.max_new_tokens"
+        config = self.networks.policy.causal_lm.config
+        check_context(config, longest, limits)
+        check_embeddings(config, datamodule.text_tokenizer, *datamodule.largest_token())
+        self.maker = RolloutMaker(
+            self.networks,
+            datamodule.text_tokenizer,
+            self.sampling,
+            self.gold,
+            self.reward_clip,
+            self.missing_eos_penalty,
+            generator=self.generator,
+        )
+        head = self.networks.reward_model.head
+        if not bool(head.calibrated):
+            self.print(f"reward: calibrating the ensemble on {self.num_reference} reference responses")
+            batches = [b.to(self.device) for b in datamodule.prompt_batches("train", self.num_reference)]
+            with seeded(self.seed):
+                head.calibrate(self.maker.reference_features(batches))
+            self.objective.prepare(head.num_members, head.reference_variance)
+            self.networks.warm_start_critic()
+
+    def on_fit_start(self) -> None:
+        """Get ready to roll out."""
+        self.start()
+
+    # 2. Training: one step is one iteration.
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Roll out, learn, log.
+
+        Raises:
+            ValueError: Something is not finite; the message names the iteration.
+        """
+        started = time.perf_counter()
+        assert self.maker is not None
+        with named(self.iteration), seeded_batch(self):
+            rollout = self.maker.make(batch, self.objective, values=self.advantage.needs_critic, all_sum=self._sum)
+            kl = global_kl(rollout, self._sum)
+            if over_budget(kl, self.kl_budget, self.iteration):
+                self.trainer.should_stop = True
+                learned = {"updates": torch.zeros(())}
+            else:
+                update_started = time.perf_counter()
+                learned = self._learn(rollout)
+                rollout.seconds["update"] = time.perf_counter() - update_started
+        statistics = {**rollout_statistics(rollout), **self.objective.statistics(), **learned}
+        self._log_iteration(rollout, statistics, time.perf_counter() - started)
+        planned = self._planned_iterations()
+        self.kl_coef.copy_(next_kl_coef(self.kl_coef, kl, self.kl_target, self.iteration, planned))
+        if self.trainer.max_steps > 0 and self.iteration >= planned:
+            # Updates that `max_approx_kl` ended early have left steps over, but no learning rate.
+            self.trainer.should_stop = True
+
+    def _learn(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Advantages, the update, and the learning rate's next step; statistics of the update."""
+        assert self.maker is not None
+        assert self.networks is not None
+        experience = compute_advantages(rollout, float(self.kl_coef), self.advantage, self._sum)
+        optimizer = cast("torch.optim.Optimizer", self.optimizers())
+        learned = PPOUpdate(self, self.networks, self.update, self.maker.shaping).run(
+            experience, optimizer, train_actor=self.iteration > self.update.critic_warmup
+        )
+        cast("Any", self.lr_schedulers()).step()
+        return learned
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Sum over all processes."""
+        return cast("Tensor", self.trainer.strategy.reduce(x.clone(), reduce_op="sum"))
+
+    def _log_iteration(self, rollout: Rollout, values: dict[str, Tensor], total: float) -> None:
+        tokens = float(rollout.response_mask.sum())
+        values["iteration"] = torch.tensor(float(self.iteration))
+        values["kl_coef"] = self.kl_coef.clone()
+        values["effective_kl_coef"] = self.kl_coef * rollout.kl_weight.mean()
+        values["tokens_per_second"] = torch.tensor(tokens / total)
+        for phase, time_spent in rollout.seconds.items():
+            values[f"{phase}_tokens_per_second"] = torch.tensor(tokens / time_spent)
+        shown = {"reward_mean", "gold", "kl_k3", "ensemble_sigma", "tokens_per_second"}
+        for name, value in values.items():
+            self.log(
+                f"train/{name}",
+                value.to(self.device),
+                prog_bar=name in shown,
+                sync_dist=True,
+                batch_size=len(rollout.prompts),
+            )
+
+    def configure_optimizers(self) -> Any:
+        """One AdamW for actor and critic, each with its own learning rate, decaying linearly over the run."""
+        assert self.networks is not None
+        groups: list[dict[str, Any]] = [{"params": self.networks.actor_parameters(), "lr": self.learning_rate}]
+        if self.networks.critic is not None:
+            groups.append({"params": self.networks.critic_parameters(), "lr": self.critic_learning_rate})
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        decay = linear_decay(self._planned_iterations())
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, decay)]
+
+    def _planned_iterations(self) -> int:
+        """Iterations of the whole run."""
+        iterations = total_steps(self)
+        if self.trainer.max_steps > 0:
+            # Lightning counts weight updates here, the schedule counts iterations.
+            iterations = min(iterations, -(-self.trainer.max_steps // (self.update.epochs * self.update.minibatches)))
+        return iterations
+
+    # 3. Checkpoints and export.
+
+    def _is_own_state(self, name: str) -> bool:
+        return name == "kl_coef" or name.startswith(("objective.", "networks.reward_model.head."))
+
+    def export(self, folder: str | Path, merge: bool = False) -> None:
+        """Write the policy as an ordinary transformers or peft folder, and the critic, if any, beside it.
+
+        Args:
+            folder: A new or empty folder.
+            merge: Add adapters to the weights and write a whole model.
+
+        Raises:
+            FileExistsError: The folder has files in it.
+            ValueError: Adapters of a quantised base are to be merged.
+        """
+        assert self.networks is not None
+        self.networks.save_pretrained(folder, self.sampling, merge)

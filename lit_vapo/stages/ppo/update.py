@@ -1,0 +1,295 @@
+"""The learning half of a PPO iteration: advantages, minibatches, losses, steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from lit_vapo.advantages.base import AdvantageEstimator, Reduce
+from lit_vapo.functional import (
+    approx_kl,
+    explained_variance,
+    masked_sum,
+    policy_loss_terms,
+    token_rewards,
+    value_loss_terms,
+)
+from lit_vapo.models.actor_critic import ActorCritic, Rows
+from lit_vapo.models.batching import length_batches
+from lit_vapo.models.critic import CriticSpec
+from lit_vapo.models.generation import Shaping
+from lit_vapo.rollout import Rollout
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+
+@dataclass
+class UpdateSettings:
+    """How PPO learns from a rollout.
+
+    Args:
+        epochs: Passes over the rollout.
+        minibatches: Weight updates in each pass; the rows are shuffled anew for each pass.
+        micro_batch_tokens: Tokens of one forward and backward pass, padding included; gradients accumulate over a
+            minibatch, and the result does not depend on this number.
+        clip_range: The ratio's gain ends outside 1 ± this.
+        value_clip_range: New values stay within this of the old ones; `null` to leave them free. This and the next
+            matter only where the advantage needs a critic.
+        value_coef: Weight of the value loss.
+        entropy_coef: Weight of an entropy bonus.
+        max_grad_norm: Gradients are scaled down to this norm.
+        max_approx_kl: Stop the passes of an iteration once the policy has moved further than this from the one that
+            sampled: KL(π_old‖π_new) by k3 of tokens, in nats per token (`train/approx_kl`), unlike
+            `model.kl_target` and `model.kl_budget`, which are about the reference. `null` for never.
+        critic_warmup: In this many first iterations only the critic learns.
+    """
+
+    epochs: int = 2
+    minibatches: int = 4
+    micro_batch_tokens: int = 4096
+    clip_range: float = 0.2
+    value_clip_range: float | None = 0.2
+    value_coef: float = 0.1
+    entropy_coef: float = 0.0
+    max_grad_norm: float = 1.0
+    max_approx_kl: float | None = None
+    critic_warmup: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "minibatches", "micro_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.update.{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("clip_range", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.update.{name}: expected a number above 0, got {getattr(self, name)}")
+
+
+def chosen_critic(
+    critic: CriticSpec | None, advantage: AdvantageEstimator, settings: UpdateSettings
+) -> CriticSpec | None:
+    """The critic to build, or `None` where the advantage needs none.
+
+    Raises:
+        ValueError: A critic or its warm-up is asked for and would not be used.
+    """
+    if advantage.needs_critic:
+        return critic or CriticSpec()
+    name = type(advantage).__name__
+    if critic is not None:
+        raise ValueError(f"model.critic: expected null, since {name} needs no critic, got {critic}")
+    if settings.critic_warmup:
+        raise ValueError(
+            f"model.update.critic_warmup: expected 0, since {name} needs no critic, got {settings.critic_warmup}"
+        )
+    return None
+
+
+class Experience(NamedTuple):
+    """What the update learns from; B rows, T response tokens.
+
+    Attributes:
+        rows: Prompts and responses.
+        logprobs: Log-probabilities under the policy that sampled them (B, T).
+        advantages: Advantages (B, T).
+        values: Values then (B, T), or `None` without a critic.
+        value_states: Frozen states the critic reads (B, T, H), or `None`.
+        returns: Targets of the critic (B, T), or `None` without one.
+    """
+
+    rows: Rows
+    logprobs: Tensor
+    advantages: Tensor
+    values: Tensor | None = None
+    value_states: Tensor | None = None
+    returns: Tensor | None = None
+
+    def select(self, index: Tensor) -> Experience:
+        """The rows of an index, cut to the longest response among them."""
+        rows = self.rows.select(index)
+        size = rows.response_mask.shape[1]
+        # Those that may be None stand last, which the checker of types cannot see.
+        cut = (None if x is None else x[index, :size] for x in self[1:])
+        return Experience(rows, *cut)  # type: ignore[arg-type]
+
+
+def compute_advantages(rollout: Rollout, kl_coef: float, advantage: AdvantageEstimator, all_sum: Reduce) -> Experience:
+    """Rewards per token, and what an estimator makes of them.
+
+    Args:
+        rollout: Responses and their scores.
+        kl_coef: β, in units of reward per nat.
+        advantage: Turns rewards into advantages.
+        all_sum: Sum of a tensor over all processes.
+
+    Raises:
+        ValueError: Rewards, log-probabilities, values or advantages are not finite, in this process or another.
+    """
+    mask = rollout.response_mask
+    made = {"reward": rollout.reward, "kl_weight": rollout.kl_weight}
+    for name in ("logprobs", "ref_logprobs", "values"):
+        if (x := getattr(rollout, name)) is not None:
+            made[name] = x[mask]
+    _check_finite(made, all_sum)
+    log_ratio = rollout.logprobs - rollout.ref_logprobs
+    weight = rollout.kl_weight
+    shared = all_sum(weight.sum()) / all_sum(torch.ones_like(weight).sum())
+    rewards = token_rewards(rollout.reward, log_ratio, weight, kl_coef, mask, shared)
+    advantages, returns = advantage(rewards, rollout.values, mask, rollout.num_responses, all_sum)
+    _check_finite({"advantages": advantages}, all_sum)
+    return Experience(rollout.rows, rollout.logprobs, advantages, rollout.values, rollout.value_states, returns)
+
+
+def _check_finite(tensors: dict[str, Tensor], all_sum: Reduce) -> None:
+    """Refuse NaN and infinity; counted over all processes, so that all stop and none waits for the others."""
+    for name, x in tensors.items():
+        bad = int(all_sum((~torch.isfinite(x)).sum()))
+        if bad:
+            raise ValueError(f"{name}: expected finite numbers, got {bad} that are NaN or infinite; no step was taken")
+
+
+class PPOUpdate:
+    """Several epochs of minibatch updates on one rollout.
+
+    Args:
+        module: The LightningModule, for backward passes and reductions over processes.
+        networks: Actor and critic.
+        settings: How to learn.
+        shaping: How the rollout was sampled.
+    """
+
+    def __init__(
+        self, module: LightningModule, networks: ActorCritic, settings: UpdateSettings, shaping: Shaping
+    ) -> None:
+        self.module = module
+        self.networks = networks
+        self.settings = settings
+        self.shaping = shaping
+
+    def run(
+        self, experience: Experience, optimizer: torch.optim.Optimizer, train_actor: bool = True
+    ) -> dict[str, Tensor]:
+        """Update the weights.
+
+        Args:
+            experience: What to learn from.
+            optimizer: Steps actor and critic.
+            train_actor: Off while only the critic learns.
+
+        Returns:
+            Statistics of the update, by name; each a scalar, already over all processes.
+
+        Raises:
+            ValueError: The loss or its gradient is not finite; no step was taken with it.
+        """
+        rows = len(experience.rows.prompt_lengths)
+        device = experience.logprobs.device
+        done: list[dict[str, Tensor]] = []
+        updates, stopped = 0, False
+        # Autocast keeps casts of the weights for as long as the training step lasts, across weight updates: with
+        # mixed precision every minibatch would see the first one's weights.
+        torch.clear_autocast_cache()
+        for _ in range(self.settings.epochs):
+            for index in torch.randperm(rows).tensor_split(min(self.settings.minibatches, rows)):
+                optimizer.zero_grad()
+                done.append(self._accumulate(experience.select(index.to(device)), train_actor))
+                limit = self.settings.max_approx_kl
+                stopped = limit is not None and float(done[-1]["approx_kl"]) > limit
+                if stopped:
+                    break
+                done[-1].update(self._step(optimizer))
+                updates += 1
+            if stopped:
+                break
+        summary = {name: torch.stack([d[name] for d in done if name in d]).mean() for name in done[0]}
+        summary["ratio_max"] = torch.stack([d["ratio_max"] for d in done]).max()
+        summary["first_ratio"] = done[0]["ratio"]
+        summary["first_ratio_max"] = done[0]["ratio_max"]
+        summary["updates"] = torch.tensor(float(updates), device=device)
+        mask = experience.rows.response_mask
+        if experience.values is not None and experience.returns is not None:
+            values, returns, tokens = experience.values, experience.returns, self._sum(mask.sum().double())
+            summary["explained_variance"] = explained_variance(values, returns, mask, self._sum).to(device)
+            summary["value_mean"] = (self._sum(masked_sum(values, mask).double()) / tokens).float()
+            summary["return_mean"] = (self._sum(masked_sum(returns, mask).double()) / tokens).float()
+        return summary
+
+    def _accumulate(self, experience: Experience, train_actor: bool) -> dict[str, Tensor]:
+        """Gradients of one minibatch, in microbatches of similar length; its statistics over all processes."""
+        tokens = self._sum(experience.rows.response_mask.sum().double())
+        sums: dict[str, Tensor] = {}
+        ratio_max = tokens.new_zeros(())
+        for index in self._micro_batches(experience.rows):
+            part = experience.select(index)
+            loss, terms = self._loss(part, train_actor)
+            # Summed over tokens and divided by the global count, so that neither the number of microbatches nor
+            # that of processes matters. Data-parallel strategies average gradients: undo that.
+            loss = loss / tokens.to(loss) * self.module.trainer.world_size
+            self.module.manual_backward(loss)
+            ratio_max = torch.maximum(ratio_max, terms.pop("ratio_max").double())
+            for name, value in terms.items():
+                sums[name] = sums.get(name, tokens.new_zeros(())) + value.double()
+        means = {name: (self._sum(value) / tokens).float() for name, value in sums.items()}
+        means["ratio_max"] = self._all_reduce(ratio_max, "max").float()
+        _check_scalars(means)
+        return means
+
+    def _micro_batches(self, rows: Rows) -> list[Tensor]:
+        """Row numbers by microbatch; the same number of microbatches in every process, or they would wait forever."""
+        batches = list(length_batches(rows.lengths.tolist(), self.settings.micro_batch_tokens))
+        most = int(self._all_reduce(torch.tensor(len(batches), device=rows.lengths.device), "max"))
+        while len(batches) < min(most, len(rows.lengths)):
+            longest = batches.pop(max(range(len(batches)), key=lambda i: len(batches[i])))
+            batches += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
+        return [torch.tensor(batch, device=rows.lengths.device) for batch in batches]
+
+    def _loss(self, part: Experience, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss summed over tokens, and sums of statistics."""
+        settings, mask = self.settings, part.rows.response_mask
+        actor = self.networks.actor(part.rows, self.shaping)
+        policy = policy_loss_terms(actor.logprobs, part.logprobs, part.advantages, mask, settings.clip_range)
+        actor_loss = policy.loss.sum()
+        if settings.entropy_coef:
+            actor_loss = actor_loss - settings.entropy_coef * masked_sum(actor.entropy, mask)
+        # Times zero rather than left out: data-parallel strategies expect a gradient for every parameter.
+        loss = actor_loss * float(train_actor)
+        terms = {
+            "policy_loss": policy.loss.sum(),
+            "ratio": policy.ratio.sum(),
+            "ratio_max": policy.ratio.max(),
+            "clip_fraction": policy.clipped.sum(),
+            "approx_kl": approx_kl(part.logprobs, actor.logprobs, mask) * mask.sum(),
+        }
+        if part.values is not None and part.returns is not None:
+            values = self.networks.values(part.rows, part.value_states)
+            value = value_loss_terms(values, part.values, part.returns, mask, settings.value_clip_range)
+            loss = loss + settings.value_coef * value.loss.sum()
+            terms.update(value_loss=value.loss.sum(), value_clip_fraction=value.clipped.sum())
+        return loss, {name: x.detach() for name, x in terms.items()}
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """One weight update; actor and critic are clipped apart, since their gradients have different units."""
+        limit = self.settings.max_grad_norm
+        norms = {"actor_grad_norm": torch.nn.utils.clip_grad_norm_(self.networks.actor_parameters(), limit)}
+        if self.networks.critic is not None:
+            norms["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(self.networks.critic_parameters(), limit)
+        _check_scalars(norms)
+        optimizer.step()
+        torch.clear_autocast_cache()
+        return norms
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return self._all_reduce(x, "sum")
+
+    def _all_reduce(self, x: Tensor, operation: str) -> Tensor:
+        return cast("Tensor", self.module.trainer.strategy.reduce(x, reduce_op=operation))
+
+
+def _check_scalars(values: dict[str, Tensor]) -> None:
+    """Refuse a statistic of the loss or the gradient that is not finite; these are the same in all processes."""
+    for name, value in values.items():
+        if not torch.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value.item()}; no step was taken with it")

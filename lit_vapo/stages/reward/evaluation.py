@@ -1,0 +1,184 @@
+"""How the reward stage validates and tests: one step, figures, files, pictures, tables."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor, nn
+
+from lit_vapo import figures
+from lit_vapo.data.collate import PreferenceBatch
+from lit_vapo.data.datamodule import PreferenceDataModule
+from lit_vapo.evaluation.preference_files import FIGURES, evaluation, write_report
+from lit_vapo.evaluation.preference_report import PreferenceReport
+from lit_vapo.evaluation.preference_tables import ood_auroc, subset_table, temperature_report
+from lit_vapo.evaluation.verdict import find, verdict
+from lit_vapo.metrics import PreferenceMetrics
+from lit_vapo.rewards.members.base import RewardHead
+from lit_vapo.stages.base import TrainedWeightsModule
+from lit_vapo.types import FeaturePairs
+
+Batch = PreferenceBatch | FeaturePairs
+SHOWN = ("accuracy", "nll", "ece")
+TEST_FOLDER = "test"
+
+
+class EvaluatedRewards(TrainedWeightsModule):
+    """Evaluates a reward ensemble on pairs; training is the subclass's.
+
+    A test also fits a temperature on the validation pairs, tells the pairs of `data.preferences_ood` from its own by σ,
+    breaks its figures down by `subset`, and writes files and pictures into `test` in the run's folder.
+    """
+
+    head: RewardHead
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics = nn.ModuleDict({split: PreferenceMetrics() for split in ("val", "test", "ood")})
+        self.evaluation: dict[str, Any] | None = None
+        self.validated: PreferenceReport | None = None
+
+    @abstractmethod
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features of the chosen and of the rejected responses."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Let the head see all training pairs, where it needs to."""
+
+    @property
+    def pairs(self) -> PreferenceDataModule | None:
+        """The data of the run; `None` for an export, or with somebody's own loaders."""
+        return getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+
+    @abstractmethod
+    def calibrate(self) -> None:
+        """Make members comparable, if there is a reference."""
+
+    @abstractmethod
+    def cut_rewards(self, split: str) -> tuple[Tensor, Tensor] | None:
+        """Rewards of some responses of a split, whole and cut in half; `None` with somebody's own loaders."""
+
+    def on_validation_start(self) -> None:
+        """Score with what the training pairs say so far."""
+        self.settle()
+        self.calibrate()
+
+    def setup(self, stage: str) -> None:
+        """Refuse a test of nothing."""
+        if stage == "test" and self.pairs is not None and not self.pairs.preference_rows("test"):
+            raise ValueError("data.preferences_test: expected pairs to test on (or a part set aside), got none")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect margins."""
+        self._collect(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Collect margins of one of the splits that a test serves."""
+        self._collect(batch, self.pairs.test_splits()[dataloader_idx] if self.pairs is not None else "test")
+
+    def _collect(self, batch: Batch, split: str) -> None:
+        chosen, rejected = self.encode(batch)
+        margin = self.head.margin(chosen, rejected)
+        bad = ~torch.isfinite(margin.mean)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            identity = int(batch.labels.example_ids[row])
+            where = self.pairs.place(identity) if self.pairs is not None else f"pair {identity}"
+            raise ValueError(f"{where}: expected a finite score, got {float(margin.mean[row])}")
+        metric = cast("PreferenceMetrics", self.metrics[split])
+        metric.update(margin, self.head(chosen), self.head(rejected), batch.labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of members and mean."""
+        self.validated = self._report("val")
+        self._log_figures("val", self.validated.summary())
+
+    def on_train_end(self) -> None:
+        """Say in plain words what the last validation found."""
+        if self.validated is not None and self.validated.num_pairs:
+            self._tell(self._verdict(self.validated, "val"), "validation")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures, and write them with their pictures and tables."""
+        splits = self.pairs.test_splits() if self.pairs is not None else ["test"]
+        reports = {split: self._report(split) for split in splits}
+        report = reports["test"]
+        temperature = None
+        if "val" in reports and reports["val"].num_pairs and report.num_pairs:
+            temperature = temperature_report(reports["val"], report)
+        ood = float(ood_auroc(report, reports["ood"])) if "ood" in reports else None
+        figures_of_test = dict(report.summary())
+        if temperature is not None:
+            figures_of_test |= {k: temperature[k] for k in ("temperature", "nll_calibrated", "ece_calibrated")}
+        if ood is not None:
+            figures_of_test["ood_auroc"] = ood
+        self._log_figures("test", figures_of_test)
+        subsets = self._subsets(report)
+        found = self._verdict(report, "test") if report.num_pairs else None
+        self.evaluation = evaluation(report, temperature, ood, subsets, found)
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir) / TEST_FOLDER
+            write_report(folder, report, self.evaluation)
+            self._draw(folder, report, reports.get("ood"))
+            self._log_tables(folder)
+            if found is not None:
+                self._tell(found, "test")
+
+    def _verdict(self, report: PreferenceReport, split: str) -> dict[str, Any]:
+        lengths = None
+        if self.pairs is not None:
+            rows = {row["example_id"]: row for row in self.pairs.preference_rows(split)}
+            found = [rows[identity] for identity in report.example_ids.tolist()]
+            sides = [[len(r["chosen_ids"]), len(r["rejected_ids"])] for r in found]
+            lengths = torch.tensor(sides) - torch.tensor([[r["prompt_length"]] for r in found])
+        return verdict(find(report, lengths, self.cut_rewards(split), bool(self.head.calibrated)))
+
+    def _tell(self, found: dict[str, Any], name: str) -> None:
+        self.print(f"\nWhat the {name} pairs say of this ensemble:")
+        for sentence in found["sentences"]:
+            self.print(f"  {sentence}")
+
+    def _report(self, split: str) -> PreferenceReport:
+        metric = cast("PreferenceMetrics", self.metrics[split])
+        report = metric.compute()
+        metric.reset()
+        return report
+
+    def _log_figures(self, prefix: str, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            # The metric has already met all processes; the mean over them of equal numbers changes nothing.
+            self.log(f"{prefix}/{name}", value, prog_bar=name in SHOWN, sync_dist=True)
+
+    def _subsets(self, report: PreferenceReport) -> list[dict[str, Any]] | None:
+        rows = {} if self.pairs is None else {r["example_id"]: r["subset"] for r in self.pairs.preference_rows("test")}
+        names = [rows.get(identity) for identity in report.example_ids.tolist()]
+        return subset_table(report, [name or "none" for name in names]) if any(names) else None
+
+    def _draw(self, folder: Path, report: PreferenceReport, other: PreferenceReport | None) -> None:
+        if not report.num_pairs:
+            return
+        figures.reliability(report, folder / "reliability.png")
+        figures.risk_coverage(report, folder / "risk_coverage.png")
+        outside = None if other is None or not other.num_pairs else other.response_sigma.flatten()
+        unit = "standard deviations of the reference's rewards" if bool(self.head.calibrated) else "not calibrated"
+        figures.sigma_histogram(report.response_sigma.flatten(), folder / "sigma.png", other=outside, unit=unit)
+
+    def _log_tables(self, folder: Path) -> None:
+        assert self.evaluation is not None
+        rows = [[k, *row.values()] for k, row in enumerate(self.evaluation["members"])]
+        rows.append(["mean", *self.evaluation["mean"].values()])
+        subsets = self.evaluation.get("subsets")
+        for logger in self.trainer.loggers:
+            if not isinstance(logger, WandbLogger):
+                continue
+            logger.log_table("test/members", columns=["member", *FIGURES], data=[[str(r[0]), *r[1:]] for r in rows])
+            if subsets:
+                logger.log_table("test/subsets", columns=list(subsets[0]), data=[list(row.values()) for row in subsets])
+            for picture in ("reliability", "risk_coverage", "sigma"):
+                if (folder / f"{picture}.png").is_file():
+                    logger.log_image(f"test/{picture}", [str(folder / f"{picture}.png")])

@@ -1,0 +1,114 @@
+"""Supervised fine-tuning: makes a base policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lit_vapo.data.collate import SFTBatch
+from lit_vapo.models.digests import seal
+from lit_vapo.models.generation import Shaping
+from lit_vapo.models.policy import Policy
+from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
+from lit_vapo.models.trunk import length_mask
+from lit_vapo.models.vocabulary import check_embeddings
+from lit_vapo.stages.base import TrainedWeightsModule
+from lit_vapo.stages.guards import check_context, check_positive
+from lit_vapo.stages.schedule import linear_decay, total_steps
+
+
+class SFTModule(TrainedWeightsModule):
+    """Maximises the log-likelihood of responses given their prompts.
+
+    Args:
+        base: The language model to fine-tune.
+        lora: Adapters to train; `null` trains all weights.
+        learning_rate: Peak learning rate (AdamW, linear decay).
+        weight_decay: Decoupled weight decay.
+        warmup_steps: Steps over which the learning rate rises.
+    """
+
+    stage = "sft"
+
+    def __init__(
+        self,
+        base: Pretrained,
+        lora: Lora | None = None,
+        learning_rate: float = 2e-5,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        check_positive(learning_rate=learning_rate)
+        for name, value in (("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
+            if not value >= 0:
+                raise ValueError(f"model.{name}: expected a number of 0 or more, got {value}")
+        self.save_hyperparameters()
+        self.base = base
+        self.lora = lora
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.policy: Policy | None = None
+
+    def configure_model(self) -> None:
+        """Load the language model."""
+        if self.policy is not None:
+            return
+        self.policy = Policy(self.base, self.lora, keep_reference=False)
+        datamodule = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        if datamodule is not None:
+            config = self.policy.causal_lm.config
+            check_context(config, datamodule.longest_pair())
+            check_embeddings(config, datamodule.text_tokenizer, *datamodule.largest_token())
+
+    def _step(self, batch: SFTBatch, prefix: str) -> Tensor:
+        """Mean negative log-likelihood per response token."""
+        assert self.policy is not None
+        # Without a prompt nothing predicts the first token.
+        prompts = batch.prompt_lengths.clamp_min(1)
+        sizes = batch.lengths - prompts
+        mask = length_mask(sizes, int(sizes.max()))
+        hidden = self.policy.hidden("actor", batch.input_ids, batch.lengths).last
+        out = self.policy.logprobs("actor", hidden, batch.input_ids, prompts, mask, Shaping())
+        tokens = mask.sum().clamp_min(1)
+        loss = -out.logprobs.sum() / tokens
+        self.log(f"{prefix}/loss", loss.detach(), prog_bar=True, sync_dist=prefix != "train", batch_size=int(tokens))
+        return loss
+
+    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        loss = self._step(batch, "train")
+        if not torch.isfinite(loss):
+            raise ValueError(f"loss: expected a finite number, got {loss.item()} in batch {batch_idx}")
+        return loss
+
+    def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
+        """Loss of one held-out batch."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: SFTBatch, batch_idx: int) -> None:
+        """Loss of one held-out batch."""
+        self._step(batch, "test")
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up and linear decay."""
+        assert self.policy is not None
+        parameters = self.policy.actor_parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        factor = linear_decay(total_steps(self), self.warmup_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def export(self, folder: str | Path) -> None:
+        """Write the model as an ordinary transformers folder with its tokenizer, adapters merged.
+
+        Adapters of a quantised base cannot be merged without loss: they become a peft folder.
+        """
+        assert self.policy is not None
+        self.policy.save_pretrained(folder, merge=self.base.quantization is None)
+        cast("Any", load_tokenizer(self.base)).save_pretrained(folder)
+        seal(folder)

@@ -1,1 +1,0 @@
-"""Uncertainty estimators: one class in one file, all behind `RewardHead`."""
