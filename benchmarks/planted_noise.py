@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_vapo.functional import spearman
 from lit_vapo.models.batching import right_pad
 from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, hidden_size, load_backbone, quiet
-from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.bayesian import BayesianLinear
 from lit_vapo.rewards.members.dropout import McDropout

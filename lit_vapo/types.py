@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+# Role and content, and whatever else a chat template may read (tool_calls, name, reasoning_content …).
+Message = dict[str, Any]
+Messages = list[Message]
+
 
 class RewardEstimate(NamedTuple):
-    """What an ensemble of reward models says about each response.
+    """What a source of rewards says about each response.
 
     Attributes:
         mean: `(B,)`, mean score over the members, in units of reward.
-        variance: `(B,)`, unbiased variance over the members (ddof 1), in units of reward squared.
-        members: `(B, K)`, each member's score, or None where the estimator has no discrete members.
+        variance: `(B,)`, unbiased variance over the members (ddof 1), in units of reward squared; NaN where a single
+            member cannot tell.
+        members: `(B, K)`, each member's score, or None where the source has no discrete members.
+        reference_variance: `()`, mean of the variance over responses of the reference policy, in units of reward
+            squared: the unit in which a variance is large or small. None where nobody has measured it.
+        parts: The estimates that this one was made of, by name, or None.
     """
 
     mean: Tensor
     variance: Tensor
     members: Tensor | None
+    reference_variance: Tensor | None = None
+    parts: dict[str, RewardEstimate] | None = None
+
+    @property
+    def sigma(self) -> Tensor:
+        """`(B,)`, standard deviation over the members, in units of reward."""
+        # Rounding may leave a variance of zero a little below it.
+        return self.variance.clamp_min(0).sqrt()
 
 
 class PairLabels(NamedTuple):
@@ -67,6 +85,29 @@ class Adapter(NamedTuple):
     alpha: float
     weights: dict[str, tuple[Tensor, Tensor]]
     score: Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be answered.
+
+    Attributes:
+        content: A text, or messages, at least one. After messages that end with the assistant's the response goes on
+            with that message; after any other it is a message of its own.
+        tools: JSON schemas of functions that the assistant may call, for the chat template; messages only.
+    """
+
+    content: str | Messages
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def identity(self) -> str:
+        """What the row says, in one text that no template, tokenizer or day changes."""
+        if isinstance(self.content, str):
+            return self.content
+        return json.dumps(
+            [self.content, self.tools] if self.tools else self.content, sort_keys=True, ensure_ascii=False
+        )
 
 
 class TokenSequence(NamedTuple):

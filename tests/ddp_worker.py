@@ -7,10 +7,10 @@ from pathlib import Path
 import ppo_helpers
 import torch
 
-from lit_vapo.models.actor_critic import Rows
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Shaping
 from lit_vapo.models.pretrained import Lora, Pretrained
+from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.rollout import Rollout
 from lit_vapo.stages.ppo.module import PPOModule
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, compute_advantages
@@ -29,7 +29,7 @@ def load_rollout(path, rank, world):
     """Every `world`-th row of a rollout, cut to the longest response among them."""
     saved = torch.load(path, weights_only=True)
     index = torch.arange(rank, len(saved["reward"]), world)
-    rows = Rows(*saved.pop("rows")).select(index)
+    rows = TokenRows(*saved.pop("rows")).select(index)
     size = rows.response_mask.shape[1]
     part = {n: x[index, :size] if x.ndim > 1 else x[index] for n, x in saved.items()}
     part["value_states"] = None

@@ -7,7 +7,7 @@ import torch
 
 from lit_vapo.models.digests import seal
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.members.heads import HeadEnsemble
 
 # What libraries say to whoever meets a protection, and no user of ours should hear.

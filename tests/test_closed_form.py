@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerFast
 from lit_vapo.advantages.gae import Gae
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.functional import ensemble_estimate, optimal_policy
-from lit_vapo.models.actor_critic import Rows
 from lit_vapo.models.batching import right_pad
 from lit_vapo.models.generation import Sampling, Shaping
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Pretrained
+from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.trunk import pool
 from lit_vapo.objectives.lower_confidence import LowerConfidence
 from lit_vapo.objectives.mean_reward import MeanReward
@@ -82,7 +82,7 @@ def rows(prompt):
     start = [TOKENS.index(word) for word in prompt.split()]
     ids, _ = right_pad([(*start, *y) for y in RESPONSES])
     mask = torch.arange(LENGTH) < torch.tensor([len(y) for y in RESPONSES])[:, None]
-    return Rows(ids, torch.full((len(ids),), len(start)), mask)
+    return TokenRows(ids, torch.full((len(ids),), len(start)), mask)
 
 
 @torch.no_grad()

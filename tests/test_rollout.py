@@ -14,7 +14,7 @@ from lit_vapo.metrics import rollout_statistics, sample_rows
 from lit_vapo.models.generation import Generated, Sampling
 from lit_vapo.models.pretrained import Pretrained, load_backbone, load_causal_lm, load_tokenizer
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rollout import assemble_rows, sample_references

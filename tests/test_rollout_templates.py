@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.objectives.mean_reward import MeanReward
-from lit_vapo.rewards.ensemble import RewardModel
+from lit_vapo.rewards.reward_model import RewardModel
 
 OTHER = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}<eos>\n{% endfor %}"

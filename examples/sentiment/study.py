@@ -22,16 +22,15 @@ from transformers import PreTrainedTokenizerBase
 
 from examples.sentiment.judge import SentimentJudge
 from examples.sentiment.prepare import once
-from lit_vapo.data.conversation import Prompt
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.rewards.ensemble import FeatureSpec
+from lit_vapo.rewards.reward_model import FeatureSpec
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.study.experiments.learned import LearnedEnsemble
 from lit_vapo.study.experiments.learner import draw_stated
 from lit_vapo.study.experiments.reference_responses import feature_model, reference_responses
 from lit_vapo.study.experiments.truth import PromptValues
-from lit_vapo.types import FeaturePairs, TextReward, TokenSequence
+from lit_vapo.types import FeaturePairs, Prompt, TextReward, TokenSequence
 
 FEATURES = "features.safetensors"
 RESPONSE_TOKENS, TIMES = 16, 8  # of the reference's responses, and how many to each prompt

@@ -23,15 +23,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from examples.sentiment.corpus import Review, read_reviews, split_position
 from examples.sentiment.prepare import once, write_rows
 from lit_vapo.cli import main
-from lit_vapo.data.conversation import Prompt
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.folders import claim_folder
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.study.experiments.reference_responses import feature_model, reference_responses
 from lit_vapo.study.experiments.truth import PromptValues, TrueReward
-from lit_vapo.types import TokenSequence
+from lit_vapo.types import Prompt, TokenSequence
 
 SFT = Path(__file__).parents[2] / "configs" / "sft" / "study.yaml"
 # Nobody reads further: the language model sees 24 tokens. Short prompts make small batches.

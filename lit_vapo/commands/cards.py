@@ -54,7 +54,7 @@ disagree.
 """
 SCORE = """\
 import torch
-from lit_vapo.rewards.ensemble import RewardModel
+from lit_vapo.rewards.reward_model import RewardModel
 
 model = RewardModel.from_pretrained({folder})
 tokenizer = model.load_tokenizer()

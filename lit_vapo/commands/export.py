@@ -26,7 +26,7 @@ def export(
 
     A policy becomes an ordinary peft folder (or, trained without LoRA or merged, transformers folder) with its
     tokenizer, the settings it was sampled with, and the critic below `critic`; a reward ensemble becomes a folder for
-    `lit_vapo.rewards.ensemble.RewardModel.from_pretrained`.
+    `lit_vapo.rewards.reward_model.RewardModel.from_pretrained`.
 
     Args:
         checkpoint: A checkpoint of any stage.

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_vapo.data.conversation import Prompt
-from lit_vapo.types import PairLabels
+from lit_vapo.types import PairLabels, Prompt
 
 
 class PreferenceBatch(NamedTuple):

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, cast
 from transformers import PreTrainedTokenizerBase
 
 from lit_vapo.data.bounded import bounded
-from lit_vapo.data.conversation import Messages, Preference, Prompt
+from lit_vapo.data.conversation import Preference
 from lit_vapo.data.literals import Control, LiteralEncoder
 from lit_vapo.data.offsets import Tokens, tokens_of
 from lit_vapo.data.templates import ChatTemplate, Tools, joined, shared
 from lit_vapo.stops import end_of_response, stop_tokens
-from lit_vapo.types import TokenSequence
+from lit_vapo.types import Messages, Prompt, TokenSequence
 
 # Real templates take milliseconds.
 SECONDS = 10.0

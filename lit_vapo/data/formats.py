@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from lit_vapo.data.columns import TURN, advice, listed
-from lit_vapo.data.conversation import Message, Messages, Preference, Prompt
+from lit_vapo.data.conversation import Preference
 from lit_vapo.data.labels import read_labels
 from lit_vapo.data.row import Row, UnusableError, shown
 from lit_vapo.data.schema import PairColumns, PromptColumns, validated
+from lit_vapo.types import Message, Messages, Prompt
 
 Said = str | Messages
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from lit_vapo.data.columns import Columns
-from lit_vapo.data.conversation import Messages
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.formats import read_preference, read_prompt
 from lit_vapo.data.mixing import Sources, counts, draw, row_hash, shares
@@ -15,6 +14,7 @@ from lit_vapo.data.row import Row, UnusableError, attempt
 from lit_vapo.data.sources import LeftOut, each_row, load_rows
 from lit_vapo.data.stopping import find_stops
 from lit_vapo.data.tokenise import Truncation, fit, load_text_tokenizer, stable_id
+from lit_vapo.types import Messages
 
 T = TypeVar("T")
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 from rich.cells import cell_len
 from rich.text import Text
 
-from lit_vapo.data.conversation import Preference, Prompt
+from lit_vapo.data.conversation import Preference
 from lit_vapo.data.encoder import EncodedPair, Encoder
 from lit_vapo.data.formats import read_preference, read_prompt
 from lit_vapo.data.row import Row, UnusableError, attempt
 from lit_vapo.data.tokenise import fit
+from lit_vapo.types import Prompt
 
 CONTROL, CUT, HEAD, FAINT = "bold magenta", "strike red", "bold", "dim"
 

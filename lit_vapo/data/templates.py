@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lit_vapo.data.bounded import TooLongError
-from lit_vapo.data.conversation import Message, Messages
+from lit_vapo.types import Message, Messages
 
 # Templates that write the day write this one, so that a run, its resumptions and its ensembles read the same prompts.
 # It is the day to which the templates of Llama 3 fall back.

@@ -20,37 +20,10 @@ from lit_vapo.models.generation import Sampling, Shaping, generation_config, sto
 from lit_vapo.models.policy import Policy, Role
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.models.trunk import content_lengths, pool, response_states, run_trunk
-from lit_vapo.rewards.ensemble import RewardModel, ensemble_class
+from lit_vapo.rewards.reward_model import RewardModel, ensemble_class
 from lit_vapo.rewards.ensemble_file import read_trusted_config
 
 CRITIC_NAME = "critic"
-
-
-class Rows(NamedTuple):
-    """Prompts with their responses, right-padded.
-
-    Attributes:
-        input_ids: Token ids (B, L).
-        prompt_lengths: Tokens of each prompt (B,).
-        response_mask: True at the tokens of each response (B, T), from its first token on.
-    """
-
-    input_ids: Tensor
-    prompt_lengths: Tensor
-    response_mask: Tensor
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of prompt and response (B,)."""
-        return self.prompt_lengths + self.response_mask.sum(1)
-
-    def select(self, index: Tensor) -> Rows:
-        """The rows of an index (b,), cut to the longest sequence and the longest response among them."""
-        mask = self.response_mask[index]
-        prompts = self.prompt_lengths[index]
-        size = int(mask.sum(1).max())
-        longest = int((prompts + mask.sum(1)).max())
-        return Rows(self.input_ids[index, :longest], prompts, mask[:, :size])
 
 
 class ReferencePass(NamedTuple):
@@ -166,7 +139,7 @@ class ActorCritic(nn.Module):
             self.critic_start = "the ensemble's mean reward"
 
     @torch.no_grad()
-    def reference(self, rows: Rows, shaping: Shaping) -> ReferencePass:
+    def reference(self, rows: TokenRows, shaping: Shaping) -> ReferencePass:
         """One pass through the frozen base."""
         out = self.policy.hidden("reference", rows.input_ids, rows.lengths, self.tap_layer)
         logprobs = self._logprobs("reference", out.last, rows, shaping)
@@ -179,12 +152,12 @@ class ActorCritic(nn.Module):
             states = response_states(out.tapped, rows.prompt_lengths, rows.response_mask.shape[1])
         return ReferencePass(logprobs.logprobs, logprobs.entropy, features, states)
 
-    def actor(self, rows: Rows, shaping: Shaping) -> TokenLogprobs:
+    def actor(self, rows: TokenRows, shaping: Shaping) -> TokenLogprobs:
         """Log-probabilities and entropies of the responses under the policy (B, T)."""
         hidden = self.policy.hidden("actor", rows.input_ids, rows.lengths).last
         return self._logprobs("actor", hidden, rows, shaping)
 
-    def values(self, rows: Rows, value_states: Tensor | None) -> Tensor:
+    def values(self, rows: TokenRows, value_states: Tensor | None) -> Tensor:
         """Values before each response token (B, T).
 
         Args:
@@ -214,7 +187,7 @@ class ActorCritic(nn.Module):
             return []
         return [*self.critic.parameters(), *self.policy.critic_parameters()]
 
-    def _logprobs(self, role: Role, hidden: Tensor, rows: Rows, shaping: Shaping) -> TokenLogprobs:
+    def _logprobs(self, role: Role, hidden: Tensor, rows: TokenRows, shaping: Shaping) -> TokenLogprobs:
         return self.policy.logprobs(role, hidden, rows.input_ids, rows.prompt_lengths, rows.response_mask, shaping)
 
     def save_pretrained(self, folder: str | Path, sampling: Sampling, merge: bool = False) -> None:

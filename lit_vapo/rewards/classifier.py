@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lit_vapo.folders import check_new
 from lit_vapo.models.digests import seal
-from lit_vapo.rewards.ensemble import RewardModel
+from lit_vapo.rewards.reward_model import RewardModel
 
 OFFSET = "reward_offset"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_vapo.models.batching import TOKENS_PER_BATCH, length_batches, right_pad
 from lit_vapo.models.tensors import check_finite, read_metadata, read_tensors
 from lit_vapo.models.trunk import pooled
-from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.types import TokenSequence
 
 FEATURES, DIGEST = "features", "sha256"

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from lit_vapo.data.collate import PromptBatch
-from lit_vapo.data.conversation import Prompt
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.stopping import find_stops
 from lit_vapo.functional import clip_rewards, sequence_log_ratio
-from lit_vapo.models.actor_critic import ActorCritic, Rows
+from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.batching import length_batches
 from lit_vapo.models.generation import Generated, Generator, Sampling, stop_ids
 from lit_vapo.models.policy import Role
 from lit_vapo.models.pretrained import model_config
+from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.transformers_generator import TransformersGenerator
 from lit_vapo.models.trunk import widen
 from lit_vapo.models.vocabulary import same_language, vocabulary_size
@@ -28,7 +28,7 @@ from lit_vapo.objectives.base import Objective
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rollout.ending import EndingWatch
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
-from lit_vapo.types import RewardEstimate, TextReward, TokenSequence
+from lit_vapo.types import Prompt, RewardEstimate, TextReward, TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,11 +176,11 @@ class RolloutMaker:
                 stacklevel=3,
             )
 
-    def _decode(self, rows: Rows) -> list[str]:
+    def _decode(self, rows: TokenRows) -> list[str]:
         bounds = zip(rows.input_ids, rows.prompt_lengths, rows.lengths, strict=True)
         return [self.tokenizer.decode(ids[start:end], skip_special_tokens=True) for ids, start, end in bounds]
 
-    def _score(self, rows: Rows, role: Role, values: bool) -> _Scored:
+    def _score(self, rows: TokenRows, role: Role, values: bool) -> _Scored:
         """Log-probabilities, values and features in batches of similar length."""
         size = rows.response_mask.shape[1]
         parts: list[Tensor] = []
@@ -205,7 +205,7 @@ class RolloutMaker:
         columns = [torch.cat(c)[order] if c[0] is not None else None for c in zip(*outputs, strict=True)]
         return _Scored(*columns)  # type: ignore[arg-type]
 
-    def _own_features(self, batch: PromptBatch, rows: Rows, responses: list[str], stopped: Tensor) -> Tensor:
+    def _own_features(self, batch: PromptBatch, rows: TokenRows, responses: list[str], stopped: Tensor) -> Tensor:
         """Features by the ensemble's own backbone: of the same tokens, or of what its own tokenizer makes of the texts.
 
         Raises:

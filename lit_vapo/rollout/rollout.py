@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lit_vapo.data.collate import PromptBatch
 from lit_vapo.functional import sequence_log_ratio
-from lit_vapo.models.actor_critic import Rows
 from lit_vapo.models.generation import Generated
+from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.trunk import length_mask
 from lit_vapo.types import RewardEstimate
 
@@ -40,7 +40,7 @@ class Rollout:
         num_responses: Responses to each prompt.
     """
 
-    rows: Rows
+    rows: TokenRows
     prompts: list[str]
     responses: list[str]
     stopped: Tensor
@@ -67,7 +67,7 @@ class Rollout:
         return sequence_log_ratio(self.logprobs, self.ref_logprobs, self.response_mask)
 
 
-def assemble_rows(batch: PromptBatch, generated: Generated) -> Rows:
+def assemble_rows(batch: PromptBatch, generated: Generated) -> TokenRows:
     """Join B left-padded prompts and n responses to each into B·n right-padded rows.
 
     Raises:
@@ -88,4 +88,4 @@ def assemble_rows(batch: PromptBatch, generated: Generated) -> Rows:
     shift = (prompt_size - lengths)[:, None]
     index = (torch.arange(joined.shape[1], device=joined.device) + shift) % joined.shape[1]
     mask = length_mask(generated.response_lengths, size)
-    return Rows(joined.gather(1, index), lengths, mask)
+    return TokenRows(joined.gather(1, index), lengths, mask)

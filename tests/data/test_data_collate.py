@@ -3,7 +3,7 @@
 import torch
 
 from lit_vapo.data.collate import Collator, PreferenceBatch, PromptBatch, SFTBatch
-from lit_vapo.data.conversation import Prompt
+from lit_vapo.types import Prompt
 
 END = 0  # pads, and ends every response
 LARGE = 2**63 - 1

@@ -7,11 +7,12 @@ import datasets
 import pytest
 from helpers import write_jsonl
 
-from lit_vapo.data.conversation import Preference, Prompt
+from lit_vapo.data.conversation import Preference
 from lit_vapo.data.formats import read_preference, read_prompt, shared_prompt
 from lit_vapo.data.labels import Stated
 from lit_vapo.data.row import Row, UnusableError, attempt
 from lit_vapo.data.sources import iterate_rows, load_rows
+from lit_vapo.types import Prompt
 
 PLAIN = Stated(0.0, 1.0, 1.0, None)
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}

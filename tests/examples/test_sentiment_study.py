@@ -14,13 +14,12 @@ from safetensors.torch import save_file
 import examples.sentiment.responses as responses_module
 import examples.sentiment.study as study_module
 from examples.sentiment.study import SentimentStudy
-from lit_vapo.data.conversation import Prompt
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.tokenise import stable_id
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.objectives.mean_reward import MeanReward
-from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.stages.ppo.update import UpdateSettings
@@ -28,7 +27,7 @@ from lit_vapo.study.execution import Study
 from lit_vapo.study.experiment import Repetition
 from lit_vapo.study.experiments.language import Training
 from lit_vapo.study.experiments.responses import KnownResponses
-from lit_vapo.types import TextReward
+from lit_vapo.types import Prompt, TextReward
 
 WIDTH, PAIRS = 32, 40
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from lit_vapo.models.pretrained import Pretrained, decoder_layers, load_backbone
-from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.bayesian import BayesianLinear
 from lit_vapo.rewards.members.dropout import McDropout

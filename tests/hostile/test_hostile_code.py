@@ -12,7 +12,7 @@ from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.settings import MOST_SETTINGS
 from lit_vapo.models.trust import check_trusted
-from lit_vapo.rewards.ensemble import RewardModel
+from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.stages.ppo.module import PPOModule
 
 
@@ -34,8 +34,8 @@ OTHERS = [
     "lit_vapo._trap.Evil",
     "lit_vapo.trap.Evil",
     "lit_vapo..trap.Evil",
-    "lit_vapo.rewards.ensemble.importlib.import_module",
-    "lit_vapo.rewards.ensemble/../../trap.Evil",
+    "lit_vapo.rewards.reward_model.importlib.import_module",
+    "lit_vapo.rewards.reward_model/../../trap.Evil",
     "lit_vapo_trap.models.Evil",
     "HeadEnsemble",
     "",

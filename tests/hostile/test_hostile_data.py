@@ -11,9 +11,9 @@ import pytest
 from hostile_helpers import refused
 
 from lit_vapo.data import encoder
-from lit_vapo.data.conversation import Prompt
 from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule
 from lit_vapo.data.encoder import Encoder
+from lit_vapo.types import Prompt
 
 ASKED = Prompt([{"role": "user", "content": "the film"}])
 GOOD = {"prompt": "the film", "chosen": " was good", "rejected": " was bad"}

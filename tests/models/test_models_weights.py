@@ -20,7 +20,7 @@ from lit_vapo.models.pretrained import (
     model_config,
 )
 from lit_vapo.models.weights import check_model, loading
-from lit_vapo.rewards.ensemble import RewardModel
+from lit_vapo.rewards.reward_model import RewardModel
 
 LOADERS = [load_causal_lm, load_backbone, model_config]
 

@@ -17,7 +17,7 @@ from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.models.digests import seal
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.rewards.classifier import save_classifier
-from lit_vapo.rewards.ensemble import RewardModel
+from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.bayesian import BayesianLinear
 from lit_vapo.rewards.members.full import FullEnsemble

@@ -13,7 +13,7 @@ import lit_vapo.stages.ppo.module as ppo
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.trunk import length_mask
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.rewards.ensemble import RewardModel
+from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings
 from lit_vapo.types import TextReward
 

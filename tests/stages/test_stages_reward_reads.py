@@ -10,12 +10,12 @@ from lit_vapo.commands.export import export
 from lit_vapo.data.collate import pair_labels
 from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.functional import held_out_nll
-from lit_vapo.models.actor_critic import Rows
 from lit_vapo.models.batching import right_pad
 from lit_vapo.models.generation import Sampling, Shaping
 from lit_vapo.models.pretrained import Pretrained, load_backbone
+from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.trunk import content_lengths, length_mask, pool
-from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.full import FullEnsemble
 from lit_vapo.rewards.members.heads import HeadEnsemble
@@ -88,7 +88,7 @@ def test_an_end_changes_no_reward_in_ppo(tiny_model_dir, tmp_path, pooling, laye
     for sequences in (OPEN[:3], ENDED[:3]):
         ids, lengths = right_pad([s.ids for s in sequences])
         prompts = torch.tensor([s.prompt_length for s in sequences])
-        rows = Rows(ids, prompts, length_mask(lengths - prompts, int((lengths - prompts).max())))
+        rows = TokenRows(ids, prompts, length_mask(lengths - prompts, int((lengths - prompts).max())))
         features.append(networks.reference(rows, Shaping()).features)
     torch.testing.assert_close(features[1], features[0], atol=1e-5, rtol=1e-5)
 

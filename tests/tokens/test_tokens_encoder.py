@@ -7,11 +7,12 @@ from helpers import tiny_tokenizer
 from token_families import tokenizer_of
 
 from lit_vapo.data import encoder as encoders
-from lit_vapo.data.conversation import Preference, Prompt
+from lit_vapo.data.conversation import Preference
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.labels import Stated
 from lit_vapo.data.templates import ChatTemplate
 from lit_vapo.stops import stop_tokens
+from lit_vapo.types import Prompt
 
 STATED = Stated(0.0, 1.0, 1.0, None)
 U, A = {"role": "user", "content": "the film"}, {"role": "assistant", "content": "good"}

@@ -3,9 +3,10 @@
 import pytest
 from token_families import FAMILIES, STYLES, tokenizer_of
 
-from lit_vapo.data.conversation import Preference, Prompt
+from lit_vapo.data.conversation import Preference
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.labels import Stated
+from lit_vapo.types import Prompt
 
 STATED = Stated(0.0, 1.0, 1.0, None)
 DAY = "26 Jul 2024"

@@ -17,10 +17,11 @@ from lit_vapo.functional import (
     token_rewards,
     value_loss_terms,
 )
-from lit_vapo.models.actor_critic import ActorCritic, Rows
+from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.batching import length_batches
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Shaping
+from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Experience(NamedTuple):
         returns: Targets of the critic (B, T), or `None` without one.
     """
 
-    rows: Rows
+    rows: TokenRows
     logprobs: Tensor
     advantages: Tensor
     values: Tensor | None = None
@@ -237,7 +238,7 @@ class PPOUpdate:
         _check_scalars(means)
         return means
 
-    def _micro_batches(self, rows: Rows) -> list[Tensor]:
+    def _micro_batches(self, rows: TokenRows) -> list[Tensor]:
         """Row numbers by microbatch; the same number of microbatches in every process, or they would wait forever."""
         batches = list(length_batches(rows.lengths.tolist(), self.settings.micro_batch_tokens))
         most = int(self._all_reduce(torch.tensor(len(batches), device=rows.lengths.device), "max"))

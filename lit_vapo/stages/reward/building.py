@@ -30,7 +30,7 @@ from lit_vapo.models.pretrained import (
     place,
 )
 from lit_vapo.models.vocabulary import check_embeddings
-from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import (
     compute_features,
     compute_layers,

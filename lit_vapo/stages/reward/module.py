@@ -12,7 +12,7 @@ from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained, freeze, load_backbone
 from lit_vapo.models.trunk import Pooling, join_rows
 from lit_vapo.rewards.classifier import save_classifier
-from lit_vapo.rewards.ensemble import FeatureSpec, RewardModel
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.heads import HeadEnsemble
