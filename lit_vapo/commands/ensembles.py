@@ -18,9 +18,9 @@ from lit_vapo.models.digests import check_sealed, copy_sealed, seal
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained, check_tokenizer, load_causal_lm, place
 from lit_vapo.models.tensors import read_tensors
-from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.rewards.ensemble_file import WEIGHTS_NAME, read_config, write_config
 from lit_vapo.rewards.features import compute_features
+from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.rollout import sample_references
 from lit_vapo.stages.seeding import seeded
 from lit_vapo.types import RewardEstimate

@@ -1,4 +1,4 @@
-"""Actor, critic, reference and reward features in as few forward passes as they allow."""
+"""Actor, critic and reference in as few forward passes as they allow."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lit_vapo.folders import new_folder
 from lit_vapo.functional import TokenLogprobs
-from lit_vapo.models.critic import Critic, CriticSpec, Reads, load_critic, own_trunk, save_critic, saved_trunk
+from lit_vapo.models.critic import (
+    Critic,
+    CriticSpec,
+    HiddenStates,
+    Reads,
+    load_critic,
+    own_trunk,
+    save_critic,
+    saved_trunk,
+)
 from lit_vapo.models.digests import seal
-from lit_vapo.models.exported import same_place
+from lit_vapo.models.exported import same_model
 from lit_vapo.models.generation import Sampling, Shaping, generation_config, stop_ids
 from lit_vapo.models.policy import Policy, Role
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
-from lit_vapo.models.trunk import content_lengths, pool, response_states, run_trunk
-from lit_vapo.rewards.reward_model import RewardModel, ensemble_class
-from lit_vapo.rewards.ensemble_file import read_trusted_config
+from lit_vapo.models.token_rows import TokenRows
+from lit_vapo.models.trunk import Tap, content_lengths, pool, response_states, run_trunk
 
 CRITIC_NAME = "critic"
 
@@ -32,30 +39,29 @@ class ReferencePass(NamedTuple):
     Attributes:
         logprobs: Log-probabilities of the responses under the reference (B, T).
         entropy: Entropy of the reference at each position (B, T), nats.
-        features: Pooled features for the reward heads (B, H), or `None` if the ensemble has another base.
         value_states: States for the critic (B, T, H), or `None` if it has another trunk.
+        pooled: Pooled hidden states (B, H) for each tap that was asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor
-    features: Tensor | None
     value_states: Tensor | None
+    pooled: list[Tensor]
 
 
 class ActorCritic(nn.Module):
-    """The networks of PPO.
+    """The networks that PPO trains, and their reference.
 
-    If the reward ensemble reads frozen hidden states of the policy's own base, its features come from the
-    reference's pass, which the KL needs anyway; the same goes for the critic's states. Members that adapt that base
-    hang their adapters into it, so that it is in memory once.
+    One pass of the reference, which the KL needs anyway, also serves the critic and whoever asks for hidden states of
+    it.
 
     Args:
         base: The language model to align.
         lora: Adapters to train, or `None` to train all weights.
         critic: What the critic reads; `None` builds no critic.
-        reward: Folder of the reward ensemble.
         policy: Folder of an exported policy to start from (see `Policy`), with its critic if that fits.
-        trust: Code that the ensemble may ask for (see `RewardModel.from_pretrained`).
+        reads: What rewards are computed from: where it is the critic's model, the critic reads at the same depth, and
+            may start from the mean reward.
 
     Attributes:
         critic_start: Where the critic's weights come from, in words.
@@ -66,49 +72,25 @@ class ActorCritic(nn.Module):
         base: Pretrained,
         lora: Lora | None,
         critic: CriticSpec | None,
-        reward: str,
         policy: str | None = None,
-        trust: Sequence[str] | None = None,
+        reads: HiddenStates | None = None,
     ) -> None:
         super().__init__()
-        config = read_trusted_config(reward, trust)
-        spec, kind = config.spec, ensemble_class(config)
-        frozen = not config.own_backbone and kind.shares_features
-        same = _same_model(spec.base, base)
-        self.shares_base = frozen and same
-        # Members of a truncated base keep one of their own: the blocks above would run for nothing, K times over.
-        adapts_base = same and not (kind.shares_features or kind.owns_backbones) and spec.layer is None
-        if not adapts_base:
-            self.reward_model = RewardModel.from_pretrained(reward, with_backbone=not self.shares_base, trust=trust)
         self.base = base
         self.critic_trunk = None if critic is None else critic.trunk
-        # Value and reward are read at the same depth where they read the same model.
         critic_base = critic.base if critic is not None and critic.trunk == "own" else None
-        comparable = critic is not None and frozen and _same_model(spec.base, critic_base or base)
-        self.tap_layer = spec.layer if self.shares_base else None
-        self.value_layer = spec.layer if comparable else None
-
-        def attach(backbone: PreTrainedModel) -> None:
-            if adapts_base:
-                self.reward_model = RewardModel.from_pretrained(reward, lent=backbone, trust=trust)
-
-        # Above the depth at which it reads, the critic holds nothing: nothing there would ever get a gradient.
+        comparable = reads is not None and same_model(reads.base, critic_base or base)
+        # Value and reward are read at the same depth where they read the same model.
+        self.value_layer = reads.layer if reads is not None and comparable else None
+        # Above that depth the critic holds nothing: nothing there would ever get a gradient.
         self.policy = Policy(
-            base,
-            lora,
-            critic_adapter=self.critic_trunk == "lora",
-            critic_depth=self.value_layer,
-            start=policy,
-            lend=attach,
+            base, lora, critic_adapter=self.critic_trunk == "lora", critic_depth=self.value_layer, start=policy
         )
-        if adapts_base:
-            self.reward_model.lender = self.policy.reference_backbone
         self.warm = critic is not None and critic.warm_start and comparable
         self.critic: Critic | None = None
         self.critic_start = "zeros"
         if critic is not None:
             self._make_critic(critic, policy)
-        self.warm_start_critic()
 
     def _make_critic(self, spec: CriticSpec, policy: str | None) -> None:
         """The critic, with the weights of the policy it was exported with if they fit."""
@@ -133,24 +115,30 @@ class ActorCritic(nn.Module):
         """The critic's adapters on the policy's base, by name."""
         return {n: p for n, p in self.policy.lm.named_parameters() if ".critic." in n}
 
-    def warm_start_critic(self) -> None:
-        """Start the value head from the ensemble's mean reward, where both read the same hidden states."""
-        if self.critic is not None and self.warm and self.critic.warm_start(self.reward_model.head.linear_mean()):
-            self.critic_start = "the ensemble's mean reward"
+    def warm_start_critic(self, linear: tuple[Tensor, Tensor] | None) -> None:
+        """Start the value head from a mean reward, where both read the same hidden states.
+
+        Args:
+            linear: Weight (H,) and bias () of the mean reward, or `None` if it is not linear.
+        """
+        if self.critic is not None and self.warm and self.critic.warm_start(linear):
+            self.critic_start = "the mean reward"
 
     @torch.no_grad()
-    def reference(self, rows: TokenRows, shaping: Shaping) -> ReferencePass:
+    def reference(self, rows: TokenRows, shaping: Shaping, taps: Sequence[Tap] = ()) -> ReferencePass:
         """One pass through the frozen base."""
-        out = self.policy.hidden("reference", rows.input_ids, rows.lengths, self.tap_layer)
-        logprobs = self._logprobs("reference", out.last, rows, shaping)
-        features = states = None
-        if self.shares_base:
-            spec = self.reward_model.spec
-            read = content_lengths(rows.input_ids, rows.lengths, rows.prompt_lengths, spec.ends)
-            features = pool(out.tapped, read, rows.prompt_lengths, spec.pooling)
+        # Hidden states that nobody reads are not kept: those of equal layers are one tensor.
+        layers = [None, self.value_layer, *(tap.layer for tap in taps)]
+        last, valued, *tapped = self.policy.layers("reference", rows.input_ids, rows.lengths, layers)
+        logprobs = self._logprobs("reference", last, rows, shaping)
+        states = None
         if self.critic_trunk == "reference":
-            states = response_states(out.tapped, rows.prompt_lengths, rows.response_mask.shape[1])
-        return ReferencePass(logprobs.logprobs, logprobs.entropy, features, states)
+            states = response_states(valued, rows.prompt_lengths, rows.response_mask.shape[1])
+        pooled = []
+        for tap, hidden in zip(taps, tapped, strict=True):
+            read = content_lengths(rows.input_ids, rows.lengths, rows.prompt_lengths, tap.ends)
+            pooled.append(pool(hidden, read, rows.prompt_lengths, tap.pooling))
+        return ReferencePass(logprobs.logprobs, logprobs.entropy, states, pooled)
 
     def actor(self, rows: TokenRows, shaping: Shaping) -> TokenLogprobs:
         """Log-probabilities and entropies of the responses under the policy (B, T)."""
@@ -215,9 +203,3 @@ class ActorCritic(nn.Module):
             if self.critic is not None:
                 save_critic(target / CRITIC_NAME, self.critic, adapters, self.reads)
             seal(target)
-
-
-def _same_model(one: Pretrained, other: Pretrained) -> bool:
-    """Whether two specifications give the same frozen weights."""
-    alike = (one.revision, one.quantization) == (other.revision, other.quantization)
-    return alike and same_place(one.path, other.path)

@@ -86,6 +86,18 @@ def own_trunk(spec: CriticSpec, policy_base: Pretrained, depth: int | None = Non
     return trunk
 
 
+class HiddenStates(NamedTuple):
+    """Hidden states of a frozen model.
+
+    Attributes:
+        base: The model.
+        layer: After this many blocks; `None` after the last.
+    """
+
+    base: Pretrained
+    layer: int | None
+
+
 class Reads(NamedTuple):
     """Which hidden states a critic reads.
 

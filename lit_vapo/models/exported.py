@@ -146,6 +146,12 @@ def same_place(one: Any, other: Any) -> bool:
     return all(p.is_dir() for p in paths) and paths[0].resolve() == paths[1].resolve()
 
 
+def same_model(one: Pretrained, other: Pretrained) -> bool:
+    """Whether two specifications give the same frozen weights."""
+    alike = (one.revision, one.quantization) == (other.revision, other.quantization)
+    return alike and same_place(one.path, other.path)
+
+
 def _shape(shape: Any) -> str:
     return "none" if shape is None else str(tuple(shape))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from lit_vapo.models.pretrained import (
     keep_differentiable,
     load_causal_lm,
 )
-from lit_vapo.models.trunk import TrunkOutput, head_logprobs, response_states, run_trunk
+from lit_vapo.models.trunk import TrunkOutput, head_logprobs, response_states, run_layers
 
 Role = Literal["actor", "critic", "reference"]
 
@@ -48,8 +48,6 @@ class Policy(nn.Module):
         keep_reference: Without LoRA, hold a reference.
         start: Folder of an exported policy to start from, an adapter of `base` (`lora` are its settings) or a whole
             model.
-        lend: Called with the reference's backbone before any adapter of the policy is in place: whoever reads it later
-            (while the policy acts as the reference) hangs its own hooks in.
 
     Raises:
         ValueError: A quantised base without adapters or reference, a critic adapter without LoRA, or a start whose
@@ -64,9 +62,9 @@ class Policy(nn.Module):
         critic_depth: int | None = None,
         keep_reference: bool = True,
         start: str | None = None,
-        lend: Callable[[PreTrainedModel], None] | None = None,
     ) -> None:
         super().__init__()
+        self.base = base
         if lora is None and base.quantization is not None and not keep_reference:
             raise ValueError(f"model.lora: expected adapters for a {base.quantization} base, which is frozen, got null")
         if lora is None and critic_adapter:
@@ -79,8 +77,6 @@ class Policy(nn.Module):
         self.lm: PreTrainedModel | PeftModel
         if whole or (lora is None and keep_reference):
             self.reference_lm = _reference(base, lora)
-        if lend is not None:
-            lend(cast("PreTrainedModel", (self.reference_lm or lm).base_model))
         if lora is None:
             self.lm = cast("PreTrainedModel", lm.requires_grad_(True))
         else:
@@ -148,8 +144,14 @@ class Policy(nn.Module):
 
     def hidden(self, role: Role, input_ids: Tensor, lengths: Tensor, layer: int | None = None) -> TrunkOutput:
         """Hidden states of right-padded sequences (B, L) in a role."""
+        return TrunkOutput(*self.layers(role, input_ids, lengths, [None, layer]))
+
+    def layers(
+        self, role: Role, input_ids: Tensor, lengths: Tensor, layers: Sequence[int | None]
+    ) -> list[Tensor]:
+        """Hidden states of right-padded sequences (B, L) in a role, after each of some blocks, from one pass."""
         with self.acting_as(role) as lm:
-            return run_trunk(cast("PreTrainedModel", lm.base_model), input_ids, lengths, layer)
+            return run_layers(cast("PreTrainedModel", lm.base_model), input_ids, lengths, layers)
 
     def logprobs(
         self,

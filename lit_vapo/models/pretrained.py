@@ -222,6 +222,12 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
     raise ValueError(f"expected a decoder with {count} blocks in one ModuleList, got {type(backbone).__name__}")
 
 
+def plain_layers(backbone: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a backbone by the names that they have without adapters, whether peft has wrapped them or not."""
+    named = backbone.named_modules()
+    return {name.replace(".base_layer", ""): module for name, module in named if ".lora_" not in f".{name}"}
+
+
 def final_norm(backbone: nn.Module) -> nn.Module:
     """The normalisation after the last block (`norm` in Llama-like models, `ln_f` in GPT-2)."""
     for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm"):

@@ -20,6 +20,20 @@ from lit_vapo.models.pretrained import decoder_layers, final_norm
 Pooling = Literal["last", "mean"]
 
 
+class Tap(NamedTuple):
+    """Pooled hidden states to read off a pass: one vector for each response.
+
+    Attributes:
+        layer: After this many blocks; `None` after the last.
+        pooling: `last` or `mean` (see `pool`).
+        ends: Tokens that are not read where they end a response (see `content_lengths`).
+    """
+
+    layer: int | None
+    pooling: Pooling
+    ends: tuple[int, ...] = ()
+
+
 class TrunkOutput(NamedTuple):
     """Hidden states of right-padded sequences.
 

@@ -15,13 +15,13 @@ from lit_vapo.functional import (
     ensemble_estimate,
     fit_normaliser,
     margin_estimate,
-    normalise_members,
     poisson_bootstrap,
 )
+from lit_vapo.rewards.normaliser import Normaliser
 from lit_vapo.types import Adapter, FeaturePairs, PairLabels, RewardEstimate
 
 
-class RewardHead(nn.Module, ABC):
+class RewardHead(Normaliser, ABC):
     """Maps features of responses to a `RewardEstimate`, and knows its own training loss.
 
     Features are (B, H) where one backbone serves all members, and (B, K, H) where each member has its own adapters or
@@ -30,8 +30,7 @@ class RewardHead(nn.Module, ABC):
     backbone it also says how (`attach`, `passes`, `join`).
 
     Members leave `forward` normalised: each is centred and scaled on responses of the reference policy
-    (`calibrate`), because a Bradley–Terry reward has neither an origin nor a unit, and a variance across members that
-    disagree on those means nothing.
+    (`calibrate`, `Normaliser`).
 
     Args:
         num_members: Number of members K.
@@ -49,11 +48,6 @@ class RewardHead(nn.Module, ABC):
     # Whether these are held in memory while scoring.
     resident: bool = True
 
-    reward_loc: Tensor
-    reward_scale: Tensor
-    reference_variance: Tensor
-    calibrated: Tensor
-
     def __init__(
         self,
         num_members: int,
@@ -62,23 +56,17 @@ class RewardHead(nn.Module, ABC):
         centering: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if num_members < 1:
             raise ValueError(f"num_members: expected at least 1, got {num_members}")
         if not 0 <= label_smoothing < 0.5:
             raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing}")
+        super().__init__(num_members)
         self.num_members = num_members
         self.bootstrap = bootstrap
         self.label_smoothing = label_smoothing
         self.centering = centering
         self.seed = seed
         self.hidden_size: int | None = None
-        # The members that are there: all, or the one that is trained by itself.
-        self.present = slice(None)
-        self.register_buffer("reward_loc", torch.zeros(num_members))
-        self.register_buffer("reward_scale", torch.ones(num_members))
-        self.register_buffer("reference_variance", torch.ones(()))
-        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
 
     def build(self, hidden_size: int) -> None:
         """Create the parameters for features of width `hidden_size`; called once, before any use."""
@@ -119,10 +107,6 @@ class RewardHead(nn.Module, ABC):
     def forward(self, features: Tensor) -> RewardEstimate:
         """Estimate of the normalised reward: mean (B,), variance (B,) with ddof 1, members (B, K)."""
         return ensemble_estimate(self.normalise(self.rewards(features)))
-
-    def normalise(self, rewards: Tensor) -> Tensor:
-        """Rewards in standard deviations over the reference's responses (B, K)."""
-        return normalise_members(rewards, self.reward_loc[self.present], self.reward_scale[self.present])
 
     def margin(self, chosen: Tensor, rejected: Tensor) -> RewardEstimate:
         """Estimate of the raw difference between two responses, in log-odds.
@@ -186,11 +170,8 @@ class RewardHead(nn.Module, ABC):
         Raises:
             ValueError: A member's reward is not finite.
         """
-        loc, scale = self.fit_normaliser(features)
-        self.reward_loc[self.present] = loc
-        self.reward_scale[self.present] = scale
-        self.reference_variance.copy_(self(features).variance.mean())
-        self.calibrated.fill_(True)
+        self.fit(*self.fit_normaliser(features))
+        self.measure(self(features).variance)
 
     def fit_normaliser(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Origin and unit of each member (K,) on reference responses."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_vapo.functional import nuclear_diversity
+from lit_vapo.models.pretrained import plain_layers
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.types import Adapter, PairLabels
 
@@ -98,9 +99,11 @@ class LoraEnsemble(RewardHead):
         adapted = list(blocks)[len(blocks) - top :]
         for block in adapted:
             block.register_forward_pre_hook(self._spread(first=block is adapted[0]), with_kwargs=True)
-        names = {module: name for name, module in backbone.named_modules()}
-        found = [m for block in adapted for n, m in block.named_modules() if self._is_target(n, m)]
-        there = {n.rpartition(".")[2] for block in adapted for n, m in block.named_modules() if _is_linear(m)}
+        # By their own names, whoever else has hung adapters in.
+        names = {module: name for name, module in plain_layers(backbone).items()}
+        linear = [(n, m) for block in adapted for n, m in plain_layers(block).items() if _is_linear(m)]
+        found = [m for n, m in linear if self._is_target(n)]
+        there = {n.rpartition(".")[2] for n, _ in linear}
         missing = [] if self.target_modules == "all-linear" else sorted(set(self._wanted()) - there)
         if missing or not found:
             raise ValueError(f"head.target_modules: expected each to be one of {sorted(there)}, got {missing}")
@@ -137,9 +140,7 @@ class LoraEnsemble(RewardHead):
             )
         return features
 
-    def _is_target(self, name: str, module: nn.Module) -> bool:
-        if not _is_linear(module):
-            return False
+    def _is_target(self, name: str) -> bool:
         return self.target_modules == "all-linear" or name.rpartition(".")[2] in self._wanted()
 
     def _wanted(self) -> list[str]:

@@ -30,7 +30,6 @@ from lit_vapo.models.pretrained import (
     place,
 )
 from lit_vapo.models.vocabulary import check_embeddings
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import (
     compute_features,
     compute_layers,
@@ -39,6 +38,7 @@ from lit_vapo.rewards.features import (
     load_features,
     save_features,
 )
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rollout import sample_references
 from lit_vapo.stages.guards import check_context, check_precision
 from lit_vapo.stages.reward.evaluation import EvaluatedRewards

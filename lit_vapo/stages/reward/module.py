@@ -12,10 +12,10 @@ from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained, freeze, load_backbone
 from lit_vapo.models.trunk import Pooling, join_rows
 from lit_vapo.rewards.classifier import save_classifier
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.stages.guards import check_positive
 from lit_vapo.stages.reward.building import BuiltRewards, Layer
 from lit_vapo.stages.reward.evaluation import Batch

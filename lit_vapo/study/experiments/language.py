@@ -26,8 +26,8 @@ from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained, quiet
 from lit_vapo.objectives.base import Objective
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.members.base import RewardHead
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.stages.ppo.module import PPOModule
 from lit_vapo.stages.ppo.update import UpdateSettings
 from lit_vapo.study.experiment import Experiment, Record, Repetition, expect

@@ -12,8 +12,8 @@ from torch import Tensor
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import freeze, load_backbone, load_causal_lm, load_tokenizer
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rollout import sample_references
 from lit_vapo.types import TokenSequence
 

@@ -1,0 +1,34 @@
+"""Prompts with their responses, as tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class TokenRows(NamedTuple):
+    """Prompts with their responses, right-padded.
+
+    Attributes:
+        input_ids: Token ids (B, L).
+        prompt_lengths: Tokens of each prompt (B,).
+        response_mask: True at the tokens of each response (B, T), from its first token on.
+    """
+
+    input_ids: Tensor
+    prompt_lengths: Tensor
+    response_mask: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of prompt and response (B,)."""
+        return self.prompt_lengths + self.response_mask.sum(1)
+
+    def select(self, index: Tensor) -> TokenRows:
+        """The rows of an index (b,), cut to the longest sequence and the longest response among them."""
+        mask = self.response_mask[index]
+        prompts = self.prompt_lengths[index]
+        size = int(mask.sum(1).max())
+        longest = int((prompts + mask.sum(1)).max())
+        return TokenRows(self.input_ids[index, :longest], prompts, mask[:, :size])

@@ -1,0 +1,140 @@
+"""The one door for rewards: what is asked of a source of rewards, and what it is offered.
+
+Nobody outside of this folder knows where a reward is computed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lit_vapo.models.critic import HiddenStates
+from lit_vapo.models.policy import Policy
+from lit_vapo.models.token_rows import TokenRows
+from lit_vapo.models.trunk import Tap
+from lit_vapo.types import Prompt, RewardEstimate, TokenSequence
+
+
+@dataclass(kw_only=True)
+class Responses:
+    """B responses to score, in every form that a source may want; it takes what it can use.
+
+    Attributes:
+        prompts: What each response answers, as a text or as messages.
+        texts: What each says, without control tokens.
+        finished: Whether it ended by itself (B,) bool.
+        rows: Prompts and responses in the tokens of `tokenizer`, which are the policy's.
+        tokenizer: The policy's tokenizer.
+        encode: The responses as another tokenizer and its chat template have them; takes that tokenizer, and the path
+            of the model whose stop tokens end them.
+        columns: Further columns of the prompts' file by name, B values each.
+        pooled: Pooled hidden states (B, H) from the reference's own pass, for each tap that the source has asked for.
+    """
+
+    prompts: list[Prompt]
+    texts: list[str]
+    finished: Tensor
+    rows: TokenRows
+    tokenizer: PreTrainedTokenizerBase
+    encode: Callable[[PreTrainedTokenizerBase, str], list[TokenSequence]]
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    pooled: Mapping[Tap, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Number of responses B."""
+        return len(self.texts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where estimates are expected."""
+        return self.finished.device
+
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        """Prompts and responses in the policy's tokens."""
+        parts = zip(
+            self.rows.input_ids.tolist(), self.rows.prompt_lengths.tolist(), self.rows.lengths.tolist(), strict=True
+        )
+        return [TokenSequence(ids[:length], start) for ids, start, length in parts]
+
+
+class RewardSource(nn.Module, ABC):
+    """Scores responses. PPO, rollouts and studies know this and nothing else of rewards.
+
+    A subclass gives `num_members` and `score`. It keeps every constructor argument as an attribute of the same name, so
+    that a checkpoint can name it. What takes memory is loaded in `prepare`: until then a source costs nothing and can
+    be asked whether it fits.
+
+    Attributes:
+        columns: Columns of the prompts' file that `score` needs besides the prompt.
+        separate_members: Whether estimates have discrete members, for objectives that look at each.
+    """
+
+    columns: tuple[str, ...] = ()
+    separate_members: bool = True
+
+    # 1. Before anything is loaded.
+
+    @property
+    @abstractmethod
+    def num_members(self) -> int:
+        """Members K behind each estimate; with fewer than 2 nothing is known of its variance."""
+
+    def reads(self) -> HiddenStates | None:
+        """The frozen hidden states that rewards are computed from, if they are: a critic reads at the same depth."""
+        return None
+
+    # 2. Getting ready.
+
+    def prepare(self, policy: Policy | None) -> None:
+        """Load what scoring takes; called once.
+
+        Args:
+            policy: The policy to be aligned, whose frozen base a source may use in place of one of its own; `None`
+                where there is none.
+        """
+        return
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What to read off the reference's own pass for `Responses.pooled`; known after `prepare`."""
+        return ()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether members are comparable and the reference variance is known, as far as this source has them."""
+        return True
+
+    def calibrate(self, references: Iterable[Responses]) -> None:
+        """Fix origins, units and the reference variance on responses of the reference policy, batch by batch.
+
+        Raises:
+            ValueError: There are fewer than two responses, or a reward is not finite.
+        """
+        return
+
+    # 3. Scoring.
+
+    @abstractmethod
+    def score(self, responses: Responses) -> RewardEstimate:
+        """Estimate the reward of B responses.
+
+        Raises:
+            ValueError: A response cannot be scored; the message says which.
+        """
+
+    def linear_mean(self) -> tuple[Tensor, Tensor] | None:
+        """Weight (H,) and bias () of the mean reward if it is linear in `reads`, else `None`: a critic starts there."""
+        return None
+
+    # 4. Checkpoints.
+
+    def own_state(self) -> set[str]:
+        """Names in the state dict that a checkpoint keeps, since they cannot be read from where the source is from."""
+        return set()
