@@ -23,8 +23,8 @@ from torch import Tensor
 from lit_vapo.cli import main as lit_vapo
 from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.functional import constant_share
-from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.rewards.features import compute_features
+from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.types import TokenSequence
 
 START = Path(__file__).parents[1] / "configs" / "reward" / "start.yaml"

@@ -35,12 +35,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_vapo.functional import spearman
 from lit_vapo.models.batching import right_pad
 from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, hidden_size, load_backbone, quiet
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.bayesian import BayesianLinear
 from lit_vapo.rewards.members.dropout import McDropout
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.members.lora import LoraEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.types import FeaturePairs, PairLabels
 
 HIDDEN = 64

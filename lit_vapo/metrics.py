@@ -113,7 +113,7 @@ def response_columns(rollout: Rollout) -> dict[str, Tensor]:
     mask, estimate = rollout.response_mask, rollout.estimate
     columns: dict[str, Tensor | None] = {
         "reward": estimate.mean,
-        "sigma": estimate.variance.clamp_min(0).sqrt(),
+        "sigma": estimate.sigma,
         "objective_reward": rollout.reward,
         "kl": rollout.log_ratio,
         "kl_weight": rollout.kl_weight,

@@ -7,8 +7,8 @@ import torch
 
 from lit_vapo.models.digests import seal
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 
 # What libraries say to whoever meets a protection, and no user of ours should hear.
 ADVICE = ("weights_only", "trust_remote_code=True", "trust_remote_code=`True`", "huggingface.co", "torch.load")

@@ -14,8 +14,9 @@ from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.objectives.mean_reward import MeanReward
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
+from lit_vapo.rewards import load_reward
 from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rollout import RolloutMaker
 from lit_vapo.stages.ppo.module import PPOModule
 from lit_vapo.stages.ppo.update import UpdateSettings, compute_advantages
@@ -34,10 +35,21 @@ def ensemble(folder, model, members=3, layer=None, pooling="last", calibrated=Tr
 
 
 def networks(model, reward, lora=True, critic="reference", **kwargs):
-    """The networks of PPO on a tiny model, with reproducible adapters."""
+    """The networks of PPO on a tiny model, with reproducible adapters; `scorer` is what scores."""
     torch.manual_seed(0)
     spec = None if critic is None else CriticSpec(critic, **kwargs)
-    return ActorCritic(Pretrained(model), Lora(4, 16.0) if lora else None, spec, reward)
+    return with_reward(Pretrained(model), Lora(4, 16.0) if lora else None, spec, reward)
+
+
+def with_reward(base, lora, critic, reward, policy=None):
+    """The networks of PPO as its module makes them, and beside them what scores."""
+    source = load_reward(str(reward))
+    nets = ActorCritic(base, lora, critic, policy, source.reads())
+    source.prepare(nets.policy)
+    nets.warm_start_critic(source.linear_mean())
+    # Beside them and no part of them.
+    nets.__dict__["scorer"] = source
+    return nets
 
 
 def moved_networks(model, reward):
@@ -60,7 +72,7 @@ def prompt_batch(model, prompts=None):
 def maker(nets, model, tokens=6, temperature=1.0, num_responses=1, **kwargs):
     """A rollout maker for `nets`, with so many stop tokens that responses differ in length."""
     sampling = Sampling(tokens, temperature, list(range(60)), num_responses)
-    return RolloutMaker(nets, load_tokenizer(Pretrained(model)), sampling, **kwargs)
+    return RolloutMaker(nets, nets.scorer, load_tokenizer(Pretrained(model)), sampling, **kwargs)
 
 
 def make_rollout(nets, model, seed=0, tokens=6, prompts=None, objective=None, role="actor", values=True, **kwargs):

@@ -18,10 +18,10 @@ from lit_vapo.models.pretrained import Lora, Pretrained, decoder_layers, freeze,
 from lit_vapo.objectives.covariance_aware import CovarianceAware
 from lit_vapo.objectives.lower_confidence import LowerConfidence
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.members.full import FullEnsemble
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.members.lora import LoraEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 
 RECORDED = Path(__file__).parent / "recorded" / "ppo.json"
 STOPS = list(range(60))

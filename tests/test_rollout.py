@@ -14,9 +14,9 @@ from lit_vapo.metrics import rollout_statistics, sample_rows
 from lit_vapo.models.generation import Generated, Sampling
 from lit_vapo.models.pretrained import Pretrained, load_backbone, load_causal_lm, load_tokenizer
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rollout import assemble_rows, sample_references
 from lit_vapo.types import RewardEstimate, TextReward, TokenSequence
 
@@ -132,7 +132,7 @@ def test_a_score_does_not_depend_on_its_neighbours(nets, tiny_model_dir, rollout
         size = row.response_mask.shape[1]
         torch.testing.assert_close(scored.logprobs[0], rollout.logprobs[i, :size], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(scored.values[0], rollout.values[i, :size], atol=1e-5, rtol=1e-5)
-        members = nets.reward_model.head(scored.features).members
+        members = nets.scorer.model.head(scored.features).members
         torch.testing.assert_close(members[0], rollout.estimate.members[i], atol=1e-5, rtol=1e-5)
 
 
@@ -148,7 +148,7 @@ def test_clip_comes_before_the_penalty_for_a_missing_stop(nets, tiny_model_dir, 
 
 def test_a_reward_that_is_not_finite_names_its_prompt(tiny_model_dir, reward):
     networks = ppo_helpers.networks(tiny_model_dir, reward)
-    networks.reward_model.head.bias[1] = float("nan")
+    networks.scorer.model.head.bias[1] = float("nan")
     with pytest.raises(ValueError, match=rf"expected finite rewards, got nan for prompt '{ppo_helpers.PROMPTS[0]}'"):
         ppo_helpers.make_rollout(networks, tiny_model_dir)
 

@@ -21,8 +21,8 @@ from lit_vapo.data.mixing import Sources
 from lit_vapo.data.splits import prefers
 from lit_vapo.folders import claim_folder
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.rewards.reward_model import FeatureSpec
 from lit_vapo.rewards.features import compute_features
+from lit_vapo.rewards.reward_model import FeatureSpec
 from lit_vapo.study.experiments.reference_responses import feature_model
 from lit_vapo.study.experiments.responses import KnownResponses
 

@@ -24,8 +24,8 @@ from examples.sentiment.judge import SentimentJudge
 from examples.sentiment.prepare import once
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.rewards.reward_model import FeatureSpec
 from lit_vapo.rewards.features import compute_features
+from lit_vapo.rewards.reward_model import FeatureSpec
 from lit_vapo.study.experiments.learned import LearnedEnsemble
 from lit_vapo.study.experiments.learner import draw_stated
 from lit_vapo.study.experiments.reference_responses import feature_model, reference_responses

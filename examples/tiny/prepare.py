@@ -26,8 +26,8 @@ from lit_vapo.cli import main
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.folders import claim_folder
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.study.experiments.reference_responses import feature_model, reference_responses
 from lit_vapo.study.experiments.truth import PromptValues, TrueReward
 from lit_vapo.types import Prompt, TokenSequence

@@ -87,7 +87,7 @@ def policy_card(module: PPOModule, target: Path, folder: str) -> str:
         what="LoRA adapter" if adapter else "Whole model, a fine-tune",
         base=module.base.path,
         method=f"PPO (objective {objective}, advantage {advantage})",
-        reward=module.reward,
+        reward=settings["reward"],
         imports=f"from {'peft' if adapter else 'transformers'} import {loader}",
         loader=loader,
         folder=json.dumps(folder),
@@ -97,7 +97,7 @@ def policy_card(module: PPOModule, target: Path, folder: str) -> str:
     table = {
         "objective": objective,
         "advantage": advantage,
-        "KL coefficient at the end": f"{float(module.kl_coef):.6g}",
+        "KL coefficient at the end": f"{float(module.kl.coef):.6g}",
         "temperature": module.sampling.temperature,
         "longest response (tokens)": module.sampling.max_new_tokens,
         "learning rate, actor": module.learning_rate,

@@ -173,7 +173,7 @@ def disagreement(
         raise ValueError(f"--ensemble: expected separate members to draw, got {type(model.head).__name__}")
     members = estimate.members.cpu()
     estimate = RewardEstimate(estimate.mean.cpu(), estimate.variance.cpu(), members)
-    sigma = estimate.variance.sqrt()
+    sigma = estimate.sigma
     order = sigma.view(2, -1).mean(0).argsort().tolist()
     drawn = pairs or list(dict.fromkeys([*order[:4], *order[-4:]]))
     index = [i for number in drawn for i in (number, number + len(rows))]

@@ -12,7 +12,7 @@ from lit_vapo.folders import check_new, new_folder
 from lit_vapo.models.settings import construct
 from lit_vapo.models.trust import check_trusted
 from lit_vapo.stages.checkpoint_file import STAGE_KEY, read_checkpoint
-from lit_vapo.stages.ppo.module import PPOModule
+from lit_vapo.stages.ppo.module import REWARD, PPOModule
 from lit_vapo.stages.reward.module import RewardModule
 from lit_vapo.stages.sft.module import SFTModule
 
@@ -53,6 +53,7 @@ def export(
         if stage == PPOModule.stage:
             # Who judges and who samples belongs to training: they need not be there. Whom to trust is not its to say.
             saved["hyper_parameters"] |= {"gold": None, "generator": None, "trust": trust}
+            saved["state_dict"] = {k: v for k, v in saved["state_dict"].items() if not k.startswith(REWARD)}
             policy = _load(PPOModule, saved, trust, checkpoint)
             policy.export(target, merge)
             card = policy_card(policy, target, output)
@@ -79,7 +80,10 @@ def _load(kind: type[M], checkpoint: dict[str, Any], trust: Sequence[str] | None
         module = construct(kind, settings)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    module.configure_model()
+    if isinstance(module, PPOModule):
+        module.load_networks()
+    else:
+        module.configure_model()
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     return module

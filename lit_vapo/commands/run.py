@@ -154,7 +154,7 @@ class StageCLI(LightningCLI):
         check_models(config)
         for name in ("reward", "policy"):
             # Like the models' own: what a checkpoint remembers is found from elsewhere.
-            if config["model"].get(name) is not None:
+            if isinstance(config["model"].get(name), str):
                 config["model"][name] = absolute(config["model"][name])
         if self.subcommand == "fit" and not self.trial:
             self._guard(config)

@@ -40,6 +40,7 @@ class PromptBatch(NamedTuple):
         prompts: Text of each prompt.
         example_ids: Stable identity of each prompt (B,), int64.
         asked: What each prompt says, for models that write it down in another way.
+        columns: Further columns of the prompts' file by name, B values each.
     """
 
     input_ids: Tensor
@@ -47,6 +48,7 @@ class PromptBatch(NamedTuple):
     prompts: list[str]
     example_ids: Tensor
     asked: list[Prompt] | None = None
+    columns: dict[str, list[Any]] | None = None
 
     def to(self, device: torch.device) -> PromptBatch:
         """The batch on a device."""

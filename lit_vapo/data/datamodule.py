@@ -217,6 +217,22 @@ class PromptDataModule(TextDataModule):
         """Read and check the data before any model is loaded."""
         self.prompt_rows("train")
 
+    def check_columns(self, wanted: Iterable[str]) -> None:
+        """Refuse prompts that lack a column which rewards are computed from.
+
+        Raises:
+            ValueError: A row has no such column; the message names it, the row and the columns there are.
+        """
+        for split in ("train", "val", "test"):
+            for row in self.prompt_rows(split):
+                for name in wanted:
+                    if name not in row["columns"]:
+                        there = ", ".join(sorted(row["columns"])) or "none"
+                        raise ValueError(
+                            f"{row['place']}: expected a column {name!r}, which the reward is computed from, got "
+                            f"{there} besides the prompt"
+                        )
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Prompts to learn on; an incomplete last batch is left out."""
         rows = self.prompt_rows("train")

@@ -132,6 +132,7 @@ class PromptReader(NamedTuple):
             "prompt_ids": ids,
             "prompt": text,
             "asked": asked,
+            "columns": {},
             "example_id": stable_id(identity),
             "identity": identity,
             "place": row.place,

@@ -107,7 +107,7 @@ def write_scores(
         sides: Which of its pair it is.
         texts: The responses.
     """
-    columns = [estimate.mean, estimate.variance.clamp_min(0).sqrt()]
+    columns = [estimate.mean, estimate.sigma]
     members = [] if estimate.members is None else list(estimate.members.T)
     names = ["place", "side", "reward", "sigma", *(f"member_{k}" for k in range(len(members))), "response"]
     numbers = [column.tolist() for column in [*columns, *members]]

@@ -55,7 +55,7 @@ class PreferenceReport:
     ) -> None:
         self.example_ids = example_ids
         self.margin = margin
-        self.margin_sigma = margin.variance.clamp_min(0).sqrt()
+        self.margin_sigma = margin.sigma
         self.response_sigma = response_variance.clamp_min(0).sqrt()
         self.num_ties = num_ties
         self.responses = responses

@@ -127,8 +127,8 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def reference(self, rows: TokenRows, shaping: Shaping, taps: Sequence[Tap] = ()) -> ReferencePass:
         """One pass through the frozen base."""
-        # Hidden states that nobody reads are not kept: those of equal layers are one tensor.
-        layers = [None, self.value_layer, *(tap.layer for tap in taps)]
+        read_here = self.value_layer if self.critic_trunk == "reference" else None
+        layers = [None, read_here, *(tap.layer for tap in taps)]
         last, valued, *tapped = self.policy.layers("reference", rows.input_ids, rows.lengths, layers)
         logprobs = self._logprobs("reference", last, rows, shaping)
         states = None

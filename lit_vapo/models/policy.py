@@ -146,9 +146,7 @@ class Policy(nn.Module):
         """Hidden states of right-padded sequences (B, L) in a role."""
         return TrunkOutput(*self.layers(role, input_ids, lengths, [None, layer]))
 
-    def layers(
-        self, role: Role, input_ids: Tensor, lengths: Tensor, layers: Sequence[int | None]
-    ) -> list[Tensor]:
+    def layers(self, role: Role, input_ids: Tensor, lengths: Tensor, layers: Sequence[int | None]) -> list[Tensor]:
         """Hidden states of right-padded sequences (B, L) in a role, after each of some blocks, from one pass."""
         with self.acting_as(role) as lm:
             return run_layers(cast("PreTrainedModel", lm.base_model), input_ids, lengths, layers)

@@ -35,7 +35,7 @@ M = TypeVar("M", bound=BaseModel)
 # More than any configuration has.
 MOST_SETTINGS, DEEPEST = 100_000, 50
 # Settings that name a folder, or a model on the hub.
-PATHS = ("path", "reward", "policy", "feature_cache")
+PATHS = ("path", "folder", "reward", "policy", "feature_cache")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
@@ -212,7 +212,8 @@ def _annotation(annotation: Any) -> Any:
     chosen = [option for option in options if _is_chosen(option)]
     if not chosen:
         return annotation
-    return Annotated[Any, PlainValidator(partial(_make, chosen[0], type(None) in options))]
+    others = tuple(option for option in options if option in (type(None), str))
+    return Annotated[Any, PlainValidator(partial(_make, chosen[0], others))]
 
 
 def _is_chosen(annotation: Any) -> bool:
@@ -223,9 +224,9 @@ def _is_chosen(annotation: Any) -> bool:
     )
 
 
-def _make(base: type[T], optional: bool, value: Any) -> T | None:
-    if value is None and optional:
-        return None
+def _make(base: type[T], others: tuple[type, ...], value: Any) -> Any:
+    if isinstance(value, others):
+        return value
     try:
         component = Component.model_validate(value)
     except ValidationError as error:

@@ -131,7 +131,8 @@ def run_layers(
     store: dict[int, Tensor] = {}
     with _tap(backbone, {layer for layer in layers if layer not in (None, count)}, store):
         last = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return [last if layer in (None, count) else final_norm(backbone)(store[layer]) for layer in layers]
+    normed = {layer: final_norm(backbone)(states) for layer, states in store.items()}
+    return [last if layer in (None, count) else normed[layer] for layer in layers]
 
 
 def content_lengths(input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor, ends: Sequence[int]) -> Tensor:

@@ -28,7 +28,8 @@ class Objective(nn.Module, ABC):
     """Turns an ensemble's estimate into a terminal reward and a weight of the KL penalty.
 
     PPO then maximises the reward less β·w·Σ_t (log π(a_t) − log π0(a_t)) of each response. A subclass gives `forward`;
-    if it uses the variance it sets `needs_variance`, and a single-member ensemble is refused for it.
+    if it uses the variance it sets `needs_variance`, and a single-member ensemble is refused for it; if it uses each
+    member it sets `needs_members`.
 
     Most objectives judge each response by itself, and `forward` is all of them. One that judges a response by what
     else the policy does gives `observe` too, keeps what it learns there in buffers (checkpoints hold them), and
@@ -37,29 +38,40 @@ class Objective(nn.Module, ABC):
     """
 
     needs_variance: bool = False
+    needs_members: bool = False
 
-    def prepare(self, num_members: int, reference_variance: Tensor) -> None:
-        """Meet the ensemble, once, before training.
+    def prepare(self, num_members: int) -> None:
+        """Make room for what depends on the number of members, once, before training.
 
         Args:
             num_members: Number of members K.
-            reference_variance: Mean of the member variance over responses of the reference policy, ().
 
         Raises:
             ValueError: The objective needs a variance and K < 2.
         """
         self.check_members(num_members)
 
-    def check_members(self, num_members: int) -> None:
-        """Refuse an ensemble that this objective cannot use, before anything is loaded.
+    def check_members(self, num_members: int, separate: bool = True) -> None:
+        """Refuse a source of rewards that this objective cannot use, before anything is loaded.
+
+        Args:
+            num_members: Number of members K behind each estimate.
+            separate: Whether the estimates have them one by one.
 
         Raises:
-            ValueError: The objective needs a variance and K < 2.
+            ValueError: The objective needs a variance and K < 2, or it needs members and there are none.
         """
+        name = type(self).__name__
         if self.needs_variance and num_members < 2:
             raise ValueError(
-                f"objective {type(self).__name__} needs the variance of an ensemble: expected at least 2 members, "
-                f"got {num_members}. Train the ensemble with model.head.init_args.num_members of 2 or more."
+                f"objective {name} needs the variance of an ensemble: expected at least 2 members, got {num_members}. "
+                "Train the ensemble with model.head.init_args.num_members of 2 or more, or take several reward models "
+                "(docs/rewards.md)."
+            )
+        if self.needs_members and not separate:
+            raise ValueError(
+                f"objective {name} looks at each member: expected a source of rewards with separate members, got one "
+                "without. A sum has them with `aligned: true`."
             )
 
     def check_responses(self, num_responses: int) -> None:

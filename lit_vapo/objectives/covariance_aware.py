@@ -38,6 +38,7 @@ class CovarianceAware(Objective):
     """
 
     needs_variance = True
+    needs_members = True
     totals: Tensor
     weights: Tensor
 
@@ -68,12 +69,12 @@ class CovarianceAware(Objective):
                 f"got {num_responses}"
             )
 
-    def prepare(self, num_members: int, reference_variance: Tensor) -> None:
+    def prepare(self, num_members: int) -> None:
         """Start without a memory: members count alike."""
-        super().prepare(num_members, reference_variance)
+        super().prepare(num_members)
         # Sums over the responses remembered: of each member's reward, of σ², and their number.
-        self.register_buffer("totals", reference_variance.new_zeros(num_members + 2))
-        self.register_buffer("weights", reference_variance.new_full((num_members,), 1 / num_members))
+        self.register_buffer("totals", torch.zeros(num_members + 2))
+        self.register_buffer("weights", torch.full((num_members,), 1 / num_members))
 
     def forward(self, estimate: RewardEstimate) -> Score:
         """Score B responses with the weights of the last training batch."""

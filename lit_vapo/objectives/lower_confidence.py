@@ -24,5 +24,4 @@ class LowerConfidence(Objective):
 
     def forward(self, estimate: RewardEstimate) -> Score:
         """Score B responses by the mean less the penalised standard deviation."""
-        sigma = estimate.variance.clamp_min(0).sqrt()
-        return Score(estimate.mean - self.penalty * sigma, ones_like_mean(estimate))
+        return Score(estimate.mean - self.penalty * estimate.sigma, ones_like_mean(estimate))

@@ -13,19 +13,21 @@ class SingleReward(Objective):
         member: Index j of the member, counted from 0.
     """
 
+    needs_members = True
+
     def __init__(self, member: int = 0) -> None:
         super().__init__()
         if member < 0:
             raise ValueError(f"member: expected an index of 0 or more, got {member}")
         self.member = member
 
-    def check_members(self, num_members: int) -> None:
+    def check_members(self, num_members: int, separate: bool = True) -> None:
         """Refuse an ensemble without a member of this index.
 
         Raises:
             ValueError: There is no such member.
         """
-        super().check_members(num_members)
+        super().check_members(num_members, separate)
         if self.member >= num_members:
             raise ValueError(f"member: expected an index below the {num_members} members, got {self.member}")
 

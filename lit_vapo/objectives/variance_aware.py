@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from lit_vapo.objectives.base import Objective, Score, all_members
 from lit_vapo.types import RewardEstimate
@@ -29,7 +28,6 @@ class VarianceAware(Objective):
     """
 
     needs_variance = True
-    reference_variance: Tensor
 
     def __init__(
         self,
@@ -45,29 +43,33 @@ class VarianceAware(Objective):
         self.min_weight = min_weight
         self.max_weight = max_weight
         self.member = member
-        self.register_buffer("reference_variance", torch.ones(()))
+        self.needs_members = member is not None
 
-    def check_members(self, num_members: int) -> None:
-        """Refuse an ensemble with fewer than two members, or without the chosen one.
+    def check_members(self, num_members: int, separate: bool = True) -> None:
+        """Refuse a source with fewer than two members, or without the chosen one.
 
         Raises:
             ValueError: K < 2, or no such member.
         """
-        super().check_members(num_members)
+        super().check_members(num_members, separate)
         if self.member is not None and not 0 <= self.member < num_members:
             raise ValueError(f"member: expected an index below the {num_members} members, got {self.member}")
 
-    def prepare(self, num_members: int, reference_variance: Tensor) -> None:
-        """Remember the variance that counts as w = 1."""
-        super().prepare(num_members, reference_variance)
-        self.reference_variance.copy_(reference_variance)
-
     def forward(self, estimate: RewardEstimate) -> Score:
-        """Score B responses, and weight the KL of each by the variance of its reward."""
+        """Score B responses, and weight the KL of each by the variance of its reward.
+
+        Raises:
+            ValueError: The weight is to be in units of the reference's variance, which nobody has measured.
+        """
         weight = estimate.variance
         if self.scale == "reference":
+            unit = estimate.reference_variance
+            if unit is None:
+                raise ValueError(
+                    "VarianceAware with scale `reference`: expected an estimate with the variance on responses of the "
+                    "reference, got one without; calibrate the source of rewards, or choose scale `none`"
+                )
             # Where the reference's variance is zero the members always agree: no response is riskier than another.
-            known = self.reference_variance > 0
-            weight = torch.where(known, weight / self.reference_variance.clamp_min(1e-12), torch.ones_like(weight))
+            weight = torch.where(unit > 0, weight / unit.clamp_min(1e-12), torch.ones_like(weight))
         reward = estimate.mean if self.member is None else all_members(estimate, self)[:, self.member]
         return Score(reward, weight.clamp(self.min_weight, self.max_weight))

@@ -12,6 +12,8 @@ class WorstCase(Objective):
     The minimum falls with the number of members even where they agree in distribution: compare ensembles of one size.
     """
 
+    needs_members = True
+
     def forward(self, estimate: RewardEstimate) -> Score:
         """Score B responses by the least of their members' rewards.
 

@@ -1,1 +1,7 @@
 """Rewards: one door (`RewardSource`), and what stands behind it."""
+
+from lit_vapo.rewards.ensemble import EnsembleReward, HeldEnsemble
+from lit_vapo.rewards.saved import load_reward
+from lit_vapo.rewards.source import Responses, RewardSource
+
+__all__ = ["EnsembleReward", "HeldEnsemble", "Responses", "RewardSource", "load_reward"]

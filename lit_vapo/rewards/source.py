@@ -31,6 +31,7 @@ class Responses:
         finished: Whether it ended by itself (B,) bool.
         rows: Prompts and responses in the tokens of `tokenizer`, which are the policy's.
         tokenizer: The policy's tokenizer.
+        vocabulary_size: Tokens that the policy has embeddings for, V.
         encode: The responses as another tokenizer and its chat template have them; takes that tokenizer, and the path
             of the model whose stop tokens end them.
         columns: Further columns of the prompts' file by name, B values each.
@@ -42,6 +43,7 @@ class Responses:
     finished: Tensor
     rows: TokenRows
     tokenizer: PreTrainedTokenizerBase
+    vocabulary_size: int
     encode: Callable[[PreTrainedTokenizerBase, str], list[TokenSequence]]
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
     pooled: Mapping[Tap, Tensor] = field(default_factory=dict)

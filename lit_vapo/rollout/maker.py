@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,13 +19,12 @@ from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.batching import length_batches
 from lit_vapo.models.generation import Generated, Generator, Sampling, stop_ids
 from lit_vapo.models.policy import Role
-from lit_vapo.models.pretrained import model_config
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.transformers_generator import TransformersGenerator
 from lit_vapo.models.trunk import widen
-from lit_vapo.models.vocabulary import same_language, vocabulary_size
+from lit_vapo.models.vocabulary import vocabulary_size
 from lit_vapo.objectives.base import Objective
-from lit_vapo.rewards.features import compute_features
+from lit_vapo.rewards.source import Responses, RewardSource
 from lit_vapo.rollout.ending import EndingWatch
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
 from lit_vapo.types import Prompt, RewardEstimate, TextReward, TokenSequence
@@ -40,14 +39,15 @@ class _Scored(NamedTuple):
     ref_logprobs: Tensor
     values: Tensor | None
     value_states: Tensor | None
-    features: Tensor | None
+    pooled: list[Tensor]
 
 
 class RolloutMaker:
-    """Makes rollouts with fixed models, objective and sampling.
+    """Makes rollouts with fixed models, rewards and sampling.
 
     Args:
-        networks: Actor, critic, reference and reward.
+        networks: Actor, critic and reference.
+        reward: Scores the responses; `prepare` was called.
         tokenizer: The policy's tokenizer.
         sampling: How responses are drawn.
         gold: A judge that training never sees, or `None`.
@@ -60,6 +60,7 @@ class RolloutMaker:
     def __init__(
         self,
         networks: ActorCritic,
+        reward: RewardSource,
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         gold: TextReward | None = None,
@@ -69,6 +70,7 @@ class RolloutMaker:
         generator: Generator | None = None,
     ) -> None:
         self.networks = networks
+        self.reward = reward
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.gold = gold
@@ -80,8 +82,7 @@ class RolloutMaker:
         self.generator = generator or TransformersGenerator()
         self._warned = False
         self._ending = EndingWatch()
-        self._reads_tokens: bool | None = None
-        self._reward_encoder: Encoder | None = None
+        self._encoders: dict[str, Encoder] = {}
 
     @torch.no_grad()
     def make(
@@ -96,7 +97,7 @@ class RolloutMaker:
 
         Args:
             batch: Prompts, left-padded.
-            objective: Turns the ensemble's estimate into reward and KL weight.
+            objective: Turns the estimate of the reward into reward and KL weight.
             role: Who answers.
             values: Whether the critic is asked.
             all_sum: Sums over all processes; given in training, where the objective may learn from the responses.
@@ -108,57 +109,81 @@ class RolloutMaker:
         generated = self._generate(batch, role, self.sampling)
         self._warn_if_all_are_cut_off(generated.stopped)
         rows = assemble_rows(batch, generated)
-        prompts = [prompt for prompt in batch.prompts for _ in range(self.sampling.num_responses)]
-        responses = self._decode(rows)
+        each = self.sampling.num_responses
+        prompts = [prompt for prompt in batch.prompts for _ in range(each)]
+        texts = self._decode(rows)
         generated_at = time.perf_counter()
         scored = self._score(rows, role, values)
-        features = scored.features
-        if features is None:
-            features = self._own_features(batch, rows, responses, generated.stopped)
-        estimate: RewardEstimate = self.networks.reward_model.head(features)
+        responses = self._responses(batch, rows, texts, generated.stopped, scored.pooled)
+        estimate = self.reward.score(responses)
         _check_finite(estimate, prompts)
         if all_sum is None:
             score = objective(estimate)
         else:
             self._ending.look(estimate.mean, generated.stopped)
             log_ratio = sequence_log_ratio(scored.logprobs, scored.ref_logprobs, rows.response_mask)
-            score = objective.observe(estimate, log_ratio, self.sampling.num_responses, all_sum)
+            score = objective.observe(estimate, log_ratio, each, all_sum)
         reward = clip_rewards(score.reward, self.reward_clip)
         reward = torch.where(generated.stopped, reward, reward - self.missing_eos_penalty)
         gold = None
         if self.gold is not None:
-            gold = self.gold(prompts, responses).to(reward)
+            gold = self.gold(prompts, texts).to(reward)
         return Rollout(
-            rows,
-            prompts,
-            responses,
-            generated.stopped,
-            scored.logprobs,
-            scored.ref_logprobs,
-            scored.entropy,
-            scored.values,
-            scored.value_states,
-            estimate,
-            reward,
-            score.kl_weight,
-            gold,
-            {"generate": generated_at - started, "score": time.perf_counter() - generated_at},
-            self.sampling.num_responses,
+            rows=rows,
+            prompts=prompts,
+            responses=texts,
+            stopped=generated.stopped,
+            logprobs=scored.logprobs,
+            ref_logprobs=scored.ref_logprobs,
+            entropy=scored.entropy,
+            values=scored.values,
+            value_states=scored.value_states,
+            estimate=estimate,
+            reward=reward,
+            kl_weight=score.kl_weight,
+            gold=gold,
+            seconds={"generate": generated_at - started, "score": time.perf_counter() - generated_at},
+            num_responses=each,
+            columns=dict(responses.columns),
         )
 
-    def reference_features(self, batches: list[PromptBatch]) -> Tensor:
-        """Features (N, H) of responses of the reference, one to each prompt, to calibrate an ensemble on."""
-        features = []
+    @torch.no_grad()
+    def references(self, batches: Iterable[PromptBatch]) -> Iterator[Responses]:
+        """Responses of the reference, one to each prompt, to calibrate a source of rewards on."""
+        sampling = replace(self.sampling, num_responses=1)
         for batch in batches:
-            out = self._generate(batch, "reference", replace(self.sampling, num_responses=1))
+            out = self._generate(batch, "reference", sampling)
             rows = assemble_rows(batch, out)
-            if self.networks.shares_base:
-                scored = self._score(rows, "reference", values=False)
-                assert scored.features is not None
-                features.append(scored.features)
-            else:
-                features.append(self._own_features(batch, rows, self._decode(rows), out.stopped))
-        return torch.cat(features)
+            # Without a tap there is nothing that a pass of the reference could tell.
+            pooled = self._score(rows, "reference", values=False).pooled if self.reward.taps else []
+            yield self._responses(batch, rows, self._decode(rows), out.stopped, pooled)
+
+    def _responses(
+        self, batch: PromptBatch, rows: TokenRows, texts: list[str], finished: Tensor, pooled: list[Tensor]
+    ) -> Responses:
+        """What a source of rewards is offered."""
+        each = len(texts) // len(batch.prompts)
+        asked = [Prompt(text) for text in batch.prompts] if batch.asked is None else batch.asked
+        prompts = [prompt for prompt in asked for _ in range(each)]
+
+        def encode(tokenizer: PreTrainedTokenizerBase, path: str) -> list[TokenSequence]:
+            encoder = self._encoders.get(path)
+            if encoder is None:
+                encoder = self._encoders[path] = Encoder(tokenizer, find_stops(path, tokenizer))
+            answered = zip(prompts, texts, finished.tolist(), strict=True)
+            return [encoder.response(prompt, text, ended) for prompt, text, ended in answered]
+
+        return Responses(
+            prompts=prompts,
+            texts=texts,
+            finished=finished,
+            rows=rows,
+            tokenizer=self.tokenizer,
+            vocabulary_size=vocabulary_size(self.networks.policy.causal_lm.config),
+            encode=encode,
+            columns={name: [x for x in column for _ in range(each)] for name, column in (batch.columns or {}).items()},
+            pooled=dict(zip(self.reward.taps, pooled, strict=True)),
+        )
 
     @torch.no_grad()
     def _generate(self, batch: PromptBatch, role: Role, sampling: Sampling) -> Generated:
@@ -181,14 +206,14 @@ class RolloutMaker:
         return [self.tokenizer.decode(ids[start:end], skip_special_tokens=True) for ids, start, end in bounds]
 
     def _score(self, rows: TokenRows, role: Role, values: bool) -> _Scored:
-        """Log-probabilities, values and features in batches of similar length."""
+        """Log-probabilities, values and what rewards read, in batches of similar length."""
         size = rows.response_mask.shape[1]
         parts: list[Tensor] = []
         outputs: list[_Scored] = []
         for chosen in length_batches(rows.lengths.tolist(), self.tokens_per_batch):
             index = torch.tensor(chosen, device=rows.input_ids.device)
             part = rows.select(index)
-            reference = self.networks.reference(part, self.shaping)
+            reference = self.networks.reference(part, self.shaping, self.reward.taps)
             sampler = self.networks.actor(part, self.shaping) if role == "actor" else reference
             outputs.append(
                 _Scored(
@@ -197,40 +222,15 @@ class RolloutMaker:
                     widen(reference.logprobs, size),
                     widen(self.networks.values(part, reference.value_states), size) if values else None,
                     None if reference.value_states is None or not values else widen(reference.value_states, size),
-                    reference.features,
+                    reference.pooled,
                 )
             )
             parts.append(index)
         order = torch.cat(parts).argsort()
-        columns = [torch.cat(c)[order] if c[0] is not None else None for c in zip(*outputs, strict=True)]
-        return _Scored(*columns)  # type: ignore[arg-type]
-
-    def _own_features(self, batch: PromptBatch, rows: TokenRows, responses: list[str], stopped: Tensor) -> Tensor:
-        """Features by the ensemble's own backbone: of the same tokens, or of what its own tokenizer makes of the texts.
-
-        Raises:
-            ValueError: Prompts are messages, and that tokenizer has no chat template, or one that refuses them.
-        """
-        model = self.networks.reward_model
-        if self._reads_tokens is None:
-            tokenizer = model.load_tokenizer()
-            fits = vocabulary_size(model_config(model.spec.base)) >= vocabulary_size(
-                self.networks.policy.causal_lm.config
-            )
-            self._reads_tokens = fits and same_language(self.tokenizer, tokenizer)
-            self._reward_encoder = Encoder(tokenizer, find_stops(model.spec.base.path, tokenizer))
-        if self._reads_tokens:
-            parts = zip(rows.input_ids.tolist(), rows.prompt_lengths.tolist(), rows.lengths.tolist(), strict=True)
-            sequences = [TokenSequence(ids[:length], start) for ids, start, length in parts]
-        else:
-            assert self._reward_encoder is not None
-            asked = [Prompt(text) for text in batch.prompts] if batch.asked is None else batch.asked
-            each = len(responses) // len(asked)
-            sequences = [
-                self._reward_encoder.response(asked[i // each], response, ended)
-                for i, (response, ended) in enumerate(zip(responses, stopped.tolist(), strict=True))
-            ]
-        return compute_features(model, sequences, stopped.device).to(stopped.device)
+        *columns, pooled = zip(*outputs, strict=True)
+        joined = [torch.cat(c)[order] if c[0] is not None else None for c in columns]
+        taps = [torch.cat(each)[order] for each in zip(*pooled, strict=True)]
+        return _Scored(*joined, taps)  # type: ignore[arg-type]
 
 
 def _check_finite(estimate: RewardEstimate, prompts: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lit_vapo.models.trunk import length_mask
 from lit_vapo.types import RewardEstimate
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Rollout:
     """Responses of a policy and all that is known about them.
 
@@ -32,12 +33,13 @@ class Rollout:
         entropy: Entropy of the policy at each position (B, T), nats.
         values: Values before each token (B, T), or `None` if nobody asked.
         value_states: States the critic reads (B, T, H), if they are frozen.
-        estimate: The ensemble's estimate.
+        estimate: What the source of rewards says.
         reward: Terminal reward by the objective, clipped and penalised (B,).
         kl_weight: Weight of the KL penalty (B,).
         gold: Gold reward (B,), if there is a judge.
         seconds: Time spent by phase.
         num_responses: Responses to each prompt.
+        columns: Further columns of the prompts' file by name, B values each.
     """
 
     rows: TokenRows
@@ -55,6 +57,7 @@ class Rollout:
     gold: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     num_responses: int = 1
+    columns: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def response_mask(self) -> Tensor:

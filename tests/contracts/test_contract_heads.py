@@ -9,10 +9,10 @@ from helpers import concrete_subclasses, tiny_model, tiny_tokenizer
 import lit_vapo.rewards.members
 from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, hidden_size, load_backbone
 from lit_vapo.models.settings import Component
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel, build_head
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel, build_head
 from lit_vapo.types import FeaturePairs, PairLabels, TokenSequence
 
 HIDDEN = 16

@@ -8,8 +8,8 @@ import torch
 from examples.pairs.prepare import prepare
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.rewards.reward_model import FeatureSpec
 from lit_vapo.rewards.features import compute_features
+from lit_vapo.rewards.reward_model import FeatureSpec
 from lit_vapo.study.experiments.reference_responses import feature_model
 from lit_vapo.study.experiments.responses import KnownResponses
 from lit_vapo.types import Prompt

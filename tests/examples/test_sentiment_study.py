@@ -19,9 +19,9 @@ from lit_vapo.data.tokenise import stable_id
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.objectives.mean_reward import MeanReward
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.stages.ppo.update import UpdateSettings
 from lit_vapo.study.execution import Study
 from lit_vapo.study.experiment import Repetition

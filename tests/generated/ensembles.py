@@ -8,13 +8,13 @@ import torch
 from hypothesis import strategies as st
 
 from lit_vapo.models.pretrained import Pretrained, decoder_layers, load_backbone
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.bayesian import BayesianLinear
 from lit_vapo.rewards.members.dropout import McDropout
 from lit_vapo.rewards.members.full import FullEnsemble
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.members.lora import LoraEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from tests.generated import world
 from tests.generated.folders import CHANGES, Change, changed
 from tests.generated.outcome import Kind, WrongError

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from lit_vapo.commands.ensembles import join
 from lit_vapo.models.digests import check_sealed, copy_sealed, seal
-from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.rewards.ensemble_file import read_config
 from lit_vapo.rewards.features import load_features, save_features
+from lit_vapo.rewards.reward_model import RewardModel
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import torch
 from lit_vapo.models.batching import length_batches, right_pad
 from lit_vapo.models.pretrained import Pretrained, hidden_size, load_backbone
 from lit_vapo.models.trunk import last_rows_only, pool, run_trunk
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features, feature_key, load_features, save_features
 from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.types import TokenSequence
 
 CPU = torch.device("cpu")

@@ -18,9 +18,9 @@ from lit_vapo.models.pretrained import (
     load_backbone,
     load_causal_lm,
 )
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.lora import LoraEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.types import TokenSequence
 
 CPU = torch.device("cpu")
@@ -105,8 +105,8 @@ def test_scores_are_those_of_an_ensemble_by_itself(folders, tmp_path, kind, lora
 def test_members_of_another_or_a_truncated_base_keep_their_own(folders, tmp_path):
     short = saved_ensemble(tmp_path / "short", folders("llama"), layer=1)
     nets = networks(folders("llama"), short)
-    assert nets.reward_model.lender is None
-    assert len(decoder_layers(nets.reward_model.backbone)) == 1
+    assert nets.scorer.model.lender is None
+    assert len(decoder_layers(nets.scorer.model.backbone)) == 1
     other = saved_ensemble(tmp_path / "other", folders("gpt2"))
     assert networks(folders("llama"), other).reward_model.lender is None
 

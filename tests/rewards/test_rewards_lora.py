@@ -20,9 +20,9 @@ from lit_vapo.models.pretrained import (
     keep_differentiable,
     load_backbone,
 )
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.lora import LoraEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.types import PairLabels, TokenSequence
 
 CPU = torch.device("cpu")

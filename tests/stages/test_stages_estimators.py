@@ -17,12 +17,12 @@ from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.models.digests import seal
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.rewards.classifier import save_classifier
-from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.bayesian import BayesianLinear
 from lit_vapo.rewards.members.full import FullEnsemble
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.members.lora import LoraEnsemble
+from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.stages.reward.module import RewardModule
 from lit_vapo.types import TokenSequence
 

@@ -54,8 +54,8 @@ def test_a_planted_reward_rises(tiny_model_dir, reward, tmp_path):
         """Every member rewards the same direction of the mean hidden state."""
 
         def on_fit_start(self, trainer, pl_module):
-            head = pl_module.networks.reward_model.head
-            pl_module.networks.reward_model.spec.pooling = "mean"
+            head = pl_module.reward.model.head
+            pl_module.reward.model.spec.pooling = "mean"
             direction = torch.randn(32, generator=torch.Generator().manual_seed(4))
             head.weight.data[:] = direction
             head.bias.data.zero_()
@@ -117,7 +117,7 @@ def test_adaptive_kl_coefficient_moves_towards_its_target(tiny_model_dir, reward
     # Error limited to a fifth; 3 iterations are fewer than 10, so the gain is 1: a factor of 1 ± 0.2 an iteration.
     module = ppo_module(tiny_model_dir, reward, kl_coef=0.1, kl_target=target)
     rows = fit_ppo(module, prompt_data(tiny_model_dir, tmp_path), tmp_path, limit_train_batches=3)
-    coefficients = [row["train/kl_coef"] for row in rows] + [float(module.kl_coef)]
+    coefficients = [row["train/kl_coef"] for row in rows] + [float(module.kl.coef)]
     # In the first iteration policy and reference are the same: KL 0, below any target.
     assert coefficients[1] / coefficients[0] == pytest.approx(0.8, rel=1e-6)
     assert coefficients[3] / coefficients[2] == pytest.approx(1 + direction * 0.2, rel=1e-6)

@@ -14,8 +14,8 @@ from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained, load_tokenizer
 from lit_vapo.objectives.mean_reward import MeanReward
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rollout import RolloutMaker
 from lit_vapo.stages.ppo.update import UpdateSettings, compute_advantages
 

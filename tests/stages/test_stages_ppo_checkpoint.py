@@ -30,9 +30,9 @@ def test_coefficient_and_calibration_survive_a_resumption(tiny_model_dir, tmp_pa
     fit_ppo(whole, data, tmp_path, limit_train_batches=2, max_epochs=2, callbacks=[keep], enable_checkpointing=True)
     saved = torch.load(tmp_path / "ckpt" / "step=8.ckpt", weights_only=True)
     assert saved["state_dict"]["kl_coef"] != pytest.approx(0.1, abs=1e-8)
-    head = whole.networks.reward_model.head
+    head = whole.reward.model.head
     assert bool(head.calibrated)
-    torch.testing.assert_close(saved["state_dict"]["networks.reward_model.head.reward_loc"], head.reward_loc)
+    torch.testing.assert_close(saved["state_dict"]["reward.model.head.reward_loc"], head.reward_loc)
     torch.testing.assert_close(saved["state_dict"]["objective.reference_variance"], head.reference_variance)
 
     resumed = ppo_module(tiny_model_dir, reward, **{**objective, "num_reference": 4})
@@ -42,7 +42,7 @@ def test_coefficient_and_calibration_survive_a_resumption(tiny_model_dir, tmp_pa
     rows = fit_ppo(resumed, data, tmp_path, path, **options)
     assert rows[0]["train/kl_coef"] == pytest.approx(float(saved["state_dict"]["kl_coef"]))
     # Not calibrated anew on other responses:
-    torch.testing.assert_close(resumed.networks.reward_model.head.reward_loc, head.reward_loc)
+    torch.testing.assert_close(resumed.reward.model.head.reward_loc, head.reward_loc)
     torch.testing.assert_close(resumed.objective.reference_variance, head.reference_variance)
 
 
@@ -54,7 +54,7 @@ def test_checkpoints_hold_what_training_changed_and_nothing_else(tiny_model_dir,
     names = set(torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)["state_dict"])
     own = ("lora_", "value_head", "reward_model.head", "kl_coef", "objective.")
     assert all(any(word in name for word in own) for name in names)
-    assert {"kl_coef", "networks.critic.value_head.weight", "networks.reward_model.head.weight"} <= names
+    assert {"kl_coef", "networks.critic.value_head.weight", "reward.model.head.weight"} <= names
 
 
 def test_exported_policy_gives_the_same_logprobs(tiny_model_dir, reward, tmp_path):

@@ -174,7 +174,7 @@ def test_a_critic_tapped_in_the_middle_trains_all_it_holds(tiny_model_dir, tmp_p
 def test_warm_start_is_the_mean_reward(tiny_model_dir, reward):
     nets = ppo_helpers.networks(tiny_model_dir, reward)
     states = torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(nets.critic(states)[:, 0], nets.reward_model.head(states[:, 0]).mean)
+    torch.testing.assert_close(nets.critic(states)[:, 0], nets.scorer.model.head(states[:, 0]).mean)
     cold = ppo_helpers.networks(tiny_model_dir, reward, warm_start=False)
     assert torch.equal(cold.critic(states), torch.zeros(5, 1))
 

@@ -15,11 +15,11 @@ from lit_vapo.models.generation import Sampling, Shaping
 from lit_vapo.models.pretrained import Pretrained, load_backbone
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.trunk import content_lengths, length_mask, pool
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.full import FullEnsemble
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.members.lora import LoraEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.stages.reward import building as reward_building
 from lit_vapo.stages.reward.module import RewardModule
 from lit_vapo.types import FeaturePairs, TokenSequence

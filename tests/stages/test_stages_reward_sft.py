@@ -15,8 +15,8 @@ from lit_vapo.data.collate import SFTBatch
 from lit_vapo.data.datamodule import PreferenceDataModule, SFTDataModule
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained
-from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.stages.reward.module import RewardModule
 from lit_vapo.stages.sft.module import SFTModule
 from lit_vapo.types import TokenSequence

@@ -17,8 +17,8 @@ from lit_vapo.models.pretrained import Pretrained, load_tokenizer
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.single_reward import SingleReward
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rewards.features import compute_features
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.stages.ppo.update import UpdateSettings
 from lit_vapo.study.execution import Study
 from lit_vapo.study.experiment import Analysis, Repetition

@@ -23,10 +23,10 @@ from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.objectives.base import Objective
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.rewards.ensemble_file import read_trusted_config
+from lit_vapo.rewards import RewardSource, load_reward
 from lit_vapo.rollout import Rollout, RolloutMaker
 from lit_vapo.stages.guards import check_context, check_positive, check_precision
-from lit_vapo.stages.ppo.control import check_targets, global_kl, named, next_kl_coef, over_budget
+from lit_vapo.stages.ppo.control import KLControl, global_kl, named
 from lit_vapo.stages.ppo.evaluation import EvaluatedPolicy
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, chosen_critic, compute_advantages
 from lit_vapo.stages.schedule import linear_decay, total_steps
@@ -34,16 +34,20 @@ from lit_vapo.stages.seeding import seeded, seeded_batch
 from lit_vapo.stages.settings import unpickled
 from lit_vapo.types import TextReward
 
+# What the state of the source of rewards begins with.
+REWARD = "reward."
+
 
 class PPOModule(EvaluatedPolicy):
-    """Aligns a language model with PPO against a reward ensemble.
+    """Aligns a language model with PPO against a source of rewards.
 
-    One batch of prompts is one iteration: the policy answers, the ensemble scores, the objective turns scores
+    One batch of prompts is one iteration: the policy answers, the source scores, the objective turns scores
     into a reward and a KL weight, and the responses are learned from in several epochs of minibatches.
 
     Args:
         base: The language model to align; its frozen self is the reference.
-        reward: Folder of the reward ensemble (written by `lit-vapo export`).
+        reward: Where rewards come from: a folder (an ensemble that `lit-vapo export` wrote, or public reward models
+            that were saved), or a source of rewards, as `FunctionReward`.
         objective: What to maximise.
         lora: Adapters to train; `null` trains all weights and keeps the base beside them as the reference, quantised if
             `base.quantization` says so.
@@ -75,12 +79,11 @@ class PPOModule(EvaluatedPolicy):
     """
 
     stage = "ppo"
-    kl_coef: Tensor
 
     def __init__(
         self,
         base: Pretrained,
-        reward: str,
+        reward: RewardSource | str,
         objective: Objective | None = None,
         lora: Lora | None = None,
         policy: str | None = None,
@@ -105,18 +108,15 @@ class PPOModule(EvaluatedPolicy):
         check_positive(
             learning_rate=learning_rate,
             critic_learning_rate=critic_learning_rate,
-            kl_target=kl_target,
-            kl_budget=kl_budget,
             reward_clip=reward_clip,
         )
-        check_targets(kl_coef, kl_target, kl_budget)
+        kl = KLControl(kl_coef, kl_target, kl_budget)
         if num_reference < 2:
             raise ValueError(f"model.num_reference: expected at least 2, got {num_reference}")
         with unpickled():
             self.save_hyperparameters()
         self.automatic_optimization = False
         self.base = base
-        self.reward = reward
         self.objective = objective or VarianceAware()
         # A policy that is not there or of another base is refused before anything heavy is loaded.
         self.lora = lora if policy is None else check_policy(policy, base, lora)
@@ -127,8 +127,7 @@ class PPOModule(EvaluatedPolicy):
         self.critic = chosen_critic(critic, self.advantage, self.update)
         self.learning_rate = learning_rate
         self.critic_learning_rate = critic_learning_rate
-        self.kl_target = kl_target
-        self.kl_budget = kl_budget
+        self.kl = kl
         self.reward_clip = reward_clip
         self.missing_eos_penalty = missing_eos_penalty
         self.gold = gold
@@ -136,27 +135,33 @@ class PPOModule(EvaluatedPolicy):
         self.seed = seed
         self.generator = generator
         self.trust = trust
-        self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))
         self.networks: ActorCritic | None = None
         # What the objective or the advantage cannot use is refused before anything heavy is loaded.
         self.advantage.check_responses(self.sampling.num_responses)
-        self.objective.check_members(read_trusted_config(reward, trust).num_members)
+        self.reward = load_reward(reward, trust) if isinstance(reward, str) else reward
+        self.objective.check_members(self.reward.num_members, self.reward.separate_members)
         self.objective.check_responses(self.sampling.num_responses)
 
     # 1. Building.
 
     def configure_model(self) -> None:
-        """Load actor, reference, critic and reward ensemble."""
+        """Load actor, reference, critic and what scores."""
         if self.networks is not None:
             return
-        self.networks = ActorCritic(self.base, self.lora, self.critic, self.reward, self.policy, self.trust)
+        self.load_networks()
+        assert self.networks is not None
+        self.reward.prepare(self.networks.policy)
+        self.networks.warm_start_critic(self.reward.linear_mean())
         if self.policy is not None:
             rank_zero_info(f"policy: starts from {self.policy}; its critic from {self.networks.critic_start}")
-        head = self.networks.reward_model.head
-        self.objective.prepare(head.num_members, head.reference_variance)
+
+    def load_networks(self) -> None:
+        """Load actor, reference and critic: all that an export needs."""
+        self.networks = ActorCritic(self.base, self.lora, self.critic, self.policy, self.reward.reads())
+        self.objective.prepare(self.reward.num_members)
 
     def start(self) -> None:
-        """What needs the device and the data: the rollout maker, and a calibrated ensemble."""
+        """What needs the device and the data: the rollout maker, and a calibrated source of rewards."""
         assert self.networks is not None
         # The loss scaler of 16-mixed belongs to one step a batch, and an iteration takes many.
         check_precision(self.trainer.precision, "32-true", "bf16-mixed")
@@ -170,6 +175,7 @@ class PPOModule(EvaluatedPolicy):
         check_embeddings(config, datamodule.text_tokenizer, *datamodule.largest_token())
         self.maker = RolloutMaker(
             self.networks,
+            self.reward,
             datamodule.text_tokenizer,
             self.sampling,
             self.gold,
@@ -177,14 +183,13 @@ class PPOModule(EvaluatedPolicy):
             self.missing_eos_penalty,
             generator=self.generator,
         )
-        head = self.networks.reward_model.head
-        if not bool(head.calibrated):
-            self.print(f"reward: calibrating the ensemble on {self.num_reference} reference responses")
+        datamodule.check_columns(self.reward.columns)
+        if not self.reward.calibrated:
+            self.print(f"reward: calibrating on {self.num_reference} reference responses")
             batches = [b.to(self.device) for b in datamodule.prompt_batches("train", self.num_reference)]
             with seeded(self.seed):
-                head.calibrate(self.maker.reference_features(batches))
-            self.objective.prepare(head.num_members, head.reference_variance)
-            self.networks.warm_start_critic()
+                self.reward.calibrate(self.maker.references(batches))
+            self.networks.warm_start_critic(self.reward.linear_mean())
 
     def on_fit_start(self) -> None:
         """Get ready to roll out."""
@@ -203,7 +208,7 @@ class PPOModule(EvaluatedPolicy):
         with named(self.iteration), seeded_batch(self):
             rollout = self.maker.make(batch, self.objective, values=self.advantage.needs_critic, all_sum=self._sum)
             kl = global_kl(rollout, self._sum)
-            if over_budget(kl, self.kl_budget, self.iteration):
+            if self.kl.over_budget(kl, self.iteration):
                 self.trainer.should_stop = True
                 learned = {"updates": torch.zeros(())}
             else:
@@ -213,7 +218,7 @@ class PPOModule(EvaluatedPolicy):
         statistics = {**rollout_statistics(rollout), **self.objective.statistics(), **learned}
         self._log_iteration(rollout, statistics, time.perf_counter() - started)
         planned = self._planned_iterations()
-        self.kl_coef.copy_(next_kl_coef(self.kl_coef, kl, self.kl_target, self.iteration, planned))
+        self.kl.adapt(kl, self.iteration, planned)
         if self.trainer.max_steps > 0 and self.iteration >= planned:
             # Updates that `max_approx_kl` ended early have left steps over, but no learning rate.
             self.trainer.should_stop = True
@@ -222,7 +227,7 @@ class PPOModule(EvaluatedPolicy):
         """Advantages, the update, and the learning rate's next step; statistics of the update."""
         assert self.maker is not None
         assert self.networks is not None
-        experience = compute_advantages(rollout, float(self.kl_coef), self.advantage, self._sum)
+        experience = compute_advantages(rollout, float(self.kl.coef), self.advantage, self._sum)
         optimizer = cast("torch.optim.Optimizer", self.optimizers())
         learned = PPOUpdate(self, self.networks, self.update, self.maker.shaping).run(
             experience, optimizer, train_actor=self.iteration > self.update.critic_warmup
@@ -237,8 +242,8 @@ class PPOModule(EvaluatedPolicy):
     def _log_iteration(self, rollout: Rollout, values: dict[str, Tensor], total: float) -> None:
         tokens = float(rollout.response_mask.sum())
         values["iteration"] = torch.tensor(float(self.iteration))
-        values["kl_coef"] = self.kl_coef.clone()
-        values["effective_kl_coef"] = self.kl_coef * rollout.kl_weight.mean()
+        values["kl_coef"] = self.kl.coef.clone()
+        values["effective_kl_coef"] = self.kl.coef * rollout.kl_weight.mean()
         values["tokens_per_second"] = torch.tensor(tokens / total)
         for phase, time_spent in rollout.seconds.items():
             values[f"{phase}_tokens_per_second"] = torch.tensor(tokens / time_spent)
@@ -272,8 +277,12 @@ class PPOModule(EvaluatedPolicy):
 
     # 3. Checkpoints and export.
 
+    def kept_keys(self) -> set[str]:
+        """What trains, what steers, and what the source of rewards cannot be read again without."""
+        return super().kept_keys() | {f"{REWARD}{name}" for name in self.reward.own_state()}
+
     def _is_own_state(self, name: str) -> bool:
-        return name == "kl_coef" or name.startswith(("objective.", "networks.reward_model.head."))
+        return name.startswith(("kl.", "objective."))
 
     def export(self, folder: str | Path, merge: bool = False) -> None:
         """Write the policy as an ordinary transformers or peft folder, and the critic, if any, beside it.

@@ -26,13 +26,14 @@ from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained, quiet
 from lit_vapo.objectives.base import Objective
+from lit_vapo.rewards import HeldEnsemble, RewardSource
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.stages.ppo.module import PPOModule
 from lit_vapo.stages.ppo.update import UpdateSettings
 from lit_vapo.study.experiment import Experiment, Record, Repetition, expect
 from lit_vapo.study.experiments.learner import examine
-from lit_vapo.study.experiments.training_course import Watch
+from lit_vapo.study.experiments.training_course import TrainingCourse
 from lit_vapo.study.experiments.truth import PromptValues, TrueReward
 from lit_vapo.types import TextReward
 
@@ -191,10 +192,11 @@ class LanguageModelStudy(Experiment):
         head = self.ensemble(self.settings[setting], repetition.seed)
         records, known = [], self._knows(head)
         with TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "ensemble"
-            RewardModel(self.features, head, None).save_pretrained(folder)
             for name, objective in self.methods.items():
-                seen = self._train(copy.deepcopy(objective), folder, repetition.seed)
+                reward = HeldEnsemble(
+                    RewardModel(self.features, copy.deepcopy(head), None).requires_grad_(False).eval()
+                )
+                seen = self._train(copy.deepcopy(objective), reward, Path(scratch), repetition.seed)
                 base = self.reference_return
                 records.append(Record(name, setting, *repetition, seen.kl, seen.true_return, base, known | seen.last))
         return records
@@ -208,17 +210,17 @@ class LanguageModelStudy(Experiment):
         estimate = head(features)
         return examine(estimate.mean[None], estimate.variance[None], self.true(features)[None])
 
-    def _train(self, objective: Objective, ensemble: Path, seed: int) -> Watch:
+    def _train(self, objective: Objective, reward: RewardSource, scratch: Path, seed: int) -> TrainingCourse:
         """One run of one method."""
         training = self.training
-        watch = Watch(self.true if self.gold is None else None, self.prompt_values)
+        watch = TrainingCourse(self.true if self.gold is None else None, self.prompt_values)
         quiet()
         with warnings.catch_warnings(), _unheard("lightning.pytorch"):
             for message in (*NOISE, *UNHEARD):
                 warnings.filterwarnings("ignore", message=message)
             module = PPOModule(
                 self.features.base,
-                str(ensemble),
+                reward,
                 objective,
                 lora=training.lora,
                 sampling=training.sampling,
@@ -241,7 +243,7 @@ class LanguageModelStudy(Experiment):
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 callbacks=[watch],
-                default_root_dir=ensemble.parent,
+                default_root_dir=scratch,
             )
             torch.manual_seed(seed)
             trainer.fit(module, self.prompts)

@@ -162,13 +162,14 @@ def optima(
         repetition: Which repetition it is.
     """
     estimate, true = head(responses.flatten(0, 1)), true.double()
+    estimate = estimate._replace(reference_variance=head.reference_variance)
     known = examine(estimate.mean.view(true.shape), estimate.variance.view(true.shape), true)
     reference = torch.full_like(true, 1 / true.shape[1])
     base = float((reference * true).sum(1).mean())
     coefs = kl_coef * torch.tensor(EXPONENTS, dtype=torch.float64).exp2()
     records = []
     for name, objective in methods.items():
-        objective.prepare(head.num_members, head.reference_variance)
+        objective.prepare(head.num_members)
         score = objective(estimate)
         reward, weight = (x.double().view(true.shape) for x in (score.reward, score.kl_weight))
         kl, value = (x.mean(1).tolist() for x in optimal_course(reward, weight, reference, true, coefs))

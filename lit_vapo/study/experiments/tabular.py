@@ -243,9 +243,10 @@ def _scores(method: Method, members: Tensor, draws: Draws, reference: Tensor) ->
     told = (method.told or Honest())(draws)
     rewards, weights = [], []
     for estimate, variance in zip(members, told, strict=True):
+        method.objective.prepare(members.shape[-1])
         # The mean over the reference's responses, which training measures by sampling, is known here.
-        method.objective.prepare(members.shape[-1], (reference * variance).sum())
-        score = method.objective(RewardEstimate(estimate.mean(-1), variance, estimate))
+        unit = (reference * variance).sum()
+        score = method.objective(RewardEstimate(estimate.mean(-1), variance, estimate, unit))
         rewards.append(score.reward)
         weights.append(score.kl_weight)
     return torch.stack(rewards), torch.stack(weights)

@@ -14,7 +14,7 @@ from lit_vapo.study.experiments.truth import PromptValues, TrueReward
 SHOWN = ("train/objective_reward", "train/ensemble_sigma", "train/kl_weight_mean", "train/kl_coef", "train/entropy")
 
 
-class Watch(Callback):
+class TrainingCourse(Callback):
     """Notes KL and true return of every rollout; training knows nothing of it.
 
     A rollout has few prompts, and more is to be had from some than from others. Where it is known what the reference
@@ -42,8 +42,8 @@ class Watch(Callback):
         """Look at the features that the ensemble is given, once an iteration."""
         if self.true is None:
             return
-        networks: Any = pl_module.networks
-        networks.reward_model.head.register_forward_hook(self._note)
+        reward: Any = pl_module.reward
+        reward.head.register_forward_hook(self._note)
 
     def _note(self, head: nn.Module, given: tuple[Tensor], estimate: object) -> None:
         assert self.true is not None

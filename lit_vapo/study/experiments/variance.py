@@ -155,7 +155,6 @@ class Told(Objective):
     """
 
     needs_variance = True
-    unit: Tensor
 
     def __init__(self, objective: Objective, variance: ToldVariance) -> None:
         super().__init__()
@@ -165,18 +164,17 @@ class Told(Objective):
             raise ValueError("variance.exact: expected false, as PPO knows no true variance; got true")
         self.objective = objective
         self.variance = variance
-        self.register_buffer("unit", torch.ones(()))
+        self.needs_members = objective.needs_members
 
-    def prepare(self, num_members: int, reference_variance: Tensor) -> None:
-        """Remember the unit; the objective meets the ensemble as it is."""
-        super().prepare(num_members, reference_variance)
-        self.objective.prepare(num_members, reference_variance)
-        self.unit.copy_(reference_variance)
+    def prepare(self, num_members: int) -> None:
+        """The objective meets the ensemble as it is."""
+        super().prepare(num_members)
+        self.objective.prepare(num_members)
 
-    def check_members(self, num_members: int) -> None:
+    def check_members(self, num_members: int, separate: bool = True) -> None:
         """Refuse what the objective refuses, and a single member."""
-        super().check_members(num_members)
-        self.objective.check_members(num_members)
+        super().check_members(num_members, separate)
+        self.objective.check_members(num_members, separate)
 
     def check_responses(self, num_responses: int) -> None:
         """Refuse what the objective refuses."""
@@ -197,7 +195,8 @@ class Told(Objective):
         return self.objective.statistics()
 
     def _change(self, estimate: RewardEstimate) -> RewardEstimate:
-        unit = self.unit.clamp_min(1e-12)
+        assert estimate.reference_variance is not None, "an ensemble that PPO aligns against is calibrated"
+        unit = estimate.reference_variance.clamp_min(1e-12)
         there = estimate.variance / unit
         with seeded(0):
             normal, order = torch.randn(len(there)).to(there), torch.randperm(len(there)).to(there.device)

@@ -1,0 +1,129 @@
+"""An ensemble that lit-vapo trained, as a source of rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_vapo.models.critic import HiddenStates
+from lit_vapo.models.policy import Policy
+from lit_vapo.models.trunk import Tap
+from lit_vapo.rewards.ensemble_file import read_trusted_config
+from lit_vapo.rewards.members.base import RewardHead
+from lit_vapo.rewards.placement import Placement, SharedTrunk, place, reads_frozen_states
+from lit_vapo.rewards.reward_model import RewardModel, ensemble_class
+from lit_vapo.rewards.source import Responses, RewardSource
+from lit_vapo.types import RewardEstimate
+
+
+class PlacedEnsemble(RewardSource):
+    """Scores responses with members whose features come from where they are placed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: RewardModel | None = None
+        self._placement: Placement | None = None
+
+    def put(self, placement: Placement) -> None:
+        """Take the members from where they were placed."""
+        self._placement, self.model = placement, placement.model
+
+    @property
+    def head(self) -> RewardHead:
+        """The members, once they are loaded."""
+        assert self.model is not None, "`prepare` comes first"
+        return self.model.head
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """The features, where the reference's pass has them."""
+        return () if self._placement is None else self._placement.taps
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether members are centred and scaled."""
+        return bool(self.head.calibrated)
+
+    def calibrate(self, references: Iterable[Responses]) -> None:
+        """Centre and scale each member, and measure their typical variance."""
+        self.head.calibrate(torch.cat([self._features(responses) for responses in references]))
+
+    def score(self, responses: Responses) -> RewardEstimate:
+        """Mean, variance and members (B, K), in standard deviations of the reference's rewards."""
+        estimate: RewardEstimate = self.head(self._features(responses))
+        return estimate._replace(reference_variance=self.head.reference_variance)
+
+    def _features(self, responses: Responses) -> Tensor:
+        assert self._placement is not None, "`prepare` comes first"
+        return self._placement.features(responses)
+
+    def linear_mean(self) -> tuple[Tensor, Tensor] | None:
+        """The mean head, where members are linear."""
+        return self.head.linear_mean()
+
+    def own_state(self) -> set[str]:
+        """The members: training may have calibrated them, and a folder may go away."""
+        return {name for name in self.state_dict() if name.startswith("model.head.")}
+
+
+class EnsembleReward(PlacedEnsemble):
+    """An ensemble from a folder that `lit-vapo export` wrote.
+
+    What it can share with the policy's base it shares (`placement.py`); how it scores does not depend on that.
+
+    Args:
+        folder: Folder of the ensemble.
+        trust: Code outside of lit_vapo that the ensemble may run: classes by their Python name, models that bring code
+            by folder or hub name.
+
+    Raises:
+        ValueError: There is no ensemble in the folder, or it asks for code it is not trusted with.
+    """
+
+    def __init__(self, folder: str, trust: list[str] | None = None) -> None:
+        super().__init__()
+        self.folder = folder
+        self.trust = trust
+        # A folder that is none is refused before anything heavy is loaded.
+        self._config = read_trusted_config(folder, trust)
+        self._kind = ensemble_class(self._config)
+
+    @property
+    def num_members(self) -> int:
+        """Members K."""
+        return self._config.num_members
+
+    def reads(self) -> HiddenStates | None:
+        """What the members read, if that is a frozen model."""
+        spec = self._config.spec
+        return HiddenStates(spec.base, spec.layer) if reads_frozen_states(self._config, self._kind) else None
+
+    def prepare(self, policy: Policy | None) -> None:
+        """Load the members, and of their backbones what the policy's base does not have."""
+        if self.model is None:
+            self.put(place(Path(self.folder), self._config, self._kind, policy, self.trust))
+
+
+class HeldEnsemble(PlacedEnsemble):
+    """An ensemble that is in memory already, and reads the hidden states of the policy's base.
+
+    Args:
+        model: The ensemble; it needs no backbone.
+    """
+
+    def __init__(self, model: RewardModel) -> None:
+        super().__init__()
+        self.put(SharedTrunk(model))
+
+    @property
+    def num_members(self) -> int:
+        """Members K."""
+        return self.head.num_members
+
+    def reads(self) -> HiddenStates | None:
+        """What the members read."""
+        assert self.model is not None
+        return HiddenStates(self.model.spec.base, self.model.spec.layer)
