@@ -70,9 +70,10 @@ def prompt_batch(model, prompts=None):
 
 
 def maker(nets, model, tokens=6, temperature=1.0, num_responses=1, **kwargs):
-    """A rollout maker for `nets`, with so many stop tokens that responses differ in length."""
+    """A rollout maker for `nets` or a module, with so many stop tokens that responses differ in length."""
+    nets, scorer = (nets.networks, nets.reward) if isinstance(nets, PPOModule) else (nets, nets.scorer)
     sampling = Sampling(tokens, temperature, list(range(60)), num_responses)
-    return RolloutMaker(nets, nets.scorer, load_tokenizer(Pretrained(model)), sampling, **kwargs)
+    return RolloutMaker(nets, scorer, load_tokenizer(Pretrained(model)), sampling, **kwargs)
 
 
 def make_rollout(nets, model, seed=0, tokens=6, prompts=None, objective=None, role="actor", values=True, **kwargs):

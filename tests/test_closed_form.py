@@ -23,12 +23,12 @@ from lit_vapo.models.generation import Sampling, Shaping
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.token_rows import TokenRows
-from lit_vapo.models.trunk import pool
+from lit_vapo.models.trunk import Tap, pool
 from lit_vapo.objectives.lower_confidence import LowerConfidence
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.single_reward import SingleReward
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.rewards.members.base import RewardHead
+from lit_vapo.rewards import RewardSource
 from lit_vapo.stages.ppo.module import PPOModule
 from lit_vapo.stages.ppo.update import UpdateSettings
 
@@ -43,35 +43,30 @@ KL_COEF = 0.8
 ITERATIONS, BATCH = 60, 512
 
 
-class Table(RewardHead):
-    """Scores looked up by the features of a response."""
+class Table(RewardSource):
+    """Scores looked up by what the reference's pass says of a response."""
+
+    num_members = MEMBERS
+    taps = (Tap(None, "last"),)
 
     def __init__(self, features, scores, reference_variance):
-        super().__init__(MEMBERS)
+        super().__init__()
         self.register_buffer("features", features)
         self.register_buffer("scores", scores)
-        self.reference_variance.copy_(reference_variance)
-        self.calibrated.fill_(True)
+        self.register_buffer("reference_variance", reference_variance)
 
-    def make_parameters(self, hidden_size):
-        pass
-
-    def rewards(self, features):
-        distances = torch.cdist(features, self.features, compute_mode="donot_use_mm_for_euclid_dist")
+    def score(self, responses):
+        (tap,) = self.taps
+        distances = torch.cdist(responses.pooled[tap], self.features, compute_mode="donot_use_mm_for_euclid_dist")
         assert distances.amin(1).max() < 1e-4
-        return self.scores[distances.argmin(1)]
+        return self.estimate(distances.argmin(1))
+
+    def estimate(self, index):
+        return ensemble_estimate(self.scores[index])._replace(reference_variance=self.reference_variance)
 
 
-class TablePPO(PPOModule):
-    """PPO with the table in place of the ensemble's heads."""
-
-    def configure_model(self):
-        super().configure_model()
-        (head,) = self.table
-        self.networks.reward_model.head = head
-        self.objective.prepare(MEMBERS, head.reference_variance)
-        torch.nn.init.zeros_(self.networks.critic.value_head.weight)
-        torch.nn.init.zeros_(self.networks.critic.value_head.bias)
+class QuietPPO(PPOModule):
+    """PPO that logs nothing."""
 
     def log(self, *args, **kwargs):
         """Nobody reads it here, and it takes a third of the time."""
@@ -115,12 +110,11 @@ def task(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
     model = helpers.tiny_model(folder / "model", tokenizer, num_attention_heads=4, seed=3)
-    reward = ppo_helpers.ensemble(folder / "ensemble", model, MEMBERS)
     reference, features = enumerate_policy(Policy(Pretrained(model), None), "reference")
     torch.testing.assert_close(reference.sum(1), torch.ones(2, dtype=torch.float64))
     prompts = [{"prompt": PROMPTS[i % 2]} for i in range(BATCH)]
     data = helpers.write_jsonl(folder / "prompts.jsonl", prompts)
-    return SimpleNamespace(model=model, reward=reward, reference=reference, features=features, data=data)
+    return SimpleNamespace(model=model, reference=reference, features=features, data=data)
 
 
 def table(task, varying):
@@ -131,9 +125,8 @@ def table(task, varying):
 
 def optimum(task, objective, varying):
     """π* of each prompt (2, n), and the weights."""
-    head = table(task, varying)
-    objective.prepare(MEMBERS, head.reference_variance)
-    score = objective(ensemble_estimate(head.scores))
+    objective.prepare(MEMBERS)
+    score = objective(table(task, varying).estimate(slice(None)))
     parts = zip(score.reward.view(2, -1), task.reference, score.kl_weight.view(2, -1), strict=True)
     return torch.stack([optimal_policy(r, p, KL_COEF, w) for r, p, w in parts]), score.kl_weight
 
@@ -145,9 +138,9 @@ def distance(one, other):
 
 def learned(task, objective, varying, folder):
     """What PPO makes of the reference."""
-    module = TablePPO(
+    module = QuietPPO(
         Pretrained(task.model),
-        task.reward,
+        table(task, varying).float(),
         objective,
         sampling=Sampling(LENGTH),
         advantage=Gae(gae_lambda=1.0),
@@ -156,7 +149,6 @@ def learned(task, objective, varying, folder):
         critic_learning_rate=3e-2,
         kl_coef=KL_COEF,
     )
-    module.table = [table(task, varying).float()]
     data = PromptDataModule(
         task.model, prompts=task.data, batch_size=BATCH, max_prompt_length=8, validation_fraction=0.0
     )

@@ -109,7 +109,7 @@ def test_second_run_computes_no_features(reward, run, monkeypatch):
 
 def test_ppo_changes_adapters_and_keeps_a_small_checkpoint(ppo):
     weights = checkpoint(ppo)["state_dict"]
-    assert all("lora_" in n or "critic." in n or n == "kl_coef" or "head." in n or "objective" in n for n in weights)
+    assert all("lora_" in n or "critic." in n or n == "kl.coef" or "head." in n or "objective" in n for n in weights)
     lora_b = [w for n, w in weights.items() if "lora_B" in n]
     assert lora_b
     assert any(w.abs().sum() > 0 for w in lora_b)  # peft starts them at zero

@@ -78,7 +78,7 @@ def test_an_empty_response_is_refused_by_its_prompt():
 def test_features_of_the_shared_base_are_those_of_a_model_of_its_own(tiny_model_dir, tmp_path, layer, pooling):
     reward = ppo_helpers.ensemble(tmp_path / "ensemble", tiny_model_dir, layer=layer, pooling=pooling)
     networks = ppo_helpers.networks(tiny_model_dir, reward)
-    assert networks.shares_base
+    assert networks.scorer.taps
     made = ppo_helpers.make_rollout(networks, tiny_model_dir)
     own = RewardModel.from_pretrained(reward)
     assert own.backbone is not None
@@ -100,7 +100,7 @@ def other_ensemble(folder):
 def test_another_tokenizer_reads_the_text_anew(tiny_model_dir, tmp_path):
     reward = other_ensemble(tmp_path)
     networks = ppo_helpers.networks(tiny_model_dir, reward)
-    assert not networks.shares_base
+    assert not networks.scorer.taps
     made = ppo_helpers.make_rollout(networks, tiny_model_dir)
     own = RewardModel.from_pretrained(reward)
     tokenizer = own.load_tokenizer()
@@ -132,7 +132,7 @@ def test_a_score_does_not_depend_on_its_neighbours(nets, tiny_model_dir, rollout
         size = row.response_mask.shape[1]
         torch.testing.assert_close(scored.logprobs[0], rollout.logprobs[i, :size], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(scored.values[0], rollout.values[i, :size], atol=1e-5, rtol=1e-5)
-        members = nets.scorer.model.head(scored.features).members
+        members = nets.scorer.model.head(*scored.pooled).members
         torch.testing.assert_close(members[0], rollout.estimate.members[i], atol=1e-5, rtol=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_statistics_against_loops(nets, tiny_model_dir):
     members = made.estimate.members.tolist()
     means = [sum(m) / 3 for m in members]
     variances = [sum((x - mu) ** 2 for x in m) / 2 for m, mu in zip(members, means, strict=True)]
-    weights = [max(0.1, min(10.0, v)) for v in variances]
+    weights = [max(0.1, min(10.0, v / float(nets.scorer.head.reference_variance))) for v in variances]
     k3 = [math.exp(-x) - 1 + x for x in ratios]
     count = len(made.prompts)
 
@@ -223,7 +223,8 @@ def test_reference_features_are_those_of_reference_responses(nets, tiny_model_di
     scorer = ppo_helpers.maker(nets, tiny_model_dir)
     batch = ppo_helpers.prompt_batch(tiny_model_dir)
     torch.manual_seed(3)
-    features = scorer.reference_features([batch, batch])
+    (tap,) = nets.scorer.taps
+    features = torch.cat([responses.pooled[tap] for responses in scorer.references([batch, batch])])
     assert features.shape == (12, 32)
     torch.manual_seed(3)
     tokenizer = load_tokenizer(Pretrained(tiny_model_dir))

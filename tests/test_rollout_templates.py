@@ -59,8 +59,9 @@ def test_each_response_to_a_prompt_meets_its_messages(tiny_model_dir, judge, tmp
     rollout = maker.make(prompts, MeanReward())
     tokenizer = RewardModel.from_pretrained(judge).load_tokenizer()
     seen = []
-    response = maker._reward_encoder.response
-    maker._reward_encoder.response = lambda prompt, *rest: seen.append(prompt.content) or response(prompt, *rest)
+    (encoder,) = maker._encoders.values()
+    response = encoder.response
+    encoder.response = lambda prompt, *rest: seen.append(prompt.content) or response(prompt, *rest)
     maker.make(prompts, MeanReward())
     assert seen == [turns for turns in TURNS for _ in range(2)]
     assert len(rollout.prompts) == 6
@@ -92,7 +93,7 @@ def test_an_ensemble_of_the_same_tokens_reads_what_was_written(tiny_model_dir, t
     reward = judge_with(tmp_path, template)
     prompts = batch(tiny_model_dir, tmp_path, [{"prompt": turns} for turns in TURNS])
     nets = ppo_helpers.networks(tiny_model_dir, reward)
-    assert not nets.shares_base
+    assert not nets.scorer.taps
     rollout = ppo_helpers.maker(nets, tiny_model_dir, num_responses=2).make(prompts, MeanReward())
     model, rows = RewardModel.from_pretrained(reward), rollout.rows
     for i, length in enumerate(rows.lengths.tolist()):

@@ -24,10 +24,15 @@ def members(batch=64, count=5, seed=0):
     return torch.randn(batch, count, generator=generator) * torch.rand(batch, 1, generator=generator)
 
 
-def prepared(kind, count=5, variance=0.5):
+def prepared(kind, count=5):
     objective = kind()
-    objective.prepare(count, torch.tensor(variance))
+    objective.prepare(count)
     return objective
+
+
+def estimated(members, variance=0.5):
+    """What an ensemble says that was calibrated where σ² was `variance`."""
+    return ensemble_estimate(members)._replace(reference_variance=torch.tensor(variance))
 
 
 def in_evaluation(objective, estimate):
@@ -49,7 +54,7 @@ def test_all_are_discovered():
 @SCORED
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_shapes_finiteness_and_sign_of_the_weight(kind, scored):
-    score = scored(prepared(kind), ensemble_estimate(members()))
+    score = scored(prepared(kind), estimated(members()))
     assert score.reward.shape == score.kl_weight.shape == (64,)
     assert torch.isfinite(score.reward).all()
     assert torch.isfinite(score.kl_weight).all()
@@ -62,8 +67,8 @@ def test_permuting_members_changes_nothing(kind, scored):
     if kind is SingleReward:
         pytest.skip("chooses a member by its place")
     scores = members()
-    one = scored(prepared(kind), ensemble_estimate(scores))
-    two = scored(prepared(kind), ensemble_estimate(scores[:, [4, 2, 0, 1, 3]]))
+    one = scored(prepared(kind), estimated(scores))
+    two = scored(prepared(kind), estimated(scores[:, [4, 2, 0, 1, 3]]))
     torch.testing.assert_close(one, two)
 
 
@@ -74,7 +79,7 @@ def test_what_one_member_adds_to_every_response_changes_nothing_after_centring(k
     both = []
     for offset in (torch.zeros(5), torch.tensor([0.0, 7.0, 0.0, 0.0, -3.0])):
         loc, scale = fit_normaliser(reference + offset)
-        both.append(scored(prepared(kind), ensemble_estimate(normalise_members(scores + offset, loc, scale))))
+        both.append(scored(prepared(kind), estimated(normalise_members(scores + offset, loc, scale))))
     torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
 
 
@@ -82,14 +87,14 @@ def test_what_one_member_adds_to_every_response_changes_nothing_after_centring(k
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_equal_members_give_the_mean_reward(kind, scored):
     scores = members()[:, :1].expand(-1, 5)
-    score = scored(prepared(kind, variance=0.0), ensemble_estimate(scores))
-    torch.testing.assert_close(score, prepared(MeanReward)(ensemble_estimate(scores)))
+    score = scored(prepared(kind), estimated(scores, variance=0.0))
+    torch.testing.assert_close(score, prepared(MeanReward)(estimated(scores)))
 
 
 @SCORED
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_an_estimate_without_members_is_scored_or_refused_by_name(kind, scored):
-    estimate = ensemble_estimate(members())._replace(members=None)
+    estimate = estimated(members())._replace(members=None)
     try:
         score = scored(prepared(kind), estimate)
     except ValueError as error:
@@ -101,9 +106,9 @@ def test_an_estimate_without_members_is_scored_or_refused_by_name(kind, scored):
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_evaluation_leaves_no_trace(kind):
     objective = prepared(kind)
-    in_training(objective, ensemble_estimate(members(seed=1)))
+    in_training(objective, estimated(members(seed=1)))
     before = {name: x.clone() for name, x in objective.state_dict().items()}
-    estimate = ensemble_estimate(members())
+    estimate = estimated(members())
     torch.testing.assert_close(objective(estimate), objective(estimate))
     torch.testing.assert_close(dict(objective.state_dict()), before)
 
@@ -111,7 +116,7 @@ def test_evaluation_leaves_no_trace(kind):
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_statistics_are_scalars(kind):
     objective = prepared(kind)
-    in_training(objective, ensemble_estimate(members()))
+    in_training(objective, estimated(members()))
     assert all(x.shape == () and torch.isfinite(x) for x in objective.statistics().values())
 
 
@@ -126,19 +131,18 @@ def test_a_single_member_is_refused_where_a_variance_is_needed(kind):
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_state_survives_a_round_trip(kind):
-    objective, again = prepared(kind, variance=0.7), prepared(kind)
-    in_training(objective, ensemble_estimate(members()))
+    objective, again = prepared(kind), prepared(kind)
+    in_training(objective, estimated(members()))
     again.load_state_dict(objective.state_dict())
-    estimate = ensemble_estimate(members(seed=1))
+    estimate = estimated(members(seed=1))
     torch.testing.assert_close(objective(estimate), again(estimate))
     torch.testing.assert_close(in_training(objective, estimate), in_training(again, estimate))
 
 
 def test_variance_aware_by_hand():
     # σ² = 0.5, 2, 8 with a reference of 2 → 0.25, 1, 4; clamped to [0.5, 3] → 0.5, 1, 3
-    estimate = RewardEstimate(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 2.0, 8.0]), None)
+    estimate = RewardEstimate(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 2.0, 8.0]), None, torch.tensor(2.0))
     objective = VarianceAware(min_weight=0.5, max_weight=3.0)
-    objective.prepare(4, torch.tensor(2.0))
     score = objective(estimate)
     torch.testing.assert_close(score.kl_weight, torch.tensor([0.5, 1.0, 3.0]))
     torch.testing.assert_close(score.reward, estimate.mean)
@@ -147,27 +151,25 @@ def test_variance_aware_by_hand():
 def test_scale_none_is_the_raw_variance():
     estimate = RewardEstimate(torch.zeros(2), torch.tensor([0.5, 2.0]), None)
     objective = VarianceAware(scale="none", min_weight=0.0, max_weight=100.0)
-    objective.prepare(4, torch.tensor(7.0))
     torch.testing.assert_close(objective(estimate).kl_weight, estimate.variance)
 
 
 def test_reference_scale_has_mean_one_over_the_reference():
     estimate = ensemble_estimate(members(4000))
+    estimate = estimate._replace(reference_variance=estimate.variance.mean())
     objective = VarianceAware(min_weight=0.0, max_weight=1e9)
-    objective.prepare(5, estimate.variance.mean())
     torch.testing.assert_close(objective(estimate).kl_weight.mean(), torch.tensor(1.0))
 
 
 def test_constant_variance_gives_plain_rlhf():
-    estimate = RewardEstimate(torch.randn(8), torch.full((8,), 0.3), None)
+    estimate = RewardEstimate(torch.randn(8), torch.full((8,), 0.3), None, torch.tensor(0.3))
     objective = VarianceAware()
-    objective.prepare(5, torch.tensor(0.3))
     torch.testing.assert_close(objective(estimate).kl_weight, torch.ones(8))
 
 
 def test_conservative_rewards_by_hand():
     # Members 1, 2, 6: mean 3, unbiased variance (4 + 1 + 9) / 2 = 7. Members 2, 2, 2: mean 2, variance 0.
-    estimate = ensemble_estimate(torch.tensor([[1.0, 2.0, 6.0], [2.0, 2.0, 2.0]]))
+    estimate = estimated(torch.tensor([[1.0, 2.0, 6.0], [2.0, 2.0, 2.0]]))
     for objective, first in (
         (WorstCase(), 1.0),
         (UncertaintyWeighted(0.5), 3 - 0.5 * 7),
@@ -180,21 +182,20 @@ def test_conservative_rewards_by_hand():
 
 @pytest.mark.parametrize("kind", [UncertaintyWeighted, LowerConfidence])
 def test_no_penalty_is_the_mean_reward(kind):
-    estimate = ensemble_estimate(members())
+    estimate = estimated(members())
     torch.testing.assert_close(kind(penalty=0.0)(estimate), MeanReward()(estimate))
 
 
 @pytest.mark.parametrize("kind", [UncertaintyWeighted, LowerConfidence, WorstCase])
 def test_doubt_never_raises_a_reward(kind):
-    estimate = ensemble_estimate(members())
+    estimate = estimated(members())
     assert (kind()(estimate).reward <= estimate.mean).all()
 
 
 def test_a_members_reward_with_the_ensembles_variance():
     scores = members()
     objective = VarianceAware(member=2)
-    objective.prepare(5, torch.tensor(0.5))
-    torch.testing.assert_close(objective(ensemble_estimate(scores)).reward, scores[:, 2])
+    torch.testing.assert_close(objective(estimated(scores)).reward, scores[:, 2])
 
 
 @pytest.mark.parametrize(

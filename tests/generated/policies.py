@@ -18,7 +18,7 @@ def networks(folder: str) -> dict[str, torch.Tensor]:
     """What a run that starts from a policy would train."""
     torch.manual_seed(0)
     base = Pretrained(world.model())
-    nets = ActorCritic(base, check_policy(folder, base, None), CriticSpec(), world.exported("reward"), folder)
+    nets = ActorCritic(base, check_policy(folder, base, None), CriticSpec(), folder)
     return {str(i): x.detach() for i, x in enumerate([*nets.actor_parameters(), *nets.critic_parameters()])}
 
 

@@ -8,10 +8,10 @@ import torch
 from hostile_helpers import EVIL, HEAD, checkpoint, edit, ensemble, refused
 
 from lit_vapo.cli import main
-from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.settings import MOST_SETTINGS
 from lit_vapo.models.trust import check_trusted
+from lit_vapo.rewards import load_reward
 from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.stages.ppo.module import PPOModule
 
@@ -87,7 +87,7 @@ def test_an_ensemble_imports_nothing(tiny_model_dir, trap, tmp_path):
     for call in (
         lambda: RewardModel.from_pretrained(folder),
         lambda: PPOModule(Pretrained(tiny_model_dir), str(folder)),
-        lambda: ActorCritic(Pretrained(tiny_model_dir), None, None, str(folder)),
+        lambda: load_reward(str(folder)),
     ):
         message = refused("ensemble.json: expected classes of lit_vapo, got class_path 'trap.Evil'", call)
         assert "trust=['trap.Evil']" in message

@@ -5,9 +5,8 @@ import re
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
-from ppo_helpers import fit_ppo, make_rollout, ppo_module, prompt_data
+from ppo_helpers import fit_ppo, make_rollout, ppo_module, prompt_data, with_reward
 
-from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.pretrained import (
     Lora,
@@ -43,7 +42,7 @@ def saved_ensemble(folder, model, quantization=None, layer=None, **kwargs):
 
 def networks(model, reward, lora=True, quantization=None, critic=None):
     base = Pretrained(model, quantization=quantization)
-    nets = ActorCritic(base, Lora(4, 16.0) if lora else None, critic, reward)
+    nets = with_reward(base, Lora(4, 16.0) if lora else None, critic, reward)
     for i, p in enumerate(nets.actor_parameters()):  # an actor that differs from its reference
         p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.3)
     return nets
@@ -51,7 +50,7 @@ def networks(model, reward, lora=True, quantization=None, critic=None):
 
 def elements(module):
     """Numbers held, adapters and heads of rewards and values aside."""
-    return sum(p.numel() for n, p in module.named_parameters() if not re.search("lora_|^reward_model.head|^critic", n))
+    return sum(p.numel() for n, p in module.named_parameters() if not re.search("lora_|^critic", n))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def test_scores_are_those_of_an_ensemble_by_itself(folders, tmp_path, kind, lora
     assert expected.std(1).min() > 0.01
     critic = CriticSpec("lora" if lora else "reference")
     nets = networks(folders(kind), reward, lora, quantization, critic)
-    own = nets.reward_model
+    own = nets.scorer.model
     # Without LoRA the policy's own weights stand beside its reference.
     assert elements(nets) == (1 if lora else 2) * elements(load_causal_lm(Pretrained(folders(kind))))
     torch.testing.assert_close(own.head.rewards(compute_features(own, SEQUENCES, CPU)), expected, atol=1e-5, rtol=1e-5)
@@ -108,7 +107,7 @@ def test_members_of_another_or_a_truncated_base_keep_their_own(folders, tmp_path
     assert nets.scorer.model.lender is None
     assert len(decoder_layers(nets.scorer.model.backbone)) == 1
     other = saved_ensemble(tmp_path / "other", folders("gpt2"))
-    assert networks(folders("llama"), other).reward_model.lender is None
+    assert networks(folders("llama"), other).scorer.model.lender is None
 
 
 def test_ppo_learns_with_members_on_its_own_base(folders, tmp_path):
@@ -119,7 +118,7 @@ def test_ppo_learns_with_members_on_its_own_base(folders, tmp_path):
     assert rows[0]["train/kl_k3"] == pytest.approx(0, abs=1e-8)
     assert rows[1]["train/kl_k3"] > 0
     alone = RewardModel.from_pretrained(reward)
-    rollout = make_rollout(module.networks, folders("llama"))
+    rollout = make_rollout(module, folders("llama"))
     rows = rollout.rows
     lengths = zip(rows.input_ids.tolist(), rows.prompt_lengths.tolist(), rows.lengths.tolist(), strict=True)
     read = [TokenSequence(ids[:length], start) for ids, start, length in lengths]

@@ -10,7 +10,7 @@ from lit_vapo.objectives.mean_reward import MeanReward
 
 def prepared(count=3, **kwargs):
     objective = CovarianceAware(**kwargs)
-    objective.prepare(count, torch.tensor(0.5))
+    objective.prepare(count)
     return objective
 
 
@@ -125,6 +125,6 @@ def test_no_weight_is_rounded_by_autocast():
 def test_another_ensemble_starts_afresh():
     objective = prepared()
     observe(objective, random_members(0))
-    objective.prepare(4, torch.tensor(0.5))
+    objective.prepare(4)
     torch.testing.assert_close(objective.weights, torch.full((4,), 0.25))
     assert not objective.totals.any()

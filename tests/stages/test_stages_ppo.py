@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ddp_worker
@@ -16,6 +17,8 @@ from ppo_helpers import fit_ppo, ppo_module, prompt_data, state
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling
 from lit_vapo.objectives.variance_aware import VarianceAware
+from lit_vapo.rewards.placement import SharedTrunk
+from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.stages.ppo.update import UpdateSettings
 
 
@@ -55,7 +58,9 @@ def test_a_planted_reward_rises(tiny_model_dir, reward, tmp_path):
 
         def on_fit_start(self, trainer, pl_module):
             head = pl_module.reward.model.head
-            pl_module.reward.model.spec.pooling = "mean"
+            # Before anything has been asked for.
+            spec = replace(pl_module.reward.model.spec, pooling="mean")
+            pl_module.reward.put(SharedTrunk(RewardModel(spec, head, None)))
             direction = torch.randn(32, generator=torch.Generator().manual_seed(4))
             head.weight.data[:] = direction
             head.bias.data.zero_()

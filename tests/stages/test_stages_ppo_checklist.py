@@ -37,7 +37,8 @@ def ended(tmp_path_factory):
     ids = torch.tensor([[0] * (size - len(p)) + p for p in prompts])
     lengths = torch.tensor([len(p) for p in prompts])
     batch = PromptBatch(ids, lengths, [""] * len(prompts), torch.arange(len(prompts)))
-    maker = RolloutMaker(nets, load_tokenizer(Pretrained(path)), Sampling(7, 1.0, OTHER), missing_eos_penalty=3.0)
+    sampling, tokenizer = Sampling(7, 1.0, OTHER), load_tokenizer(Pretrained(path))
+    maker = RolloutMaker(nets, nets.scorer, tokenizer, sampling, missing_eos_penalty=3.0)
     torch.manual_seed(0)
     return maker.make(batch, MeanReward()), prompts, RewardModel.from_pretrained(reward)
 

@@ -21,7 +21,7 @@ def reward(tiny_model_dir, tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_coefficient_and_calibration_survive_a_resumption(tiny_model_dir, tmp_path):
-    # The ensemble is calibrated at the start, so that its buffers and the objective's live in the checkpoint alone.
+    # The ensemble is calibrated at the start, so that its buffers live in the checkpoint alone.
     reward = ppo_helpers.ensemble(tmp_path / "raw", tiny_model_dir, calibrated=False)
     objective = {"objective": None, "kl_coef": 0.1, "kl_target": 1.0, "num_reference": 8}
     keep = ModelCheckpoint(tmp_path / "ckpt", every_n_epochs=1, save_top_k=-1, filename="{step}")
@@ -29,21 +29,21 @@ def test_coefficient_and_calibration_survive_a_resumption(tiny_model_dir, tmp_pa
     whole = ppo_module(tiny_model_dir, reward, **objective)
     fit_ppo(whole, data, tmp_path, limit_train_batches=2, max_epochs=2, callbacks=[keep], enable_checkpointing=True)
     saved = torch.load(tmp_path / "ckpt" / "step=8.ckpt", weights_only=True)
-    assert saved["state_dict"]["kl_coef"] != pytest.approx(0.1, abs=1e-8)
+    assert saved["state_dict"]["kl.coef"] != pytest.approx(0.1, abs=1e-8)
     head = whole.reward.model.head
     assert bool(head.calibrated)
     torch.testing.assert_close(saved["state_dict"]["reward.model.head.reward_loc"], head.reward_loc)
-    torch.testing.assert_close(saved["state_dict"]["objective.reference_variance"], head.reference_variance)
+    torch.testing.assert_close(saved["state_dict"]["reward.model.head.reference_variance"], head.reference_variance)
 
     resumed = ppo_module(tiny_model_dir, reward, **{**objective, "num_reference": 4})
     path = tmp_path / "ckpt" / "step=8.ckpt"
     keep = ModelCheckpoint(tmp_path / "again", every_n_epochs=1, save_top_k=-1, filename="{step}")
     options = {"limit_train_batches": 2, "max_epochs": 2, "callbacks": [keep], "enable_checkpointing": True}
     rows = fit_ppo(resumed, data, tmp_path, path, **options)
-    assert rows[0]["train/kl_coef"] == pytest.approx(float(saved["state_dict"]["kl_coef"]))
+    assert rows[0]["train/kl_coef"] == pytest.approx(float(saved["state_dict"]["kl.coef"]))
     # Not calibrated anew on other responses:
     torch.testing.assert_close(resumed.reward.model.head.reward_loc, head.reward_loc)
-    torch.testing.assert_close(resumed.objective.reference_variance, head.reference_variance)
+    torch.testing.assert_close(resumed.reward.model.head.reference_variance, head.reference_variance)
 
 
 def test_checkpoints_hold_what_training_changed_and_nothing_else(tiny_model_dir, reward, tmp_path):
@@ -52,9 +52,9 @@ def test_checkpoints_hold_what_training_changed_and_nothing_else(tiny_model_dir,
     fit_ppo(module, prompt_data(tiny_model_dir, tmp_path), tmp_path, limit_train_batches=1, callbacks=[keep],
         enable_checkpointing=True)  # fmt: skip
     names = set(torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)["state_dict"])
-    own = ("lora_", "value_head", "reward_model.head", "kl_coef", "objective.")
+    own = ("lora_", "value_head", "reward.model.head", "kl.coef", "objective.")
     assert all(any(word in name for word in own) for name in names)
-    assert {"kl_coef", "networks.critic.value_head.weight", "reward.model.head.weight"} <= names
+    assert {"kl.coef", "networks.critic.value_head.weight", "reward.model.head.weight"} <= names
 
 
 def test_exported_policy_gives_the_same_logprobs(tiny_model_dir, reward, tmp_path):
@@ -65,7 +65,7 @@ def test_exported_policy_gives_the_same_logprobs(tiny_model_dir, reward, tmp_pat
     export(str(tmp_path / "ckpt" / "last.ckpt"), str(tmp_path / "policy"))
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     peft = PeftModel.from_pretrained(base, tmp_path / "policy").eval()
-    rows = ppo_helpers.make_rollout(module.networks, tiny_model_dir).rows
+    rows = ppo_helpers.make_rollout(module, tiny_model_dir).rows
     expected = full_logprobs(peft, rows)
     actual = module.networks.actor(rows, Shaping()).logprobs
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
@@ -84,7 +84,7 @@ def test_exported_full_model_gives_the_same_logprobs(tiny_model_dir, reward, tmp
         enable_checkpointing=True)  # fmt: skip
     export(str(tmp_path / "ckpt" / "last.ckpt"), str(tmp_path / "policy"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
-    rows = ppo_helpers.make_rollout(module.networks, tiny_model_dir).rows
+    rows = ppo_helpers.make_rollout(module, tiny_model_dir).rows
     torch.testing.assert_close(
         module.networks.actor(rows, Shaping()).logprobs, full_logprobs(loaded, rows), atol=1e-5, rtol=0
     )

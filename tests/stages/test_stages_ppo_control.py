@@ -10,7 +10,7 @@ from lit_vapo.callbacks.checkpoint import RunCheckpoint
 from lit_vapo.functional import kl_k3
 from lit_vapo.objectives.base import Objective, Score
 from lit_vapo.objectives.mean_reward import MeanReward
-from lit_vapo.stages.ppo.control import next_kl_coef
+from lit_vapo.stages.ppo.control import KLControl
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings
 
 
@@ -38,23 +38,26 @@ pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
     ],
 )
 def test_the_next_coefficient_by_hand(kl, iteration, iterations, expected):
-    out = next_kl_coef(torch.tensor(0.5), torch.tensor(kl), 2.0, iteration, iterations)
-    torch.testing.assert_close(out, torch.tensor(expected))
+    control = KLControl(0.5, target=2.0)
+    control.adapt(torch.tensor(kl), iteration, iterations)
+    torch.testing.assert_close(control.coef, torch.tensor(expected))
 
 
 def test_without_a_target_the_coefficient_stays():
-    assert next_kl_coef(torch.tensor(0.3), torch.tensor(9.0), None, 1, 10) == torch.tensor(0.3)
+    control = KLControl(0.3)
+    control.adapt(torch.tensor(9.0), 1, 10)
+    assert control.coef == torch.tensor(0.3)
 
 
 # A policy whose KL answers the price with a delay, as KL = 1/β at rest: from any β, a short run ends near the target.
 @pytest.mark.parametrize("start", [0.3, 1.0, 3.0])
 @pytest.mark.parametrize("iterations", [20, 50, 200])
 def test_a_short_run_ends_near_its_target_and_hardly_passes_it(start, iterations):
-    beta, kl, most = torch.tensor(start), 0.0, 0.0
+    control, kl, most = KLControl(start, target=1.0), 0.0, 0.0
     for i in range(1, iterations + 1):
-        kl += (1 / float(beta) - kl) * 5 / iterations
+        kl += (1 / float(control.coef) - kl) * 5 / iterations
         most = max(most, kl)
-        beta = next_kl_coef(beta, torch.tensor(kl), 1.0, i, iterations)
+        control.adapt(torch.tensor(kl), i, iterations)
     assert 0.6 < kl < 1.5
     if start == 1.0:
         assert most < 1.3

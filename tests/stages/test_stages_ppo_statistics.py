@@ -155,7 +155,7 @@ class Watch:
 
         def watched_make(maker, *args, **kwargs):
             made = make(maker, *args, **kwargs)
-            made.reference_variance = module.objective.reference_variance
+            made.reference_variance = module.reward.head.reference_variance
             rows = loop_rollout(maker.networks, made, own)
             loop_advantages(rows)
             self.iterations.append({"made": made, "rows": rows, "minibatches": [], "norms": []})

@@ -82,14 +82,14 @@ def test_an_end_changes_no_reward(tiny_model_dir, pooling):
 def test_an_end_changes_no_reward_in_ppo(tiny_model_dir, tmp_path, pooling, layer):
     reward = ppo_helpers.ensemble(tmp_path / "e", tiny_model_dir, layer=layer, pooling=pooling, ends=[EOS, BOS])
     networks = ppo_helpers.networks(tiny_model_dir, reward)
-    assert networks.shares_base
+    assert networks.scorer.taps
     features = []
     # Rollouts have responses of one token or more.
     for sequences in (OPEN[:3], ENDED[:3]):
         ids, lengths = right_pad([s.ids for s in sequences])
         prompts = torch.tensor([s.prompt_length for s in sequences])
         rows = TokenRows(ids, prompts, length_mask(lengths - prompts, int((lengths - prompts).max())))
-        features.append(networks.reference(rows, Shaping()).features)
+        features += networks.reference(rows, Shaping(), networks.scorer.taps).pooled
     torch.testing.assert_close(features[1], features[0], atol=1e-5, rtol=1e-5)
 
 

@@ -20,12 +20,11 @@ from lit_vapo.types import RewardEstimate
 
 # Variances 1, 4 and 16 at a reference mean of 4: weights ¼, 1 and 4.
 MEMBERS = torch.tensor([[0.0, 2**0.5], [1.0, 1 + 8**0.5], [-1.0, -1 + 32**0.5]])
-ESTIMATE = RewardEstimate(MEMBERS.mean(1), MEMBERS.var(1), MEMBERS)
+ESTIMATE = RewardEstimate(MEMBERS.mean(1), MEMBERS.var(1), MEMBERS, torch.tensor(4.0))
 
 
 def weights(variance, estimate=ESTIMATE):
     objective = Told(VarianceAware(min_weight=0, max_weight=1e9), variance)
-    objective.prepare(2, torch.tensor(4.0))
     score = objective(estimate)
     torch.testing.assert_close(score.reward, estimate.mean)
     return score.kl_weight
@@ -49,7 +48,7 @@ def test_weights_by_hand(variance, expected):
 
 
 def test_chance_is_its_own():
-    many = RewardEstimate(torch.zeros(400), torch.linspace(1, 9, 400), None)
+    many = RewardEstimate(torch.zeros(400), torch.linspace(1, 9, 400), None, torch.tensor(4.0))
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -74,7 +73,7 @@ def test_what_the_objective_refuses_and_logs_is_passed_on():
     plain = CovarianceAware()
     told = Told(CovarianceAware(), Honest())
     for one in (plain, told):
-        one.prepare(2, torch.tensor(4.0))
+        one.prepare(2)
     scores = [one.observe(ESTIMATE, torch.zeros(3), 1, lambda x: x) for one in (plain, told)]
     torch.testing.assert_close(scores[0].reward, scores[1].reward)
     assert told.statistics().keys() == plain.statistics().keys() != set()
