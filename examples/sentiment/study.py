@@ -29,7 +29,7 @@ from lit_vapo.rewards.reward_model import FeatureSpec
 from lit_vapo.study.experiments.learned import LearnedEnsemble
 from lit_vapo.study.experiments.learner import draw_stated
 from lit_vapo.study.experiments.reference_responses import feature_model, reference_responses
-from lit_vapo.study.experiments.truth import PromptValues
+from lit_vapo.study.experiments.truth import PromptValues, Truth
 from lit_vapo.types import FeaturePairs, Prompt, TextReward, TokenSequence
 
 FEATURES = "features.safetensors"
@@ -49,19 +49,17 @@ class SentimentStudy(LearnedEnsemble):
     """
 
     @cached_property
-    def gold(self) -> SentimentJudge:  # type: ignore[override]
-        """The judge; training never sees it."""
-        return SentimentJudge(str(self.prepared / "judge"))
-
-    @cached_property
-    def features(self) -> FeatureSpec:
-        """A middle layer of SmolLM2."""
-        return feature_spec(self.prepared)
-
-    @property
-    def prompts_file(self) -> Path:
-        """The demo's prompts for training."""
-        return self.prepared / "data" / "prompts_train.jsonl"
+    def truth(self) -> Truth:
+        """The judge, a middle layer of SmolLM2, and the demo's prompts for training."""
+        known = self.known
+        return Truth(
+            feature_spec(self.prepared),
+            self.prepared / "data" / "prompts_train.jsonl",
+            known["reference"],
+            judge=SentimentJudge(str(self.prepared / "judge")),
+            response_tokens=RESPONSE_TOKENS,
+            prompts=PromptValues(known["prompt_ids"], known["prompt_values"]),
+        )
 
     @cached_property
     def known(self) -> dict[str, Tensor]:
@@ -77,21 +75,6 @@ class SentimentStudy(LearnedEnsemble):
         if not path.is_file():
             raise ValueError(f"expected {path}, which `python -m examples.sentiment.study` writes")
         return load_file(path)
-
-    @cached_property
-    def reference_features(self) -> Tensor:
-        """Features (N, H) of responses of the reference."""
-        return self.known["reference"]
-
-    @property
-    def response_tokens(self) -> int:
-        """Most tokens of these responses."""
-        return RESPONSE_TOKENS
-
-    @property
-    def prompt_values(self) -> PromptValues:
-        """What the judge says of the reference's responses to each prompt."""
-        return PromptValues(self.known["prompt_ids"], self.known["prompt_values"])
 
     def preferences(self, pairs: int, flipped: float, seed: int) -> FeaturePairs:
         """Pairs of the demo, without repetition.

@@ -72,7 +72,10 @@ def study(demo, pairs=20, flipped=0.25, tokens=study_module.RESPONSE_TOKENS):
     experiment = SentimentStudy(str(demo), {"mean": MeanReward()}, [pairs], [flipped], training=training, steps=5)
     # The toy has one layer and no judge.
     spec = FeatureSpec(Pretrained(str(demo / "policy-base")), pooling="mean")
-    vars(experiment).update(features=spec, gold=CountsLetters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module, "SentimentJudge", lambda path: CountsLetters())
+        patch.setattr(study_module, "feature_spec", lambda path: spec)
+        assert experiment.truth.spec == spec
     return experiment
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import helpers
 import numpy as np
@@ -118,16 +119,16 @@ def test_returns_are_as_on_all_prompts(prepared, monkeypatch):
     texts = [json.loads(line)["prompt"] for line in (prepared / "data" / "prompts.jsonl").read_text().splitlines()]
     ids = torch.tensor([stable_id(text) for text in texts])
     knowing = known(prepared, {"mean": MeanReward()})
-    knowing.true.prompts = PromptValues(ids, torch.arange(192.0))
+    knowing.truth.prompts = PromptValues(ids, torch.arange(192.0))
     batches = []
 
-    class Spy(language.Watch):
+    class Spy(language.TrainingCourse):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             batches.append(batch.prompts)
 
     (before,) = plain.run("noise_ratio=10", Repetition(0, 0))
-    monkeypatch.setattr(language, "Watch", Spy)
+    monkeypatch.setattr(language, "TrainingCourse", Spy)
     (after,) = knowing.run("noise_ratio=10", Repetition(0, 0))
     assert after.kl == before.kl
     assert after.reference_return == pytest.approx(95.5)
@@ -140,10 +141,10 @@ def test_returns_are_as_on_all_prompts(prepared, monkeypatch):
 
 def errors(experiment, count):
     """Errors (R, N, K) of many repetitions on the reference's responses, and the kinds (N,)."""
-    true = experiment.true(experiment.true.reference)[:, None]
+    true = experiment.truth.reward(experiment.truth.reference)[:, None]
     (params,) = experiment.settings.values()
     heads = [experiment.ensemble(params, seed) for seed in range(count)]
-    found = torch.stack([head(experiment.true.reference).members - true for head in heads])
+    found = torch.stack([head(experiment.truth.reference).members - true for head in heads])
     return found, heads[0]
 
 
@@ -151,7 +152,7 @@ def errors(experiment, count):
 def test_planted_noise_has_the_variance_it_should(prepared, ratio):
     experiment = known(prepared, noise_ratio=[ratio], members=3, noise=2.0, correlation=0.25)
     error, head = errors(experiment, 200)
-    reference = experiment.true.reference
+    reference = experiment.truth.reference
     assert abs(float(error.mean())) < 0.1
     # Of all responses and repetitions together, the mean square is noise² = 4 by construction.
     assert float(error.square().mean()) == pytest.approx(4.0, rel=0.15)
@@ -165,7 +166,7 @@ def test_planted_noise_has_the_variance_it_should(prepared, ratio):
 
 def test_kinds_are_neither_the_good_nor_the_bad_and_the_rarest_comes_first(prepared):
     experiment = known(prepared)
-    head, true = experiment.kinds_of_response, experiment.true
+    head, true = experiment.kinds_of_response, experiment.truth.reward
     z = head.coordinates(true.reference)
     correlation = z.T.corrcoef()
     torch.testing.assert_close(correlation, torch.eye(len(correlation)), atol=1e-3, rtol=0)
@@ -190,8 +191,8 @@ def test_worlds_say_what_is_noisy_and_repetitions_what_the_noise_is(prepared):
 def test_planted_noise_is_an_ensemble_like_any_other(prepared, tmp_path):
     experiment = known(prepared)
     head = experiment.ensemble(experiment.settings["noise_ratio=10"], 3)
-    reference = experiment.true.reference
-    RewardModel(experiment.features, head, None).save_pretrained(tmp_path / "ensemble")
+    reference = experiment.truth.reference
+    RewardModel(experiment.truth.spec, head, None).save_pretrained(tmp_path / "ensemble")
     read = RewardModel.from_pretrained(tmp_path / "ensemble", with_backbone=False).head
     torch.testing.assert_close(read(reference).members, head(reference).members)
     assert float(read.reference_variance) == pytest.approx(float(read(reference).variance.mean()), rel=1e-5)
@@ -215,8 +216,8 @@ def test_ensembles_learn_from_clear_preferences(prepared):
     experiment = LearnedEnsemble(str(prepared), METHODS, [90], [0.0], head_learning_rate=0.05)
     (params,) = experiment.settings.values()
     head = experiment.ensemble(params, 0)
-    reference = experiment.true.reference
-    pairs = torch.stack([head(reference).mean, experiment.true(reference)])
+    reference = experiment.truth.reference
+    pairs = torch.stack([head(reference).mean, experiment.truth.reward(reference)])
     assert float(pairs.corrcoef()[0, 1]) > 0.6
     assert bool(head.calibrated)
     assert not torch.equal(head.weight, experiment.ensemble(params, 1).weight)
@@ -239,7 +240,9 @@ def test_runs_are_paired_and_repeatable(prepared, make):
         # The first rollout is the reference's, and the same in all methods.
         assert record.kl[0] == pytest.approx(0, abs=1e-5)
         assert record.true_return[0] == pytest.approx(records[0].true_return[0])
-        assert record.reference_return == pytest.approx(float(experiment.true(experiment.true.reference).mean()))
+        assert record.reference_return == pytest.approx(
+            float(experiment.truth.reward(experiment.truth.reference).mean())
+        )
     # A first step weighs no KL, as there is none yet; from the second on the methods differ.
     assert len({r.kl[2] for r in records}) == 3
     again = experiment.run(setting, Repetition(0, 7))
@@ -250,7 +253,7 @@ def test_runs_are_paired_and_repeatable(prepared, make):
     # A run changes nothing that others hear of the trainer.
     assert logging.getLogger("lightning.pytorch").level == before
     # A run leaves nothing in the objective that the next repetition is given.
-    assert float(experiment.methods["aware"].reference_variance) == 1.0
+    assert not experiment.methods["aware"].state_dict()
 
 
 def test_equal_noise_told_exactly_is_plain(prepared):
@@ -273,13 +276,13 @@ def test_what_is_noted_is_what_the_rollouts_were(prepared, monkeypatch):
     experiment = known(prepared, {"mean": MeanReward()}, noise=1e-4)
     seen, kl = [], []
 
-    class Spy(language.Watch):
+    class Spy(language.TrainingCourse):
         def on_train_batch_end(self, trainer, *args):
             super().on_train_batch_end(trainer, *args)
             seen.append(float(trainer.callback_metrics["train/reward_mean"]))
             kl.append(float(trainer.callback_metrics["train/kl_k1"]))
 
-    monkeypatch.setattr(language, "Watch", Spy)
+    monkeypatch.setattr(language, "TrainingCourse", Spy)
     (record,) = experiment.run("noise_ratio=10", Repetition(0, 0))
     assert record.kl == kl
     # Without noise, the ensemble's mean is the truth.
@@ -303,17 +306,16 @@ class CountsLetters(TextReward):
 def test_a_judge_of_texts_may_say_what_is_true(prepared, monkeypatch):
     seen = []
 
-    class Spy(language.Watch):
+    class Spy(language.TrainingCourse):
         def on_train_batch_end(self, trainer, *args):
             super().on_train_batch_end(trainer, *args)
             seen.append(float(trainer.callback_metrics["train/gold"]))
 
-    class Judged(KnownNoise):
-        gold = CountsLetters()
-        reference_return = 7.0
-
-    monkeypatch.setattr(language, "Watch", Spy)
-    experiment = Judged(str(prepared), {"mean": MeanReward()}, [10], training())
+    monkeypatch.setattr(language, "TrainingCourse", Spy)
+    experiment = KnownNoise(str(prepared), {"mean": MeanReward()}, [10], training())
+    ids = torch.tensor([row["example_id"] for row in experiment.prompts.prompt_rows("train")])
+    worth = PromptValues(ids, torch.full((len(ids),), 7.0))
+    vars(experiment)["truth"] = replace(experiment.truth, reward=None, judge=CountsLetters(), prompts=worth)
     (record,) = experiment.run("noise_ratio=10", Repetition(0, 0))
     assert record.true_return == seen
     assert len(set(seen)) == 3

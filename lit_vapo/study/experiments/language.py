@@ -17,25 +17,23 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 
 from lit_vapo.advantages.base import AdvantageEstimator
 from lit_vapo.advantages.rloo import Rloo
 from lit_vapo.commands.run import NOISE
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import Lora, Pretrained, quiet
+from lit_vapo.models.pretrained import Lora, quiet
 from lit_vapo.objectives.base import Objective
 from lit_vapo.rewards import HeldEnsemble, RewardSource
 from lit_vapo.rewards.members.base import RewardHead
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
+from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.stages.ppo.module import PPOModule
 from lit_vapo.stages.ppo.update import UpdateSettings
 from lit_vapo.study.experiment import Experiment, Record, Repetition, expect
 from lit_vapo.study.experiments.learner import examine
 from lit_vapo.study.experiments.training_course import TrainingCourse
-from lit_vapo.study.experiments.truth import PromptValues, TrueReward
-from lit_vapo.types import TextReward
+from lit_vapo.study.experiments.truth import Truth
 
 # A run of a study is one of hundreds.
 UNHEARD = (
@@ -88,21 +86,14 @@ class LanguageModelStudy(Experiment):
     from the same start, with the same prompts and the same random numbers. A run's points are its rollouts, on prompts
     that it has not seen before.
 
-    What is true is here a `TrueReward` of the text's features; a subclass may have a judge of texts instead.
-
     Args:
-        prepared: Folder with `base` (the language model), `data/prompts.jsonl` and `true_reward` (`TrueReward`).
+        prepared: Folder of what was prepared (see `Truth.prepared`).
         methods: What each method maximises, by name.
         training: How all of them train.
-
-    Attributes:
-        gold: The judge whose mean is the true return, or None where `true` is known.
 
     Raises:
         ValueError: There are no methods.
     """
-
-    gold: TextReward | None = None
 
     def __init__(self, prepared: str, methods: dict[str, Objective], training: Training | None = None) -> None:
         expect("methods", "none", bool(methods), "at least one")
@@ -120,41 +111,9 @@ class LanguageModelStudy(Experiment):
         """
 
     @cached_property
-    def true(self) -> TrueReward:
-        """The true reward, where it is a function of the features."""
-        return TrueReward.load(self.prepared / "true_reward")
-
-    @cached_property
-    def reference_features(self) -> Tensor:
-        """Features (N, H) of responses of the reference, which ensembles are calibrated on."""
-        return self.true.reference
-
-    @cached_property
-    def reference_return(self) -> float:
-        """True return of the reference, on all prompts."""
-        if self.prompt_values is None:
-            return float(self.true(self.reference_features).mean())
-        return float(self.prompt_values.values.mean())
-
-    @property
-    def prompt_values(self) -> PromptValues | None:
-        """What the reference earns on each prompt, or None if nobody knows."""
-        return self.true.prompts
-
-    @property
-    def response_tokens(self) -> int | None:
-        """Most tokens of the reference's responses, or None if nobody knows."""
-        return self.true.response_tokens
-
-    @cached_property
-    def features(self) -> FeatureSpec:
-        """What ensembles read of which language model: the one that is aligned."""
-        return FeatureSpec(Pretrained(str(self.prepared / "base")), pooling="mean")
-
-    @property
-    def prompts_file(self) -> Path:
-        """Where the prompts are."""
-        return self.prepared / "data" / "prompts.jsonl"
+    def truth(self) -> Truth:
+        """What is true here, and what else is known of the task; a study of another kind gives another."""
+        return Truth.prepared(self.prepared)
 
     @cached_property
     def prompts(self) -> PromptDataModule:
@@ -163,9 +122,9 @@ class LanguageModelStudy(Experiment):
         Raises:
             ValueError: There are too few for a run that sees each but once.
         """
-        training, file = self.training, self.prompts_file
+        training, file = self.training, self.truth.prompts_file
         data = PromptDataModule(
-            self.features.base.path,
+            self.truth.spec.base.path,
             prompts=str(file),
             batch_size=training.batch_size,
             max_prompt_length=training.max_prompt_length,
@@ -186,40 +145,40 @@ class LanguageModelStudy(Experiment):
 
     def _repeat(self, setting: str, repetition: Repetition) -> list[Record]:
         # The reference's return is that of its responses, which ensembles are calibrated on as well.
-        sampling, tokens = self.training.sampling, self.response_tokens
-        same = Sampling(tokens or sampling.max_new_tokens, num_responses=sampling.num_responses)
+        truth, sampling = self.truth, self.training.sampling
+        same = Sampling(truth.response_tokens or sampling.max_new_tokens, num_responses=sampling.num_responses)
         expect("training.sampling", sampling, sampling == same, f"that of the responses in {self.prepared}, {same}")
         head = self.ensemble(self.settings[setting], repetition.seed)
         records, known = [], self._knows(head)
         with TemporaryDirectory() as scratch:
             for name, objective in self.methods.items():
                 reward = HeldEnsemble(
-                    RewardModel(self.features, copy.deepcopy(head), None).requires_grad_(False).eval()
+                    RewardModel(truth.spec, copy.deepcopy(head), None).requires_grad_(False).eval()
                 )
                 seen = self._train(copy.deepcopy(objective), reward, Path(scratch), repetition.seed)
-                base = self.reference_return
+                base = truth.reference_return
                 records.append(Record(name, setting, *repetition, seen.kl, seen.true_return, base, known | seen.last))
         return records
 
     @torch.no_grad()
     def _knows(self, head: RewardHead) -> dict[str, float]:
         """What an ensemble knows of the reference's responses, one to each prompt, where the truth of them is known."""
-        if self.gold is not None:
+        truth = self.truth
+        if truth.reward is None:
             return {}
-        features = self.reference_features
-        estimate = head(features)
-        return examine(estimate.mean[None], estimate.variance[None], self.true(features)[None])
+        estimate = head(truth.reference)
+        return examine(estimate.mean[None], estimate.variance[None], truth.reward(truth.reference)[None])
 
     def _train(self, objective: Objective, reward: RewardSource, scratch: Path, seed: int) -> TrainingCourse:
         """One run of one method."""
         training = self.training
-        watch = TrainingCourse(self.true if self.gold is None else None, self.prompt_values)
+        watch = TrainingCourse(self.truth)
         quiet()
         with warnings.catch_warnings(), _unheard("lightning.pytorch"):
             for message in (*NOISE, *UNHEARD):
                 warnings.filterwarnings("ignore", message=message)
             module = PPOModule(
-                self.features.base,
+                self.truth.spec.base,
                 reward,
                 objective,
                 lora=training.lora,
@@ -230,7 +189,7 @@ class LanguageModelStudy(Experiment):
                 critic_learning_rate=training.critic_learning_rate,
                 kl_coef=training.kl_coef,
                 kl_target=training.kl_target,
-                gold=self.gold,
+                gold=self.truth.judge,
             )
             trainer = Trainer(
                 accelerator="cpu",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from lit_vapo.objectives.base import Objective
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.study.experiment import expect
 from lit_vapo.study.experiments.language import LanguageModelStudy, Training
 from lit_vapo.study.experiments.learner import Learner, preference_settings, state_pairs
 from lit_vapo.study.experiments.truth import TrueReward
@@ -53,7 +54,7 @@ class LearnedEnsemble(LanguageModelStudy):
 
     def ensemble(self, params: Mapping[str, Any], seed: int) -> RewardHead:
         """An ensemble that learned from preferences of its own."""
-        return self.learner.learn(self.preferences(seed=seed, **params), self.reference_features, seed)
+        return self.learner.learn(self.preferences(seed=seed, **params), self.truth.reference, seed)
 
     def preferences(self, pairs: int, flipped: float, seed: int) -> FeaturePairs:
         """What the ensemble of a repetition learns from: pairs (N, H) of responses of the reference.
@@ -63,7 +64,9 @@ class LearnedEnsemble(LanguageModelStudy):
             flipped: Probability that a preference is stated the wrong way round.
             seed: Where they come from.
         """
-        return draw_pairs(self.true, pairs, flipped, seed)
+        true = self.truth.reward
+        expect("truth.reward", true, true is not None, "a true reward of features to state preferences by")
+        return draw_pairs(cast("TrueReward", true), pairs, flipped, seed)
 
 
 def draw_pairs(true: TrueReward, pairs: int, flipped: float, seed: int) -> FeaturePairs:

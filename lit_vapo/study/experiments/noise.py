@@ -174,6 +174,11 @@ class KnownNoise(LanguageModelStudy):
         self.world = world
 
     @cached_property
+    def true(self) -> TrueReward:
+        """The true reward that noise is planted on."""
+        return TrueReward.load(self.prepared / "true_reward")
+
+    @cached_property
     def kinds_of_response(self) -> PlantedNoise:
         """The truth and the kinds, without errors: the same in all repetitions."""
         head = PlantedNoise(self.members, self.kinds)

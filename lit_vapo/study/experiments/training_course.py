@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lit_vapo.data.collate import PromptBatch
-from lit_vapo.study.experiments.truth import PromptValues, TrueReward
+from lit_vapo.study.experiments.truth import Truth
 
 # What of its last iteration a run's record tells.
 SHOWN = ("train/objective_reward", "train/ensemble_sigma", "train/kl_weight_mean", "train/kl_coef", "train/entropy")
@@ -22,8 +22,7 @@ class TrainingCourse(Callback):
     methods that come to a KL at different rollouts are not compared by their prompts (a control variate).
 
     Args:
-        true: The true reward, or None to take what the run's gold judge says.
-        prompts: What the reference earns on each prompt, or None if nobody knows.
+        truth: What is true; where a judge knows it, it is the run's gold judge.
 
     Attributes:
         kl: KL to the reference at each rollout, nats (k1: the mean log-ratio of whole responses).
@@ -31,23 +30,22 @@ class TrainingCourse(Callback):
         last: Some statistics of the last one.
     """
 
-    def __init__(self, true: TrueReward | None, prompts: PromptValues | None = None) -> None:
-        self.true = true
-        self.prompts = prompts
+    def __init__(self, truth: Truth) -> None:
+        self.truth = truth
         self.kl: list[float] = []
         self.true_return: list[float] = []
         self.last: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the features that the ensemble is given, once an iteration."""
-        if self.true is None:
+        if self.truth.reward is None:
             return
         reward: Any = pl_module.reward
         reward.head.register_forward_hook(self._note)
 
     def _note(self, head: nn.Module, given: tuple[Tensor], estimate: object) -> None:
-        assert self.true is not None
-        self.true_return.append(float(self.true(given[0]).mean()))
+        assert self.truth.reward is not None
+        self.true_return.append(float(self.truth.reward(given[0]).mean()))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
@@ -55,8 +53,8 @@ class TrainingCourse(Callback):
         """Note the rest of the iteration."""
         logged = {name: float(x) for name, x in trainer.callback_metrics.items()}
         self.kl.append(logged["train/kl_k1"])
-        if self.true is None:
+        if self.truth.reward is None:
             self.true_return.append(logged["train/gold"])
-        if self.prompts is not None:
-            self.true_return[-1] -= self.prompts.ease(batch.example_ids)
+        if self.truth.prompts is not None:
+            self.true_return[-1] -= self.truth.prompts.ease(batch.example_ids)
         self.last = {name.partition("/")[2]: logged[name] for name in SHOWN}

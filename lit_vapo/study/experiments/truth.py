@@ -1,13 +1,18 @@
-"""What a study on a small language model takes for true: a frozen reward, known of every response."""
+"""What a study on a language model takes for true, and what it was prepared with."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from lit_vapo.models.pretrained import Pretrained
+from lit_vapo.rewards.reward_model import FeatureSpec
+from lit_vapo.types import TextReward
 
 NAME = "true_reward.safetensors"
 
@@ -98,3 +103,54 @@ class TrueReward:
         tokens = int(known["response_tokens"]) if "response_tokens" in known else None
         prompts = PromptValues(known["prompt_ids"], known["prompt_values"]) if "prompt_ids" in known else None
         return cls(known["weight"], known["bias"], known["reference"], tokens, prompts)
+
+
+@dataclass
+class Truth:
+    """What a study takes for true, and all that it needs to know of its task.
+
+    Attributes:
+        spec: What ensembles read of which language model: the one that is aligned.
+        prompts_file: Where the prompts are.
+        reference: Features (N, H) of responses of the reference, which ensembles are calibrated on.
+        reward: The true reward of features, or None where a judge of texts knows it.
+        judge: The judge whose mean is the true return, or None where `reward` knows it.
+        response_tokens: Most tokens of the reference's responses, or None if nobody knows.
+        prompts: What the reference earns on each prompt, or None if nobody knows.
+
+    Raises:
+        ValueError: Nobody knows what is true, or two do.
+    """
+
+    spec: FeatureSpec
+    prompts_file: Path
+    reference: Tensor
+    reward: TrueReward | None = None
+    judge: TextReward | None = None
+    response_tokens: int | None = None
+    prompts: PromptValues | None = None
+
+    def __post_init__(self) -> None:
+        if (self.reward is None) == (self.judge is None):
+            raise ValueError(f"truth: expected a reward or a judge, got {self.reward} and {self.judge}")
+
+    @classmethod
+    def prepared(cls, folder: Path) -> Truth:
+        """That of a folder with `base` (the language model), `data/prompts.jsonl` and `true_reward` (`TrueReward`)."""
+        true = TrueReward.load(folder / "true_reward")
+        spec = FeatureSpec(Pretrained(str(folder / "base")), pooling="mean")
+        file = folder / "data" / "prompts.jsonl"
+        return cls(spec, file, true.reference, true, None, true.response_tokens, true.prompts)
+
+    @property
+    def reference_return(self) -> float:
+        """True return of the reference, on all prompts.
+
+        Raises:
+            ValueError: A judge knows what is true, and nobody has asked it about each prompt.
+        """
+        if self.prompts is not None:
+            return float(self.prompts.values.mean())
+        if self.reward is None:
+            raise ValueError("truth.prompts: expected what the judge says of the reference, got none")
+        return float(self.reward(self.reference).mean())
