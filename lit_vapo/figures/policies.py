@@ -11,7 +11,7 @@ from matplotlib.patheffects import withStroke
 
 from lit_vapo.figures.drawing import BLUE, GREY, ORANGE, drawing
 
-Rows = Sequence[Mapping[str, Any]]
+Evaluations = Sequence[Mapping[str, Any]]
 # Name of a score -> its mean among the figures of an evaluation, what it is called, its colour.
 SCORES = {"reward": ("reward_mean", "ensemble's mean", ORANGE), "gold": ("gold", "gold", BLUE)}
 SHOWN = 7
@@ -27,7 +27,10 @@ class _Curve(NamedTuple):
 
 
 def overoptimisation(
-    path: str | Path, course: Rows, test: Rows = (), best_of_n: Mapping[str, Sequence[float]] | None = None
+    path: str | Path,
+    course: Evaluations,
+    test: Evaluations = (),
+    best_of_n: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Draw how ensemble and judge see the policy as it moves away: gains over the reference against √KL.
 
@@ -66,7 +69,7 @@ def overoptimisation(
 
 
 def _draw_score(
-    axis: Any, name: str, course: Rows, test: Rows, best_of_n: Mapping[str, Sequence[float]] | None
+    axis: Any, name: str, course: Evaluations, test: Evaluations, best_of_n: Mapping[str, Sequence[float]] | None
 ) -> list[Any]:
     """Draw one score; what the legend should name."""
     _, title, color = SCORES[name]
@@ -91,7 +94,7 @@ def _draw_score(
     return legend
 
 
-def _curve(name: str, rows: Rows) -> _Curve | None:
+def _curve(name: str, rows: Evaluations) -> _Curve | None:
     """The curve of a score; None where nobody gave it."""
     mean = SCORES[name][0]
     if not rows or math.isnan(rows[0].get(mean, math.nan)):
@@ -116,7 +119,7 @@ def _scale(name: str, reference: Mapping[str, Any]) -> float:
     return reference.get(f"{name}_std") or 1.0
 
 
-def _band(rows: Rows) -> tuple[list[float], list[float]] | None:
+def _band(rows: Evaluations) -> tuple[list[float], list[float]] | None:
     """Least and largest gain of any member that is logged, by evaluation; None where there are no two."""
     names = [name for name in rows[0] if name.startswith("reward_member_")]
     if len(names) < 2:
@@ -126,7 +129,7 @@ def _band(rows: Rows) -> tuple[list[float], list[float]] | None:
     return [min(gain) for gain in gains], [max(gain) for gain in gains]
 
 
-def _number(axis: Any, course: Rows) -> None:
+def _number(axis: Any, course: Evaluations) -> None:
     """Write the iteration beside some of the evaluations, the last among them."""
     curve = _curve("reward", course)
     assert curve is not None

@@ -17,6 +17,7 @@ from lit_vapo.functional import (
     margin_estimate,
     poisson_bootstrap,
 )
+from lit_vapo.models.pretrained import keep_differentiable
 from lit_vapo.rewards.normaliser import Normaliser
 from lit_vapo.types import Adapter, FeaturePairs, PairLabels, RewardEstimate
 
@@ -178,6 +179,42 @@ class RewardHead(Normaliser, ABC):
         return fit_normaliser(self.rewards(features).float())
 
     # 3. The backbone.
+
+    def check_backbone(self, quantization: str | None, frozen: bool) -> None:
+        """Refuse to train on a backbone on which these members cannot be trained.
+
+        Args:
+            quantization: How the backbone is quantised, or `None`.
+            frozen: Whether the backbone's weights are to stay.
+
+        Raises:
+            ValueError: Quantised weights would be trained, or weights that the members bring themselves.
+        """
+        if quantization is not None and (not frozen or self.owns_backbones):
+            raise ValueError(
+                f"model.base.quantization: expected null where the backbone's own weights are trained, got "
+                f"{quantization}. Train heads or adapters on a quantised base."
+            )
+        if not (frozen or self.shares_features):
+            kind = type(self).__name__
+            raise ValueError(f"model.freeze_backbone: expected true for {kind}, which brings what it trains, got false")
+
+    def has_fixed_features(self, frozen: bool) -> bool:
+        """Whether no training step changes the features, on a backbone whose weights stay if `frozen`."""
+        return self.shares_features and frozen
+
+    def in_training(self, backbone: nn.Module, blocks: nn.ModuleList) -> nn.Module:
+        """A backbone whose features training changes, made ready for that.
+
+        Args:
+            backbone: A frozen decoder.
+            blocks: Its transformer blocks.
+        """
+        if self.shares_features:
+            # Small updates of weights in bfloat16 would be rounded away.
+            return backbone.float().requires_grad_(True)
+        keep_differentiable(backbone)
+        return self.attach(backbone, blocks)
 
     def attach(self, backbone: nn.Module, blocks: nn.ModuleList) -> nn.Module:
         """Make a backbone ready for the members; the result is what `passes` gets.

@@ -22,7 +22,6 @@ from lit_vapo.models.pretrained import (
     decoder_layers,
     freeze,
     hidden_size,
-    keep_differentiable,
     load_backbone,
     load_causal_lm,
     load_tokenizer,
@@ -74,7 +73,7 @@ class BuiltRewards(EvaluatedRewards):
     @property
     def frozen_features(self) -> bool:
         """Whether no training step changes the features, so that they need no gradient."""
-        return self.head.shares_features and self.freeze_backbone
+        return self.head.has_fixed_features(self.freeze_backbone)
 
     @property
     def device_of_run(self) -> torch.device:
@@ -123,11 +122,7 @@ class BuiltRewards(EvaluatedRewards):
         backbone = freeze(load_backbone(self.spec.base, self.spec.layer))
         if self.frozen_features:
             return place(cast("Any", backbone), self.device_of_run)
-        if self.head.shares_features:
-            # Small updates of weights in bfloat16 would be rounded away.
-            return backbone.float().requires_grad_(True)
-        keep_differentiable(backbone)
-        return self.head.attach(backbone, decoder_layers(backbone))
+        return self.head.in_training(backbone, decoder_layers(backbone))
 
     # What is read of a sequence: the same in training, in the checkpoint and in the export.
 

@@ -77,15 +77,8 @@ class RewardModule(BuiltRewards):
         check_positive(learning_rate=learning_rate, backbone_learning_rate=backbone_learning_rate)
         if num_reference < 2:
             raise ValueError(f"model.num_reference: expected at least 2, got {num_reference}")
-        if base.quantization is not None and (not freeze_backbone or (head is not None and head.owns_backbones)):
-            raise ValueError(
-                f"model.base.quantization: expected null where the backbone's own weights are trained, got "
-                f"{base.quantization}. Train heads or adapters on a quantised base."
-            )
         self.head = head or HeadEnsemble()
-        if not (freeze_backbone or self.head.shares_features):
-            kind = type(self.head).__name__
-            raise ValueError(f"model.freeze_backbone: expected true for {kind}, which brings what it trains, got false")
+        self.head.check_backbone(base.quantization, freeze_backbone)
         with unpickled():
             self.save_hyperparameters()
         if member is not None:
@@ -176,6 +169,4 @@ class RewardModule(BuiltRewards):
 
     def export(self, folder: str | Path) -> None:
         """Write the ensemble as a folder that `RewardModel.from_pretrained` loads."""
-        self.reward_model().save_pretrained(
-            folder, save_backbone=not self.frozen_features and self.head.shares_features
-        )
+        self.reward_model().save_pretrained(folder, save_backbone=not self.freeze_backbone)

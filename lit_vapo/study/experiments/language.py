@@ -152,9 +152,7 @@ class LanguageModelStudy(Experiment):
         records, known = [], self._knows(head)
         with TemporaryDirectory() as scratch:
             for name, objective in self.methods.items():
-                reward = HeldEnsemble(
-                    RewardModel(truth.spec, copy.deepcopy(head), None).requires_grad_(False).eval()
-                )
+                reward = HeldEnsemble(RewardModel(truth.spec, copy.deepcopy(head), None).requires_grad_(False).eval())
                 seen = self._train(copy.deepcopy(objective), reward, Path(scratch), repetition.seed)
                 base = truth.reference_return
                 records.append(Record(name, setting, *repetition, seen.kl, seen.true_return, base, known | seen.last))
