@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_vapo.evaluation.policy_report import COLUMNS, response_statistics
+from lit_vapo.evaluation.policy_report import COLUMNS, PART_REWARD, PART_SIGMA, response_statistics
 from lit_vapo.evaluation.preference_report import PreferenceReport
 from lit_vapo.functional import masked_mean
 from lit_vapo.functional.masked import check_same_shape
@@ -109,7 +109,11 @@ class ResponseMetrics(Metric):
 
 
 def response_columns(rollout: Rollout) -> dict[str, Tensor]:
-    """The numbers of each response of a rollout, by the names of `evaluation.policy.COLUMNS`: (B,), members (B, K)."""
+    """The numbers of each response of a rollout, by the names of `evaluation.policy_report.COLUMNS`, and its parts.
+
+    All are (B,) but `members`, which is (B, K). A part NAME of the estimate has `reward_NAME`, and `sigma_NAME` if it
+    knows its variance.
+    """
     mask, estimate = rollout.response_mask, rollout.estimate
     columns: dict[str, Tensor | None] = {
         "reward": estimate.mean,
@@ -123,7 +127,12 @@ def response_columns(rollout: Rollout) -> dict[str, Tensor]:
         "gold": rollout.gold,
         "members": estimate.members,
     }
-    return {name: column for name in COLUMNS if (column := columns[name]) is not None}
+    found = {name: column for name in COLUMNS if (column := columns[name]) is not None}
+    for name, part in (estimate.parts or {}).items():
+        found[f"{PART_REWARD}{name}"] = part.mean
+        if part.members is None or part.members.shape[1] > 1:
+            found[f"{PART_SIGMA}{name}"] = part.sigma
+    return found
 
 
 def rollout_statistics(rollout: Rollout) -> dict[str, Tensor]:
@@ -133,6 +142,8 @@ def rollout_statistics(rollout: Rollout) -> dict[str, Tensor]:
 
 def sample_rows(rollout: Rollout, policy: str, prompt_ids: Tensor) -> list[dict[str, Any]]:
     """One record for each response: whose it is, texts, and its numbers, with the score of every member.
+
+    Further columns of the prompts' file stand under `columns`, so that none passes for a number of ours.
 
     Args:
         rollout: The responses, those to one prompt together.
@@ -155,6 +166,8 @@ def sample_rows(rollout: Rollout, policy: str, prompt_ids: Tensor) -> list[dict[
         }
         # Tables count on it, and an estimator without members has none.
         record.setdefault("members", [])
+        if rollout.columns:
+            record["columns"] = {name: column[i] for name, column in rollout.columns.items()}
         records.append(record)
     return records
 

@@ -25,6 +25,8 @@ class RewardEstimate(NamedTuple):
         reference_variance: `()`, mean of the variance over responses of the reference policy, in units of reward
             squared: the unit in which a variance is large or small. None where nobody has measured it.
         parts: The estimates that this one was made of, by name, or None.
+        applies: `(B,)` bool, whether there is a reward at all; mean and variance are 0 where there is none, which only
+            another source in a sum can make up for. None where all responses have one.
     """
 
     mean: Tensor
@@ -32,6 +34,7 @@ class RewardEstimate(NamedTuple):
     members: Tensor | None
     reference_variance: Tensor | None = None
     parts: dict[str, RewardEstimate] | None = None
+    applies: Tensor | None = None
 
     @property
     def sigma(self) -> Tensor:

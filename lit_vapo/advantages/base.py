@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lit_vapo.functional import Advantages, masked_sum, on_every_token
+from lit_vapo.types import RewardEstimate
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -37,7 +38,13 @@ class AdvantageEstimator(ABC):
 
     @abstractmethod
     def __call__(
-        self, rewards: Tensor, values: Tensor | None, response_mask: Tensor, num_responses: int, all_sum: Reduce
+        self,
+        rewards: Tensor,
+        values: Tensor | None,
+        response_mask: Tensor,
+        num_responses: int,
+        all_sum: Reduce,
+        estimate: RewardEstimate | None = None,
     ) -> Advantages:
         """Estimate the advantages of B responses of up to T tokens.
 
@@ -48,6 +55,8 @@ class AdvantageEstimator(ABC):
             response_mask: bool (B, T), True = counts.
             num_responses: Responses n to each prompt.
             all_sum: Sum of a tensor over all processes.
+            estimate: What the source of rewards said of each response (mean, variance, members), before the objective
+                made a reward of it; for estimators that weigh responses by how much is known of them.
 
         Returns:
             Advantages (B, T), zeros outside the mask; returns are `None` without a critic.
@@ -68,7 +77,13 @@ class GroupBaseline(AdvantageEstimator):
         """Advantages of responses (B,) from their rewards (B,), n rows a prompt."""
 
     def __call__(
-        self, rewards: Tensor, values: Tensor | None, response_mask: Tensor, num_responses: int, all_sum: Reduce
+        self,
+        rewards: Tensor,
+        values: Tensor | None,
+        response_mask: Tensor,
+        num_responses: int,
+        all_sum: Reduce,
+        estimate: RewardEstimate | None = None,
     ) -> Advantages:
         """Sum the rewards of tokens, compare, and give every token its response's advantage."""
         self.check_responses(num_responses)

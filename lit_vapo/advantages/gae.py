@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lit_vapo.advantages.base import AdvantageEstimator, Reduce
 from lit_vapo.functional import Advantages, Moments, gae, masked_whiten, moments
+from lit_vapo.types import RewardEstimate
 
 
 class Gae(AdvantageEstimator):
@@ -28,7 +29,13 @@ class Gae(AdvantageEstimator):
         self.whiten = whiten
 
     def __call__(
-        self, rewards: Tensor, values: Tensor | None, response_mask: Tensor, num_responses: int, all_sum: Reduce
+        self,
+        rewards: Tensor,
+        values: Tensor | None,
+        response_mask: Tensor,
+        num_responses: int,
+        all_sum: Reduce,
+        estimate: RewardEstimate | None = None,
     ) -> Advantages:
         """Advantages, whitened if asked, and returns that are not."""
         if values is None:

@@ -15,7 +15,7 @@ from lit_vapo.evaluation.policy_report import MEMBERS_SHOWN
 class SampleTable(Callback):
     """Writes what the policy said at each evaluation: one JSON line for each response, and a W&B table.
 
-    Reads `samples` of the module, a list of flat records. Files in the run's folder: `samples_val.jsonl` (one block
+    Reads `samples` of the module, a list of records. Files in the run's folder: `samples_val.jsonl` (one block
     for each evaluation, marked by `step`), `test/responses.jsonl` and `samples_predict.jsonl`.
 
     Args:
@@ -55,8 +55,13 @@ class SampleTable(Callback):
 
     @staticmethod
     def _log_table(logger: WandbLogger, key: str, records: list[dict[str, Any]]) -> None:
-        names = [name for name in records[0] if name != "members"]
+        names = [name for name in dict.fromkeys(key for record in records for key in record) if name != "members"]
         count = len(records[0]["members"][:MEMBERS_SHOWN])
         columns = names + [f"member_{k}" for k in range(count)]
-        rows = [[record[name] for name in names] + record["members"][:count] for record in records]
+        rows = [[_cell(record.get(name)) for name in names] + record["members"][:count] for record in records]
         logger.log_table(key, columns=columns, data=rows)
+
+
+def _cell(value: Any) -> Any:
+    """A value that W&B has a type for whatever stands in the rows beside it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value

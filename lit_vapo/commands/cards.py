@@ -18,7 +18,7 @@ METRICS = "docs/metrics.md of lit-vapo"
 POLICY = """\
 # Policy aligned with lit-vapo
 
-{what} of `{base}`, trained with {method} against the reward ensemble `{reward}`. The reference of the KL penalty is
+{what} of `{base}`, trained with {method} against {reward}. The reference of the KL penalty is
 `{base}` itself.
 
 ## Use
@@ -87,7 +87,7 @@ def policy_card(module: PPOModule, target: Path, folder: str) -> str:
         what="LoRA adapter" if adapter else "Whole model, a fine-tune",
         base=module.base.path,
         method=f"PPO (objective {objective}, advantage {advantage})",
-        reward=settings["reward"],
+        reward=_reward(settings["reward"]),
         imports=f"from {'peft' if adapter else 'transformers'} import {loader}",
         loader=loader,
         folder=json.dumps(folder),
@@ -111,6 +111,13 @@ def policy_card(module: PPOModule, target: Path, folder: str) -> str:
         "tags": ["lit-vapo", "rlhf", "ppo", objective, *(["lora"] if adapter else [])],
     }
     return _card(header, text, table, settings, module.figures)
+
+
+def _reward(setting: Any) -> str:
+    """Where rewards came from; the settings at the end of the card say the rest."""
+    if isinstance(setting, str):
+        return f"the reward ensemble `{setting}`"
+    return f"rewards from `{setting['class_path'].rpartition('.')[2]}`"
 
 
 def ensemble_card(module: RewardModule, folder: str, classifier: bool) -> str:

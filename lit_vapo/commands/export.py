@@ -9,7 +9,7 @@ from lightning import LightningModule
 
 from lit_vapo.commands.cards import ensemble_card, policy_card
 from lit_vapo.folders import check_new, new_folder
-from lit_vapo.models.settings import construct
+from lit_vapo.models.settings import construct, every_dict
 from lit_vapo.models.trust import check_trusted
 from lit_vapo.stages.checkpoint_file import STAGE_KEY, read_checkpoint
 from lit_vapo.stages.ppo.module import REWARD, PPOModule
@@ -51,7 +51,7 @@ def export(
         raise ValueError(f"{checkpoint}: expected a checkpoint of lit-vapo (sft, reward or ppo), got stage {stage!r}")
     with new_folder(output, "--output") as target:
         if stage == PPOModule.stage:
-            # Who judges and who samples belongs to training: they need not be there. Whom to trust is not its to say.
+            # Who judges and who samples belongs to training: they need not be there.
             saved["hyper_parameters"] |= {"gold": None, "generator": None, "trust": trust}
             saved["state_dict"] = {k: v for k, v in saved["state_dict"].items() if not k.startswith(REWARD)}
             policy = _load(PPOModule, saved, trust, checkpoint)
@@ -76,6 +76,10 @@ def _load(kind: type[M], checkpoint: dict[str, Any], trust: Sequence[str] | None
     """
     settings = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
     check_trusted(settings, trust, name)
+    for part in list(every_dict(settings, name)):
+        if "trust" in part:
+            # Whom to trust is not the checkpoint's to say, nor that of a source of rewards in it.
+            part["trust"] = trust
     try:
         module = construct(kind, settings)
     except ValueError as error:

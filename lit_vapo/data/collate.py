@@ -111,7 +111,11 @@ class Collator:
         """A batch of prompts."""
         ids, lengths = pad([r["prompt_ids"] for r in rows], left=True)
         identities = torch.tensor([r["example_id"] for r in rows])
-        return PromptBatch(ids, lengths, [r["prompt"] for r in rows], identities, [r["asked"] for r in rows])
+        texts, asked = [r["prompt"] for r in rows], [r["asked"] for r in rows]
+        names = dict.fromkeys(name for r in rows for name in r["columns"])
+        # None where a row lacks what others have, as Parquet and TRL's data sets say it.
+        columns = {name: [r["columns"].get(name) for r in rows] for name in names}
+        return PromptBatch(ids, lengths, texts, identities, asked, columns)
 
     def sft(self, rows: list[dict[str, Any]]) -> SFTBatch:
         """A batch of demonstrations: the preferred responses."""

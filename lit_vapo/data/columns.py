@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
@@ -18,6 +19,9 @@ PROMPT_LIKE = (
     *("question", "instruction", "input", "query", "system", "prompts", "messages", "conversation", "conversations"),
     *("user", "context", "text", "post", "problem"),
 )
+# Columns that say what is asked, and those that make a row LLMBar's.
+ASKED = ("prompt", "system", "tools", "images")
+NUMBERED = ("input", "output_1", "output_2", "label")
 # What begins a response in a dialogue written as one text (HH-RLHF).
 TURN = "\n\nAssistant:"
 # Rows of a source that are looked at to see of what kind all of them are.
@@ -89,6 +93,40 @@ class Columns:
                 yield Row({}, row.place, "expected column 'prompt' in all rows of a source or in none")
             else:
                 yield row
+
+
+def further(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says besides its prompt, for rewards and for records, which are JSON.
+
+    Of a row that is a preference this leaves out what makes it one, too. Values that JSON cannot say (dates, images,
+    NaN) stay behind.
+
+    Args:
+        values: The row, with our names.
+
+    Example:
+        >>> further({"prompt": "2 + 2?", "answer": 4, "subset": "sums"})
+        {'answer': 4, 'subset': 'sums'}
+        >>> further({"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "subset": "sums", "level": 1})
+        {'level': 1}
+    """
+    own = set(ASKED)
+    if "chosen" in values:
+        own |= set(KNOWN)
+    elif values.keys() >= {*NUMBERED[:3]}:
+        own |= {*KNOWN, *NUMBERED}
+    return {name: value for name, value in values.items() if name not in own and _writable(value)}
+
+
+def _writable(value: Any) -> bool:
+    """Whether JSON can say a value."""
+    if value is None or type(value) in (str, bool):
+        return True
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def listed(names: Iterable[str]) -> str:

@@ -223,15 +223,16 @@ class PromptDataModule(TextDataModule):
         Raises:
             ValueError: A row has no such column; the message names it, the row and the columns there are.
         """
-        for split in ("train", "val", "test"):
-            for row in self.prompt_rows(split):
-                for name in wanted:
-                    if name not in row["columns"]:
-                        there = ", ".join(sorted(row["columns"])) or "none"
-                        raise ValueError(
-                            f"{row['place']}: expected a column {name!r}, which the reward is computed from, got "
-                            f"{there} besides the prompt"
-                        )
+        names = tuple(wanted)
+        splits = ("val", "test") if self._prompts_stream else ("train", "val", "test")
+        for row in (row for split in splits if names for row in self.prompt_rows(split)):
+            missing = next((name for name in names if name not in row["columns"]), None)
+            if missing is not None:
+                there = ", ".join(sorted(row["columns"])) or "none"
+                raise ValueError(
+                    f"{row['place']}: expected a column {missing!r} with a value that JSON has, since the reward is "
+                    f"computed from it, got {there} besides the prompt"
+                )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Prompts to learn on; an incomplete last batch is left out."""

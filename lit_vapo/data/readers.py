@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-from lit_vapo.data.columns import Columns
+from lit_vapo.data.columns import Columns, further
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.formats import read_preference, read_prompt
 from lit_vapo.data.mixing import Sources, counts, draw, row_hash, shares
@@ -132,7 +132,7 @@ class PromptReader(NamedTuple):
             "prompt_ids": ids,
             "prompt": text,
             "asked": asked,
-            "columns": {},
+            "columns": further(row.values),
             "example_id": stable_id(identity),
             "identity": identity,
             "place": row.place,

@@ -166,5 +166,11 @@ class TextSplits:
 
     def _load_prompts(self, sources: Sources, key: str) -> Rows:
         rows = read_all(sources, key, self._prompt_reader.read, self.skip_invalid, self.columns)
-        # Several pairs may answer one prompt; a file of prompts is taken as it is.
-        return rows if self.own_prompts else list({row["identity"]: row for row in rows}.values())
+        if self.own_prompts:
+            # A file of prompts is taken as it is.
+            return rows
+        # Several pairs may answer one prompt: it has the further columns of the first.
+        found: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            found.setdefault(row["identity"], row)
+        return list(found.values())

@@ -27,6 +27,8 @@ COLUMNS = (
     "gold",
     "members",
 )
+# With the name of a part of a reward that is a sum: its mean, and its σ.
+PART_REWARD, PART_SIGMA = "reward_", "sigma_"
 SCORES = ("reward", "gold")
 MEMBERS_SHOWN = 16  # of a hundred heads a figure for each would hide the others; responses keep the scores of all
 Records = list[dict[str, Any]]
@@ -37,7 +39,7 @@ def response_statistics(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         columns: A tensor (R,) for each name of `COLUMNS`, `members` (R, K); `gold` and `members` where there are any.
-            `entropy` is the mean over the tokens of a response.
+            `entropy` is the mean over the tokens of a response. And one (R,) for each number of a part.
     """
     reward, log_ratio, weight, length = (columns[name] for name in ("reward", "kl", "kl_weight", "length"))
     statistics = {
@@ -62,7 +64,11 @@ def response_statistics(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         statistics |= {
             f"reward_member_{k}": mean for k, mean in enumerate(columns["members"][:, :MEMBERS_SHOWN].mean(0))
         }
-    return statistics
+    return statistics | {name: columns[name].mean() for name in columns if _of_a_part(name)}
+
+
+def _of_a_part(name: str) -> bool:
+    return name.startswith((PART_REWARD, PART_SIGMA))
 
 
 class PolicyReport:
@@ -92,7 +98,7 @@ class PolicyReport:
             )
         self.columns = {
             name: torch.tensor([record[name] for record in records], dtype=torch.float64)
-            for name in COLUMNS
+            for name in (*COLUMNS, *filter(_of_a_part, records[0]))
             if records[0].get(name) not in (None, [])
         }
 

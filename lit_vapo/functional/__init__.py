@@ -38,6 +38,7 @@ from lit_vapo.functional.ppo import (
 from lit_vapo.functional.preference import bradley_terry_loss
 from lit_vapo.functional.repetition import Repetition, repetition
 from lit_vapo.functional.rewards import clip_rewards, token_rewards
+from lit_vapo.functional.sums import weighted_estimate
 from lit_vapo.functional.tabular import (
     bregman_kl,
     match_kl,
@@ -125,6 +126,7 @@ __all__ = [
     "token_logprobs",
     "token_rewards",
     "value_loss_terms",
+    "weighted_estimate",
     "weighted_k3",
     "win_rate",
 ]

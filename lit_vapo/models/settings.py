@@ -34,8 +34,8 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 # More than any configuration has.
 MOST_SETTINGS, DEEPEST = 100_000, 50
-# Settings that name a folder, or a model on the hub.
-PATHS = ("path", "folder", "reward", "policy", "feature_cache")
+# Settings that name a folder, or a model on the hub; under the last they do so by names of the user's.
+PATHS = ("path", "folder", "reward", "policy", "feature_cache", "sources")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
@@ -97,7 +97,11 @@ def whole_paths(settings: Any, key: str = "") -> Any:
         key: What the settings stand under.
     """
     if isinstance(settings, dict):
-        return {name: whole_paths(value, name) for name, value in settings.items()}
+        named = key == PATHS[-1]
+        return {
+            name: whole_paths(value, key if named and isinstance(value, str) else name)
+            for name, value in settings.items()
+        }
     if isinstance(settings, (list, tuple)):
         return [whole_paths(value) for value in settings]
     if key in PATHS and isinstance(settings, str) and Path(settings).expanduser().is_dir():
@@ -208,6 +212,10 @@ def _schema(kind: Callable[..., Any]) -> TypeAdapter[dict[str, Any]]:
 
 def _annotation(annotation: Any) -> Any:
     """The annotation, with each class to choose in place of an instance of it."""
+    if get_origin(annotation) is dict:
+        key, value = get_args(annotation)
+        made: Any = _annotation(value)
+        return annotation if made is value else dict[key, made]
     options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     chosen = [option for option in options if _is_chosen(option)]
     if not chosen:
@@ -219,6 +227,7 @@ def _annotation(annotation: Any) -> Any:
 def _is_chosen(annotation: Any) -> bool:
     return (
         isinstance(annotation, type)
+        and annotation is not Any
         and annotation.__module__ not in ("builtins", "pathlib", "types")
         and not (is_dataclass(annotation) or get_origin(annotation) is not None)
     )

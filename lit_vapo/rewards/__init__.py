@@ -1,7 +1,17 @@
 """Rewards: one door (`RewardSource`), and what stands behind it."""
 
+from lit_vapo.rewards.combined import WeightedSum
 from lit_vapo.rewards.ensemble import EnsembleReward, HeldEnsemble
+from lit_vapo.rewards.function import FunctionReward
 from lit_vapo.rewards.saved import load_reward
 from lit_vapo.rewards.source import Responses, RewardSource
 
-__all__ = ["EnsembleReward", "HeldEnsemble", "Responses", "RewardSource", "load_reward"]
+__all__ = [
+    "EnsembleReward",
+    "FunctionReward",
+    "HeldEnsemble",
+    "Responses",
+    "RewardSource",
+    "WeightedSum",
+    "load_reward",
+]

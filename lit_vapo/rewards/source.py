@@ -70,11 +70,12 @@ class RewardSource(nn.Module, ABC):
     """Scores responses. PPO, rollouts and studies know this and nothing else of rewards.
 
     A subclass gives `num_members` and `score`. It keeps every constructor argument as an attribute of the same name, so
-    that a checkpoint can name it. What takes memory is loaded in `prepare`: until then a source costs nothing and can
-    be asked whether it fits.
+    that a checkpoint can name it. Making one runs no code of others, since exports make one from what a checkpoint
+    says. What takes memory is loaded in `prepare`, with all that a state dict has: until then a source costs nothing
+    and can be asked whether it fits.
 
     Attributes:
-        columns: Columns of the prompts' file that `score` needs besides the prompt.
+        columns: Columns of the prompts' file that `score` needs besides the prompt; known after `check`.
         separate_members: Whether estimates have discrete members, for objectives that look at each.
     """
 
@@ -91,6 +92,14 @@ class RewardSource(nn.Module, ABC):
     def reads(self) -> HiddenStates | None:
         """The frozen hidden states that rewards are computed from, if they are: a critic reads at the same depth."""
         return None
+
+    def check(self) -> None:
+        """Look whether everything is there that scoring takes, before any model is loaded; a run calls this first.
+
+        Raises:
+            ValueError: Something is missing; the message says what.
+        """
+        return
 
     # 2. Getting ready.
 

@@ -116,7 +116,7 @@ class RolloutMaker:
         scored = self._score(rows, role, values)
         responses = self._responses(batch, rows, texts, generated.stopped, scored.pooled)
         estimate = self.reward.score(responses)
-        _check_finite(estimate, prompts)
+        _check_rewards(estimate, prompts)
         if all_sum is None:
             score = objective(estimate)
         else:
@@ -233,7 +233,13 @@ class RolloutMaker:
         return _Scored(*joined, taps)  # type: ignore[arg-type]
 
 
-def _check_finite(estimate: RewardEstimate, prompts: list[str]) -> None:
+def _check_rewards(estimate: RewardEstimate, prompts: list[str]) -> None:
+    if estimate.applies is not None and not estimate.applies.all():
+        row = int((~estimate.applies).nonzero()[0, 0])
+        raise ValueError(
+            f"expected a reward of each response, got none (no source applies) for prompt {prompts[row]!r}; in a "
+            "WeightedSum another source may reward what this one does not"
+        )
     bad = ~torch.isfinite(estimate.mean)
     if bad.any():
         row = int(bad.nonzero()[0, 0])

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from torch import nn
+
 
 def plain(value: Any) -> Any:
     """A setting as numbers, strings, lists and dicts, so that reading a checkpoint runs no pickled code.
@@ -17,7 +19,7 @@ def plain(value: Any) -> Any:
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, dict):
+    if isinstance(value, (dict, nn.ModuleDict)):
         return {key: plain(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(x) for x in value]

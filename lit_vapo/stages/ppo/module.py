@@ -183,7 +183,6 @@ class PPOModule(EvaluatedPolicy):
             self.missing_eos_penalty,
             generator=self.generator,
         )
-        datamodule.check_columns(self.reward.columns)
         if not self.reward.calibrated:
             self.print(f"reward: calibrating on {self.num_reference} reference responses")
             batches = [b.to(self.device) for b in datamodule.prompt_batches("train", self.num_reference)]

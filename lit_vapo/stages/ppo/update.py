@@ -139,7 +139,7 @@ def compute_advantages(rollout: Rollout, kl_coef: float, advantage: AdvantageEst
     weight = rollout.kl_weight
     shared = all_sum(weight.sum()) / all_sum(torch.ones_like(weight).sum())
     rewards = token_rewards(rollout.reward, log_ratio, weight, kl_coef, mask, shared)
-    advantages, returns = advantage(rewards, rollout.values, mask, rollout.num_responses, all_sum)
+    advantages, returns = advantage(rewards, rollout.values, mask, rollout.num_responses, all_sum, rollout.estimate)
     _check_finite({"advantages": advantages}, all_sum)
     return Experience(rollout.rows, rollout.logprobs, advantages, rollout.values, rollout.value_states, returns)
 
