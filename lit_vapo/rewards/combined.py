@@ -55,13 +55,14 @@ class WeightedSum(RewardSource):
                 raise ValueError(f"WeightedSum: weights: expected names among {', '.join(sources)}, got {name!r}")
             if not math.isfinite(weight):
                 raise ValueError(f"WeightedSum: weights.{name}: expected a finite number, got {weight}")
+        self.sources = sources
         self.weights = weights
         self.aligned = aligned
         self._weights = {name: float((weights or {}).get(name, 1.0)) for name in sources}
         if not any(self._weights.values()):
             raise ValueError(f"WeightedSum: weights: expected one that is not 0, got {weights}")
         made = {name: load_reward(source) if isinstance(source, str) else source for name, source in sources.items()}
-        self.sources = nn.ModuleDict(made)
+        self.summands = nn.ModuleDict(made)
         counted = [source for name, source in made.items() if self._weights[name]]
         self._uncertain = [source.num_members for source in counted if source.num_members > 1]
         separate = all(source.separate_members for source in counted)
@@ -80,7 +81,7 @@ class WeightedSum(RewardSource):
 
     def _each(self) -> list[tuple[str, RewardSource]]:
         """The sources with their names."""
-        return list(self.sources.items())  # type: ignore[arg-type]
+        return list(self.summands.items())  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Look whether each source is whole.
@@ -148,7 +149,7 @@ class WeightedSum(RewardSource):
     def own_state(self) -> set[str]:
         """What the sources keep, and the typical variance of the sum."""
         own = {name for name in self.state_dict() if name.startswith("normaliser.")}
-        return own | {f"sources.{name}.{key}" for name, source in self._each() for key in source.own_state()}
+        return own | {f"summands.{name}.{key}" for name, source in self._each() for key in source.own_state()}
 
 
 @contextmanager

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import nn
-
 
 def plain(value: Any) -> Any:
     """A setting as numbers, strings, lists and dicts, so that reading a checkpoint runs no pickled code.
@@ -19,7 +17,7 @@ def plain(value: Any) -> Any:
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, (dict, nn.ModuleDict)):
+    if isinstance(value, dict):
         return {key: plain(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(x) for x in value]
