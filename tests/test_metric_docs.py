@@ -12,11 +12,13 @@ from lit_vapo.data.datamodule import PreferenceDataModule, SFTDataModule
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.objectives.covariance_aware import CovarianceAware
+from lit_vapo.rewards import FunctionReward, WeightedSum
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.stages.reward.module import RewardModule
 from lit_vapo.stages.sft.module import SFTModule
 from lit_vapo.types import TextReward
 
+PART = re.compile("/(reward|sigma)_")
 DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
 
 
@@ -57,12 +59,13 @@ def logged(make_module, data, folder):
 def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("metrics")
     options = {"preferences": tiny_preferences_file, "validation_fraction": 0.3, "max_length": 64, "batch_size": 4}
-    reward = ppo_helpers.ensemble(folder / "ensemble", tiny_model_dir)
+    ensemble = ppo_helpers.ensemble(folder / "ensemble", tiny_model_dir)
     base = Pretrained(tiny_model_dir)
     prompts = ppo_helpers.prompt_data(tiny_model_dir, folder, validation_fraction=0.5)
 
     def ppo():
         sampling = Sampling(6, num_responses=2)
+        reward = WeightedSum({"ensemble": ensemble, "length": FunctionReward("reward_functions:length")})
         return ppo_helpers.ppo_module(
             tiny_model_dir, reward, gold=Judge(), sampling=sampling, objective=CovarianceAware()
         )
@@ -81,6 +84,8 @@ def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_logged_keys_are_the_documented_ones(runs, stage):
     found = {re.sub(r"_\d+$", "_k", name) for name in runs[stage]}
+    # The sources of the sum.
+    found = {re.sub("_(ensemble|length)$", "_NAME", name) if PART.search(name) else name for name in found}
     expected = documented()[stage]
     assert found - expected == set(), "logged but not defined in docs/metrics.md"
     assert expected - found == set(), "defined in docs/metrics.md but not logged"

@@ -213,9 +213,9 @@ def _schema(kind: Callable[..., Any]) -> TypeAdapter[dict[str, Any]]:
 def _annotation(annotation: Any) -> Any:
     """The annotation, with each class to choose in place of an instance of it."""
     if get_origin(annotation) is dict:
-        key, value = get_args(annotation)
-        made: Any = _annotation(value)
-        return annotation if made is value else dict[key, made]
+        names, value = get_args(annotation)
+        made = _annotation(value)
+        return annotation if made is value else cast("Any", dict)[names, made]
     options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     chosen = [option for option in options if _is_chosen(option)]
     if not chosen:

@@ -230,7 +230,7 @@ class RolloutMaker:
         *columns, pooled = zip(*outputs, strict=True)
         joined = [torch.cat(c)[order] if c[0] is not None else None for c in columns]
         taps = [torch.cat(each)[order] for each in zip(*pooled, strict=True)]
-        return _Scored(*joined, taps)  # type: ignore[arg-type]
+        return _Scored(*joined, taps)  # type: ignore[arg-type,call-arg]
 
 
 def _check_rewards(estimate: RewardEstimate, prompts: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Every estimator of the advantage passes this suite; a new file under lit_vapo/advantages/ is tested unasked."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from lit_vapo.advantages.gae import Gae
 from lit_vapo.advantages.grpo import Grpo
 from lit_vapo.advantages.rloo import Rloo
 from lit_vapo.functional import token_rewards
+from lit_vapo.stages.ppo.update import compute_advantages
+from lit_vapo.types import RewardEstimate
 
 ESTIMATORS = concrete_subclasses(lit_vapo.advantages, AdvantageEstimator)
 GROUPS = [kind for kind in ESTIMATORS if issubclass(kind, GroupBaseline)]
@@ -130,6 +133,39 @@ def test_too_few_responses_are_refused(kind):
             kind().check_responses(1)
         with pytest.raises(ValueError, match=message):
             kind()(torch.zeros(6, 7), None, MASK, 1, alone)
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_the_estimate_of_the_reward_is_offered(kind):
+    # One that looks at it is tested where it is; these take it and are what they are without.
+    members = draw(6, 4, seed=5)
+    said = RewardEstimate(members.mean(1), members.var(1), members)
+    rewards, values = torch.where(MASK, draw(6, 7, seed=2), 0.0), draw(6, 7, seed=3)
+    args = (rewards, values if kind.needs_critic else None, MASK, N, alone)
+    with_it, without = kind()(*args, estimate=said), kind()(*args)
+    assert with_it.advantages.shape == without.advantages.shape
+    assert torch.isfinite(with_it.advantages).all()
+
+
+def test_an_estimator_may_weigh_by_the_variance():
+    class Careful(Rloo):
+        def __call__(self, rewards, values, response_mask, num_responses, all_sum, estimate=None):
+            out = super().__call__(rewards, values, response_mask, num_responses, all_sum)
+            return out._replace(advantages=out.advantages / (1 + estimate.variance)[:, None])
+
+    said = RewardEstimate(torch.zeros(6), torch.tensor([0.0, 1.0, 3.0, 0.0, 1.0, 3.0]), None)
+    shape = {"logprobs": torch.zeros(6, 7), "ref_logprobs": torch.zeros(6, 7), "values": None, "value_states": None}
+    rollout = SimpleNamespace(
+        rows=None,
+        response_mask=MASK,
+        reward=draw(6, seed=1),
+        kl_weight=torch.ones(6),
+        num_responses=N,
+        estimate=said,
+        **shape,
+    )
+    careful, plain = (compute_advantages(rollout, 0.1, kind(), alone).advantages for kind in (Careful, Rloo))
+    torch.testing.assert_close(careful, plain / torch.tensor([1.0, 2.0, 4.0, 1.0, 2.0, 4.0])[:, None])
 
 
 def test_rloo_by_hand():

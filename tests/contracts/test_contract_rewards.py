@@ -14,11 +14,13 @@ import torch
 from helpers import concrete_subclasses
 
 import lit_vapo.rewards
+from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, load_backbone
 from lit_vapo.models.settings import construct
 from lit_vapo.objectives.variance_aware import VarianceAware
 from lit_vapo.objectives.worst_case import WorstCase
 from lit_vapo.rewards import EnsembleReward, FunctionReward, HeldEnsemble, Responses, RewardSource, WeightedSum
-from lit_vapo.rewards.reward_model import RewardModel
+from lit_vapo.rewards.members.lora import LoraEnsemble
+from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.stages.settings import plain
 
 SOURCES = concrete_subclasses(lit_vapo.rewards, RewardSource)
@@ -57,6 +59,21 @@ class Entry:
     settings: bool = True
 
 
+def adapters(world, name):
+    """Folder of two members as adapters of the policy's base, which they hang into it."""
+    folder = world.folder / name
+    if not folder.exists():
+        base = Pretrained(world.model)
+        head = LoraEnsemble(2, rank=4, seed=len(name))
+        head.build(32)
+        backbone = freeze(load_backbone(base))
+        backbone = head.attach(backbone, decoder_layers(backbone))
+        for i, parameter in enumerate(p for n, p in head.named_parameters() if "lora_b" in n):
+            parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(i))
+        RewardModel(FeatureSpec(base), head, backbone).save_pretrained(folder)
+    return str(folder)
+
+
 def total(world, **kwargs):
     return WeightedSum({"ensemble": world.fresh, "length": FunctionReward("reward_functions:length")}, **kwargs)
 
@@ -65,6 +82,7 @@ ENTRIES: dict[type[RewardSource], dict[str, Entry]] = {
     EnsembleReward: {
         "calibrated": Entry(lambda world: EnsembleReward(world.ensemble)),
         "fresh": Entry(lambda world: EnsembleReward(world.fresh), centred=True),
+        "adapters": Entry(lambda world: EnsembleReward(adapters(world, "one")), centred=True),
     },
     HeldEnsemble: {
         "calibrated": Entry(
@@ -88,6 +106,9 @@ ENTRIES: dict[type[RewardSource], dict[str, Entry]] = {
         ),
         "aligned": Entry(
             lambda world: WeightedSum({"one": world.fresh, "other": world.ensemble}, {"other": 0.5}, aligned=True),
+        ),
+        "two ensembles in the policy's base": Entry(
+            lambda world: WeightedSum({x: adapters(world, x) for x in ("one", "other")}, {"one": 2.0}), centred=True
         ),
         "functions": Entry(
             lambda world: WeightedSum(
@@ -291,3 +312,17 @@ def test_a_critic_starts_only_from_what_it_reads_too(entry, world):
 def test_it_costs_nothing_before_it_is_prepared(entry, world):
     source = entry.make(world)
     assert not entry.settings or not source.state_dict()
+
+
+def test_two_ensembles_in_one_base_do_not_disturb_each_other(world):
+    def scored(source):
+        maker = ready(source, world)
+        source.calibrate([drawn(maker, world, seed) for seed in (1, 2)])
+        return source.score(drawn(maker, world))
+
+    names = ("one", "other")
+    together = scored(WeightedSum({name: adapters(world, name) for name in names})).parts
+    for name in names:
+        alone = scored(EnsembleReward(adapters(world, name)))
+        torch.testing.assert_close(together[name].members, alone.members, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(together["one"].members, together["other"].members, atol=0.1)

@@ -11,8 +11,9 @@ from helpers import CONFIGS, tiny_tokenizer
 from jsonargparse import ArgumentParser
 
 from lit_vapo.cli import main
+from lit_vapo.data.columns import further
 from lit_vapo.data.datamodule import PreferenceDataModule
-from lit_vapo.data.formats import read_preference
+from lit_vapo.data.formats import read_preference, read_prompt
 from lit_vapo.data.mixing import shares
 from lit_vapo.data.sources import Row
 from lit_vapo.data.stream import LOOK
@@ -27,8 +28,11 @@ def blocks(language):
 
 def test_rows_are_read():
     rows = [json.loads(line) for block in blocks("json") for line in block.splitlines()]
-    found = [read_preference(Row(row, "p")) for row in rows]
+    found = [read_preference(Row(row, "p")) for row in rows if "answer" not in row]
     assert len(found) > 8
+    (prompt,) = (row for row in rows if "answer" in row)
+    assert read_prompt(Row(prompt, "p")).content == "What is 2 + 2?"
+    assert further(prompt) == {"answer": "4", "level": 1}
     # All shapes of one preference say the same.
     prime = [{"role": "user", "content": "Name a prime."}]
     assert sum(preference.prompt.content == prime for preference in found) == 3
