@@ -1,7 +1,8 @@
 """Rewards: one door (`RewardSource`), and what stands behind it."""
 
 from lit_vapo.rewards.ensemble import EnsembleReward, HeldEnsemble
+from lit_vapo.rewards.pretrained import PretrainedRewards
 from lit_vapo.rewards.saved import load_reward
 from lit_vapo.rewards.source import Responses, RewardSource
 
-__all__ = ["EnsembleReward", "HeldEnsemble", "Responses", "RewardSource", "load_reward"]
+__all__ = ["EnsembleReward", "HeldEnsemble", "PretrainedRewards", "Responses", "RewardSource", "load_reward"]

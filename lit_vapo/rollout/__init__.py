@@ -2,6 +2,7 @@
 
 from lit_vapo.rollout.maker import RolloutMaker
 from lit_vapo.rollout.reference_sampling import sample_references
+from lit_vapo.rollout.responses import Encoders, text_responses
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
 
-__all__ = ["Rollout", "RolloutMaker", "assemble_rows", "sample_references"]
+__all__ = ["Encoders", "Rollout", "RolloutMaker", "assemble_rows", "sample_references", "text_responses"]
