@@ -2,7 +2,16 @@
 
 from lit_vapo.rewards.ensemble import EnsembleReward, HeldEnsemble
 from lit_vapo.rewards.pretrained import PretrainedRewards
+from lit_vapo.rewards.remote import RemoteReward
 from lit_vapo.rewards.saved import load_reward
 from lit_vapo.rewards.source import Responses, RewardSource
 
-__all__ = ["EnsembleReward", "HeldEnsemble", "PretrainedRewards", "Responses", "RewardSource", "load_reward"]
+__all__ = [
+    "EnsembleReward",
+    "HeldEnsemble",
+    "PretrainedRewards",
+    "RemoteReward",
+    "Responses",
+    "RewardSource",
+    "load_reward",
+]

@@ -79,6 +79,11 @@ class PretrainedRewards(RewardSource):
         """Whether members are centred and scaled."""
         return bool(self.normaliser.calibrated)
 
+    @property
+    def unit(self) -> str:
+        """Standard deviations, once members are calibrated."""
+        return self.normaliser.unit
+
     def calibrate(self, references: Iterable[Responses]) -> None:
         """Centre and scale each member, and measure their typical variance."""
         self.normaliser.fit_to(torch.cat([self._rewards(responses) for responses in references]))

@@ -129,6 +129,11 @@ class RewardSource(nn.Module, ABC):
         """Whether members are comparable and the reference variance is known, as far as this source has them."""
         return True
 
+    @property
+    def unit(self) -> str:
+        """What rewards are measured in, in words."""
+        return "units of the source"
+
     def calibrate(self, references: Iterable[Responses]) -> None:
         """Fix origins, units and the reference variance on responses of the reference policy, batch by batch.
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.data.stopping import find_stops
+from lit_vapo.models.batching import right_pad
+from lit_vapo.models.token_rows import TokenRows
+from lit_vapo.models.trunk import length_mask
 from lit_vapo.rewards.source import Encode, Responses
 from lit_vapo.types import Prompt, TokenSequence
 
@@ -41,6 +45,41 @@ class Encoders:
             return [encoder.response(prompt, text, ended) for prompt, text, ended in answered]
 
         return encode
+
+
+def token_responses(
+    prompts: list[Prompt],
+    sequences: list[TokenSequence],
+    finished: Sequence[bool],
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary_size: int,
+    encoders: Encoders,
+    device: torch.device | str = "cpu",
+    texts: list[str] | None = None,
+) -> Responses:
+    """Responses of which the tokens are known.
+
+    Args:
+        prompts: What each of the B responses answers.
+        sequences: Prompts and responses in the tokens of `tokenizer`.
+        finished: Whether each ended by itself.
+        tokenizer: Whose tokens these are.
+        vocabulary_size: How many tokens there are.
+        encoders: Writes responses down for other models.
+        device: Where estimates are wanted.
+        texts: What each response says; what its tokens say, if not given.
+    """
+    if texts is None:
+        texts = [tokenizer.decode(ids[start:], skip_special_tokens=True) for ids, start in sequences]
+    ids, lengths = right_pad([s.ids for s in sequences], torch.device(device))
+    starts = torch.tensor([s.prompt_length for s in sequences], device=device)
+    sizes = lengths - starts
+    return replace(
+        text_responses(prompts, texts, finished, encoders, device),
+        rows=TokenRows(ids, starts, length_mask(sizes, int(sizes.max()))),
+        tokenizer=tokenizer,
+        vocabulary_size=vocabulary_size,
+    )
 
 
 def text_responses(
