@@ -95,7 +95,7 @@ def read_answer(body: bytes, rows: int, members: int) -> list[list[float]]:
         place = first["loc"]
         if len(place) > 1:
             raise ValueError(f"row {place[1]}: expected {expected}, got {shortened(first['input'])}") from None
-        raise ValueError(f'{explain(error)}; expected {{"rewards": […]}}') from None
+        raise ValueError(f'expected {{"rewards": […]}}, got something else ({explain(error)})') from None
     if len(rewards) != rows:
         raise ValueError(f"expected rewards of {rows} rows, got {len(rewards)}")
     each = [x if isinstance(x, list) else [x] for x in rewards]
