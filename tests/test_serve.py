@@ -75,6 +75,7 @@ def test_an_ensemble_scores_over_there_as_it_does_here(folder, there, monkeypatc
     here = EnsembleReward(folder)
     here.prepare(None)
     remote = RemoteReward(there, num_members=3, token_env="MY_TOKEN")
+    remote.prepare(None)
     prompts = ["the film", public.MESSAGES[0], "Review: a quiet"]
     asked = public.responses(prompts, [" was good", "bad", " family"], [True, True, False])
     torch.testing.assert_close(remote.score(asked).members, here.score(asked).members, rtol=1e-6, atol=1e-6)

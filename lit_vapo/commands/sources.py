@@ -44,6 +44,7 @@ def device_of() -> torch.device:
 
 def ready(source: RewardSource, device: torch.device) -> RewardSource:
     """A source with all it needs in memory, on its device."""
+    source.check()
     source.prepare(None)
     return source.to(device).eval()
 

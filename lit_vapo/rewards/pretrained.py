@@ -38,7 +38,7 @@ class PretrainedRewards(RewardSource):
             memory of the largest.
 
     Raises:
-        ValueError: There is no model, one cannot be found, or several do not have one label each.
+        ValueError: There is no model.
     """
 
     def __init__(self, models: list[Pretrained], resident: bool = True) -> None:
@@ -47,8 +47,11 @@ class PretrainedRewards(RewardSource):
             raise ValueError(f"{KEY}: expected at least one public reward model, got none")
         self.models = models
         self.resident = resident
-        self.normaliser = Normaliser(_count_members(models))
+        self.normaliser: Normaliser | None = None
         self.networks = nn.ModuleList()
+        self._num_members = len(models) if len(models) > 1 else None
+        # How members were normalised when they were saved.
+        self._held: dict[str, Tensor] = {}
         # Quantised weights stay where they were read to, and out of every state dict.
         self._quantised: dict[int, PreTrainedModel] = {}
         self._tokenizers: list[PreTrainedTokenizerBase] = []
@@ -56,16 +59,42 @@ class PretrainedRewards(RewardSource):
     @property
     def num_members(self) -> int:
         """Members K."""
-        return len(self.normaliser.reward_loc)
+        if self._num_members is None:
+            self._num_members = count_labels(self.models[0], f"{KEY}[0]")
+        return self._num_members
+
+    def check(self) -> None:
+        """Look at the models' files, short of reading their weights.
+
+        Raises:
+            ValueError: One cannot be found, or is no whole model, or several do not have one label each.
+        """
+        labels = [count_labels(spec, key) for key, spec in _named(self.models)]
+        for (key, spec), count in zip(_named(self.models), labels, strict=True):
+            if len(labels) > 1 and count != 1:
+                raise ValueError(
+                    f"{key}: expected a reward model with one label, since it is one of several, got {spec.path!r} "
+                    f"with {count}. A model with more stands alone: each label is then a member."
+                )
+        if self._held and len(self._held["reward_loc"]) != sum(labels):
+            raise ValueError(
+                f"{KEY}: expected {len(self._held['reward_loc'])} labels together, as when they were saved, got "
+                f"{sum(labels)}"
+            )
 
     def prepare(self, policy: Policy | None) -> None:
         """Load the models, or see that each can be loaded.
 
         Raises:
-            ValueError: A model has weights that were never trained, or lacks a padding token that it needs.
+            ValueError: As `check`, or a model has weights that were never trained, or lacks a padding token that it
+                needs.
         """
-        if self._tokenizers:
+        if self.normaliser is not None:
             return
+        self.check()
+        self.normaliser = Normaliser(self.num_members)
+        if self._held:
+            self.normaliser.load_state_dict(self._held)
         self._tokenizers = [load_tokenizer(spec, f"{key}.path") for key, spec in _named(self.models)]
         for k, (key, spec) in enumerate(_named(self.models)):
             model = load_classifier(spec, key)
@@ -77,15 +106,17 @@ class PretrainedRewards(RewardSource):
     @property
     def calibrated(self) -> bool:
         """Whether members are centred and scaled."""
-        return bool(self.normaliser.calibrated)
+        return self.normaliser is not None and bool(self.normaliser.calibrated)
 
     @property
     def unit(self) -> str:
         """Standard deviations, once members are calibrated."""
+        assert self.normaliser is not None, "`prepare` comes first"
         return self.normaliser.unit
 
     def calibrate(self, references: Iterable[Responses]) -> None:
         """Centre and scale each member, and measure their typical variance."""
+        assert self.normaliser is not None, "`prepare` comes first"
         self.normaliser.fit_to(torch.cat([self._rewards(responses) for responses in references]))
 
     def score(self, responses: Responses) -> RewardEstimate:
@@ -94,6 +125,7 @@ class PretrainedRewards(RewardSource):
         Raises:
             ValueError: A text is too long for a model, a template refuses a prompt, or a reward is not finite.
         """
+        assert self.normaliser is not None, "`prepare` comes first"
         estimate = ensemble_estimate(self.normaliser.normalise(self._rewards(responses)))
         known = self.calibrated and self.num_members > 1
         return estimate._replace(reference_variance=self.normaliser.reference_variance if known else None)
@@ -104,7 +136,6 @@ class PretrainedRewards(RewardSource):
 
     def _rewards(self, responses: Responses) -> Tensor:
         """Raw rewards (B, K), each in its model's own unit."""
-        assert self._tokenizers, "`prepare` comes first"
         return torch.cat([self._rewards_of(k, responses) for k in range(len(self.models))], dim=1)
 
     def _rewards_of(self, k: int, responses: Responses) -> Tensor:
@@ -147,7 +178,7 @@ class PretrainedRewards(RewardSource):
             FileExistsError: The folder already holds reward models.
         """
         config = PretrainedConfig(models=self.models, resident=self.resident, num_members=self.num_members)
-        write_rewards(Path(folder), config, self.normaliser)
+        write_rewards(Path(folder), config, self.normaliser or Normaliser(self.num_members))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, trust: Sequence[str] | None = None) -> PretrainedRewards:
@@ -158,36 +189,18 @@ class PretrainedRewards(RewardSource):
             trust: Models that may bring code of their own, by folder or hub name.
 
         Raises:
-            ValueError: It is damaged, names models that are not there, or asks for code it is not trusted with.
+            ValueError: It is damaged, or asks for code it is not trusted with.
         """
-        folder = Path(folder)
-        config = read_trusted_rewards(folder, trust)
+        config = read_trusted_rewards(Path(folder), trust)
         source = cls(config.models, config.resident)
-        if source.num_members != config.num_members:
-            raise ValueError(
-                f"{folder}: expected models of {config.num_members} labels together, as when it was written, got "
-                f"{source.num_members}"
-            )
-        read_normaliser(folder, source.normaliser)
+        source._num_members = config.num_members
+        source._held = read_normaliser(Path(folder), config.num_members)
         return source
 
 
 def _named(models: Sequence[Pretrained]) -> Iterator[tuple[str, Pretrained]]:
     """Each model with its key."""
     return ((f"{KEY}[{k}]", spec) for k, spec in enumerate(models))
-
-
-def _count_members(models: Sequence[Pretrained]) -> int:
-    labels = [count_labels(spec, key) for key, spec in _named(models)]
-    if len(labels) == 1:
-        return labels[0]
-    for (key, spec), count in zip(_named(models), labels, strict=True):
-        if count != 1:
-            raise ValueError(
-                f"{key}: expected a reward model with one label, since it is one of several, got {spec.path!r} with "
-                f"{count}. A model with more stands alone: each label is then a member."
-            )
-    return len(labels)
 
 
 def _check_lengths(

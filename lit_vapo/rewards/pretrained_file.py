@@ -66,15 +66,15 @@ def read_trusted_rewards(folder: Path, trust: Sequence[str] | None) -> Pretraine
     return config
 
 
-def read_normaliser(folder: Path, normaliser: Normaliser) -> None:
-    """Take origins, units and the reference variance from the folder.
+def read_normaliser(folder: Path, num_members: int) -> dict[str, Tensor]:
+    """Origins, units and the reference variance from the folder, as a `Normaliser` of so many members has them.
 
     Raises:
         ValueError: They are damaged, of another number of members, or make no sense.
     """
     path = folder / WEIGHTS_NAME
     check_sealed(folder, WEIGHTS_NAME)
-    own: dict[str, Tensor] = normaliser.state_dict()
+    own: dict[str, Tensor] = Normaliser(num_members).state_dict()
     expected, shapes = {name: tuple(x.shape) for name, x in own.items()}, read_shapes(path)
     for name in sorted(expected.keys() | shapes.keys()):
         if shapes.get(name) != expected.get(name):
@@ -90,4 +90,4 @@ def read_normaliser(folder: Path, normaliser: Normaliser) -> None:
     ):
         if not bool(allowed.all()):
             raise ValueError(f"{path}: expected {name} above 0, got {float(found[name].min())}")
-    normaliser.load_state_dict(found)
+    return found

@@ -65,20 +65,24 @@ class RemoteReward(RewardSource):
         self.retries = retries
         self.pause = pause
         self.token_env = token_env
-        self.normaliser = Normaliser(num_members)
+        self.normaliser: Normaliser | None = None
 
     @property
     def num_members(self) -> int:
         """Members K."""
         return self._num_members
 
-    def prepare(self, policy: Policy | None) -> None:
-        """See that there is a token, where one is needed.
+    def check(self) -> None:
+        """See that there is a token, where one is needed. The service may come later.
 
         Raises:
             ValueError: The environment variable is not set.
         """
         self._token()
+
+    def prepare(self, policy: Policy | None) -> None:
+        """Make room for what `calibrate` measures."""
+        self.normaliser = self.normaliser or Normaliser(self.num_members)
 
     def _token(self) -> str | None:
         if self.token_env is None:
@@ -95,20 +99,25 @@ class RemoteReward(RewardSource):
     @property
     def calibrated(self) -> bool:
         """Whether the reference variance is known, or there is none to know."""
-        return bool(self.normaliser.calibrated) or not (self.normalise or self.num_members > 1)
+        return not (self.normalise or self.num_members > 1) or bool(self._normaliser.calibrated)
 
     @property
     def unit(self) -> str:
         """Standard deviations, if they are normalised here."""
-        return self.normaliser.unit if self.normalise else super().unit
+        return self._normaliser.unit if self.normalise else super().unit
+
+    @property
+    def _normaliser(self) -> Normaliser:
+        assert self.normaliser is not None, "`prepare` comes first"
+        return self.normaliser
 
     def calibrate(self, references: Iterable[Responses]) -> None:
         """Measure the members' typical variance, and centre and scale them if that was asked for."""
         rewards = torch.cat([self._rewards(responses) for responses in references])
         if self.normalise:
-            self.normaliser.fit_to(rewards)
+            self._normaliser.fit_to(rewards)
         else:
-            self.normaliser.measure(ensemble_estimate(rewards).variance)
+            self._normaliser.measure(ensemble_estimate(rewards).variance)
 
     def score(self, responses: Responses) -> RewardEstimate:
         """Mean, variance and members (B, K), in the service's own unit or in standard deviations of the reference's.
@@ -116,9 +125,9 @@ class RemoteReward(RewardSource):
         Raises:
             ValueError: The service does not answer, or with something else; the message names the URL and the row.
         """
-        estimate = ensemble_estimate(self.normaliser.normalise(self._rewards(responses)))
-        known = bool(self.normaliser.calibrated) and self.num_members > 1
-        return estimate._replace(reference_variance=self.normaliser.reference_variance if known else None)
+        estimate = ensemble_estimate(self._normaliser.normalise(self._rewards(responses)))
+        known = bool(self._normaliser.calibrated) and self.num_members > 1
+        return estimate._replace(reference_variance=self._normaliser.reference_variance if known else None)
 
     def _rewards(self, responses: Responses) -> Tensor:
         """What the service says (B, K), on the responses' device."""

@@ -108,6 +108,14 @@ class RewardSource(nn.Module, ABC):
         """The frozen hidden states that rewards are computed from, if they are: a critic reads at the same depth."""
         return None
 
+    def check(self) -> None:
+        """Look whether everything is there that scoring takes, before any model is loaded; a run calls this first.
+
+        Raises:
+            ValueError: Something is missing; the message says what.
+        """
+        return
+
     # 2. Getting ready.
 
     def prepare(self, policy: Policy | None) -> None:

@@ -220,6 +220,18 @@ def refused(match, *paths, **kwargs):
         PretrainedRewards([Pretrained(str(path), **kwargs) for path in paths]).prepare(None)
 
 
+def test_what_files_tell_is_told_before_weights_are_read(tmp_path, two, monkeypatch):
+    monkeypatch.delattr("lit_vapo.rewards.pretrained.load_classifier")
+    three = public.classifier(tmp_path / "m", labels=3)
+    assert PretrainedRewards([Pretrained(three)]).num_members == 3
+    assert not PretrainedRewards([Pretrained(three)]).state_dict()
+    PretrainedRewards([Pretrained(path) for path in two]).check()
+    with pytest.raises(ValueError, match=r"reward.models\[0\]: expected a reward model with one label"):
+        PretrainedRewards([Pretrained(three), Pretrained(two[0])]).check()
+    with pytest.raises(ValueError, match=r"reward.models\[1\].path: expected a folder with a transformers model"):
+        PretrainedRewards([Pretrained(two[0]), Pretrained(str(tmp_path / "none"))]).check()
+
+
 def test_no_models_are_refused():
     refused(r"reward.models: expected at least one public reward model, got none")
 
@@ -331,8 +343,8 @@ def test_a_folder_names_the_models_and_scores_equally(two, tmp_path):
     ]  # fmt: skip
     again = load_reward(str(tmp_path / "saved"))
     assert isinstance(again, PretrainedRewards)
-    assert again.calibrated
     again.prepare(None)
+    assert again.calibrated
     for one, other in zip(scorer.score(public.responses())[:4], again.score(public.responses())[:4], strict=True):
         torch.testing.assert_close(one, other)
     with pytest.raises(FileExistsError, match=r"expected a folder without reward models"):
@@ -349,6 +361,14 @@ def test_relative_folders_are_found_from_elsewhere(two, tmp_path, monkeypatch):
     assert not again.calibrated
 
 
+def test_models_of_other_labels_than_were_saved_are_refused(tmp_path):
+    path = public.classifier(tmp_path / "m", labels=2)
+    source(path).save_pretrained(tmp_path / "saved")
+    public.classifier(tmp_path / "m", labels=3)
+    with pytest.raises(ValueError, match=r"reward.models: expected 2 labels together, as when they were saved, got 3"):
+        load_reward(str(tmp_path / "saved")).check()
+
+
 def test_a_folder_without_rewards_says_what_should_be_there(tmp_path):
     message = (
         r"reward: expected a folder with ensemble.json \(.*`lit-vapo export`\) or rewards.json \(.*calibrate`\), got"
@@ -363,7 +383,7 @@ def test_a_folder_without_rewards_says_what_should_be_there(tmp_path):
         ({"format_version": 2}, r"rewards.json: format_version: expected 1, got 2"),
         ({"models": []}, r"rewards.json: models: List should have at least 1 item"),
         ({"more": 1}, r"rewards.json: more: expected no such key"),
-        ({"num_members": 3}, r"expected models of 3 labels together, as when it was written, got 2"),
+        ({"num_members": 3}, r"normaliser.safetensors: expected reward_loc of shape \(3,\), got \(2,\)"),
     ],
 )
 def test_a_folder_that_was_changed_is_refused(two, tmp_path, changed, message):

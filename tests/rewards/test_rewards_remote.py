@@ -28,7 +28,9 @@ def triple(number, body):
 
 
 def remote(url, **kwargs):
-    return RemoteReward(url, **{"timeout": 5.0, "pause": 0.01, "retries": 2, **kwargs})
+    made = RemoteReward(url, **{"timeout": 5.0, "pause": 0.01, "retries": 2, **kwargs})
+    made.prepare(None)
+    return made
 
 
 def ask(url, **kwargs):
@@ -122,7 +124,7 @@ def test_a_token_that_is_none_is_refused_before_anything_runs(monkeypatch, value
     with pytest.raises(
         ValueError, match=r"reward.token_env: expected the name of an environment variable with a token"
     ):
-        remote("http://there", token_env="MY_TOKEN").prepare(None)
+        remote("http://there", token_env="MY_TOKEN").check()
 
 
 # What is tried again.
