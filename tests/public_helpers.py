@@ -34,7 +34,7 @@ def classifier(path, labels=1, kind="llama", seed=0, template=CHATML, pad=True, 
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id if pad_id is None else pad_id,
-        **{"max_position_embeddings": 128, **helpers.SIZES.get(kind, {}), **overrides},
+        **{"max_position_embeddings": 256, **helpers.SIZES.get(kind, {}), **overrides},
     )
     model = AutoModelForSequenceClassification.from_config(config)
     for parameter in model.parameters():

@@ -144,7 +144,7 @@ class PreferenceReport:
 
     def select(self, index: Tensor) -> PreferenceReport:
         """Report on some of the pairs: `index` is a mask (N,) or a list of positions in rising order."""
-        mean, variance, members = self.margin
+        mean, variance, members = self.margin[:3]
         margin = RewardEstimate(mean[index], variance[index], None if members is None else members[index])
         responses = None if self.responses is None else self.responses[index]
         return PreferenceReport(self.example_ids[index], margin, self.response_sigma[index].square(), 0, responses)
