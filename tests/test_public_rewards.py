@@ -14,7 +14,7 @@ import yaml
 from lit_vapo.cli import main
 from lit_vapo.commands.evaluate import evaluate
 from lit_vapo.data.datamodule import PreferenceDataModule
-from lit_vapo.rewards import RewardSource, load_reward
+from lit_vapo.rewards import RewardSource, load_reward, protocol
 from lit_vapo.types import RewardEstimate
 
 KIND = "lit_vapo.rewards.pretrained.PretrainedRewards"
@@ -303,6 +303,36 @@ def test_ppo_takes_public_models_from_a_config(run, stage_args, config, saved, t
     assert any((r["prompt"], r["response"]) in shared for r in one)
     # A folder does as well.
     main(stage_args("ppo", "fit", tmp_path / "folder", model__reward=saved))
+
+
+def test_the_readme_shows_how(stage_args, models, tmp_path):
+    readme = (helpers.CONFIGS.parent / "README.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(# public_rewards.yaml.*?)^```", readme, re.M | re.S)
+    (command,) = re.findall(r"^lit-vapo ppo fit .*--model public_rewards.yaml.*$", readme, re.M)
+    assert "--model.base.path" in command
+    # As it stands there, but for whose models they are.
+    for name, path in zip(("their/reward-model", "other/reward-model"), models, strict=False):
+        assert block.count(name) == 1
+        block = block.replace(name, path)
+    (tmp_path / "public_rewards.yaml").write_text(block)
+    main(stage_args("ppo", "fit", tmp_path / "run", f"--model={tmp_path / 'public_rewards.yaml'}"))
+    assert helpers.last(tmp_path / "run").is_file()
+
+
+def test_the_page_shows_the_schemas_that_the_code_has():
+    page = (helpers.CONFIGS.parent / "docs" / "rewards_public.md").read_text()
+    request, answer, examples = re.findall(r"^```json\n(.*?)^```", page, re.M | re.S)
+    for text, kind in ((request, protocol.Request), (answer, protocol.Answer)):
+        known = kind.model_json_schema()
+        shown = json.loads(text)
+        assert shown["properties"].keys() == known["properties"].keys()
+        assert shown["required"] == known["required"]
+    row = json.loads(request)["properties"]["rows"]["items"]
+    assert row["properties"].keys() == protocol.Row.model_fields.keys()
+    assert row["required"] == [name for name, field in protocol.Row.model_fields.items() if field.is_required()]
+    one, other = (line.encode() for line in examples.splitlines())
+    assert protocol.read_request(one).rows[0].response == "Hi!"
+    assert protocol.read_answer(other, 1, 3) == [[0.3, -0.1, 0.7]]
 
 
 def test_a_policy_is_exported_without_its_rewards(run, tmp_path):
