@@ -23,6 +23,8 @@ commands for a finished ensemble:
   reward join          make one ensemble of members trained in runs of their own
   reward calibrate     centre and scale the members anew on responses of a reference policy
   reward disagreement  draw the scores of all members, and the distribution of their σ
+  reward evaluate      test any rewards on preference pairs
+  reward serve         score for others over HTTP
 
 commands for data:
   data show            show what training makes of a file, token by token, and count what is wrong with it
@@ -32,7 +34,7 @@ commands for repeated runs:
   study report         tables, pictures and verdicts of a study
 """
 STAGES = ("sft", "reward", "ppo")
-TOOLS = ("join", "calibrate", "disagreement")
+TOOLS = ("join", "calibrate", "disagreement", "evaluate", "serve")
 STUDY = ("run", "report")
 
 
@@ -98,13 +100,13 @@ def _stage(stage: str, words: list[str]) -> None:
 def _tool(name: str, words: list[str]) -> None:
     import inspect
 
-    from lit_vapo.commands import ensembles as ensemble
+    from lit_vapo.commands import ensembles, evaluate, serve
     from lit_vapo.commands.options import Parser, check_models
     from lit_vapo.data.datamodule import PreferenceDataModule
     from lit_vapo.models.pretrained import quiet
 
     quiet()
-    function = getattr(ensemble, name)
+    function = getattr({"evaluate": evaluate, "serve": serve}.get(name, ensembles), name)
     summary = (inspect.getdoc(function) or "").partition("\n\n")[0]
     parser = Parser(prog=f"lit-vapo reward {name}", description=summary)
     parser.add_argument("--config", action="config", help="Options from a file.")

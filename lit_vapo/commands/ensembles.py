@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_vapo.commands.sources import check_tokens, chosen_source, device_of, pair_responses, ready
 from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.evaluation.preference_files import write_scores
 from lit_vapo.figures import member_scores, sigma_histogram
@@ -18,10 +19,10 @@ from lit_vapo.models.digests import check_sealed, copy_sealed, seal
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained, check_tokenizer, load_causal_lm, place
 from lit_vapo.models.tensors import read_tensors
+from lit_vapo.rewards import RewardSource
 from lit_vapo.rewards.ensemble_file import WEIGHTS_NAME, read_config, write_config
-from lit_vapo.rewards.features import compute_features
-from lit_vapo.rewards.reward_model import RewardModel
-from lit_vapo.rollout import sample_references
+from lit_vapo.rewards.normaliser import Normaliser
+from lit_vapo.rollout import Encoders, reference_responses
 from lit_vapo.stages.seeding import seeded
 from lit_vapo.types import RewardEstimate
 
@@ -79,10 +80,11 @@ def _join_heads(weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def calibrate(
-    ensemble: str,
     output: str,
     reference: Pretrained,
     data: PreferenceDataModule,
+    reward: RewardSource | str | None = None,
+    ensemble: str | None = None,
     sampling: Sampling | None = None,
     num_reference: int = 256,
     seed: int = 0,
@@ -91,44 +93,48 @@ def calibrate(
     """Centre and scale the members anew, on responses of a reference policy to the prompts of `data`.
 
     Args:
-        ensemble: Folder of the ensemble; it stays as it is.
-        output: A new or empty folder for the ensemble with its new normalisation.
+        output: A new or empty folder for the rewards with their new normalisation.
         reference: The reference policy.
         data: Where the prompts come from, as in the stages.
+        reward: Folder of an ensemble or of public reward models, which stays as it is; or public reward models
+            (`PretrainedRewards`), for which this writes a first folder.
+        ensemble: Another name of `reward`, for a folder.
         sampling: How the reference responds; use what PPO will use.
         num_reference: How many prompts it responds to.
         seed: Seed of the responses.
-        trust: Code outside of lit_vapo that the ensemble may run: classes by their Python name, models that bring
-            code by folder or hub name.
+        trust: Code outside of lit_vapo that the folder may run: classes by their Python name, models that bring code
+            by folder or hub name.
 
     Raises:
         FileExistsError: The output has files in it.
+        ValueError: There is no such source, or none that a folder can hold.
     """
     check_new(output, "--output")
-    model = RewardModel.from_pretrained(ensemble, trust=trust)
-    check_tokenizer(data.text_tokenizer, model.spec.base, "--data.tokenizer")
+    source = chosen_source(reward, ensemble, trust)
+    if type(source).save_pretrained is RewardSource.save_pretrained:
+        source.save_pretrained(output)  # says why it cannot
+    source = ready(source, device_of())
+    check_tokens(source, data)
     check_tokenizer(data.text_tokenizer, reference, "--reference")
-    lm = place(load_causal_lm(reference, "--reference.path"), _device())
-    model = _on(model, lm.device)
+    lm = place(load_causal_lm(reference, "--reference.path"), device_of())
     with seeded(seed):
         batches = data.prompt_batches("train", num_reference)
-        sequences = sample_references(lm, data.text_tokenizer, batches, sampling or Sampling())
-    before = model.head.reward_scale.clone()
-    model.head.calibrate(compute_features(model, sequences, lm.device).to(lm.device))
+        responses = reference_responses(lm, data.text_tokenizer, batches, sampling or Sampling())
+    (normaliser,) = (module for module in source.modules() if isinstance(module, Normaliser))
+    before = normaliser.reward_scale.clone()
+    source.calibrate([responses])
     with new_folder(output, "--output") as target:
-        copy_sealed(ensemble, target)
-        state = {k: v.contiguous().cpu() for k, v in model.head.saved_state().items()}
-        save_file(state, target / WEIGHTS_NAME)
-        seal(target)
-    change = (model.head.reward_scale / before).tolist()
-    print(f"calibrated on {len(sequences)} responses of {reference.path}; written to {output}")
+        source.save_pretrained(target)
+    change = (normaliser.reward_scale / before).tolist()
+    print(f"calibrated on {len(responses)} responses of {reference.path}; written to {output}")
     print("each member's unit, new / old: " + ", ".join(f"{x:.3f}" for x in change))
 
 
 def disagreement(
-    ensemble: str,
     output: str,
     data: PreferenceDataModule,
+    reward: RewardSource | str | None = None,
+    ensemble: str | None = None,
     pairs: list[int] | None = None,
     split: Literal["train", "val", "test", "ood"] = "val",
     max_pairs: int = 500,
@@ -140,54 +146,56 @@ def disagreement(
     behind them as `scores.csv` and `disagreement.json`.
 
     Args:
-        ensemble: Folder of the ensemble.
         output: A new or empty folder for the pictures.
         data: Preferences, as in the reward stage.
+        reward: Folder of an ensemble or of public reward models, or a source of rewards.
+        ensemble: Another name of `reward`, for a folder.
         pairs: Numbers of the pairs to draw, in the split's order; `null` draws four with a small, four with a large σ.
         split: `train`, `val`, `test` or `ood`.
         max_pairs: Most pairs to score.
-        trust: Code outside of lit_vapo that the ensemble may run, as in `calibrate`.
+        trust: Code outside of lit_vapo that the folder may run, as in `calibrate`.
 
     Raises:
-        ValueError: The ensemble has fewer than two members, or there is no such pair.
+        ValueError: The source has fewer than two members, or there is no such pair.
         FileExistsError: The output has files in it.
     """
     check_new(output, "--output")
-    count = read_config(ensemble).num_members
-    if count < 2:
-        raise ValueError(f"--ensemble: expected at least 2 members to disagree, got {count}")
+    source = chosen_source(reward, ensemble, trust)
+    if source.num_members < 2:
+        option = "--reward" if ensemble is None else "--ensemble"
+        raise ValueError(f"{option}: expected at least 2 members to disagree, got {source.num_members}")
     if max_pairs < 1:
         raise ValueError(f"--max_pairs: expected at least 1, got {max_pairs}")
+    data.keep_texts()
     rows = data.preference_rows(split)[:max_pairs]
     if not rows:
         raise ValueError(f"--split: expected one with pairs, got {split!r}, which has none")
     for number in pairs or []:
         if not 0 <= number < len(rows):
             raise ValueError(f"--pairs: expected numbers 0 … {len(rows) - 1}, got {number}")
-    model = _on(RewardModel.from_pretrained(ensemble, trust=trust), _device())
-    check_tokenizer(data.text_tokenizer, model.spec.base, "--data.tokenizer")
-    both = data.preferences(split)
-    sequences = [*both.chosen[: len(rows)], *both.rejected[: len(rows)]]
-    estimate = model.head(compute_features(model, sequences, _device()).to(_device()))
+    source = ready(source, device_of())
+    check_tokens(source, data)
+    with torch.no_grad():
+        estimate = source.score(pair_responses(data, rows, Encoders(), device_of()))
     if estimate.members is None:
-        raise ValueError(f"--ensemble: expected separate members to draw, got {type(model.head).__name__}")
+        raise ValueError(f"--reward: expected separate members to draw, got {type(source).__name__}")
     members = estimate.members.cpu()
     estimate = RewardEstimate(estimate.mean.cpu(), estimate.variance.cpu(), members)
     sigma = estimate.sigma
     order = sigma.view(2, -1).mean(0).argsort().tolist()
     drawn = pairs or list(dict.fromkeys([*order[:4], *order[-4:]]))
     index = [i for number in drawn for i in (number, number + len(rows))]
-    texts = [_response(data, sequence) for sequence in sequences]
+    # As they were cut for training, without what ends them.
+    texts = [_response(data, r[side], r["prompt_length"]) for side in ("chosen_ids", "rejected_ids") for r in rows]
     sides = ["chosen"] * len(rows) + ["rejected"] * len(rows)
-    unit = "standard deviations of the reference's rewards" if bool(model.head.calibrated) else "not calibrated"
     with new_folder(output, "--output") as target:
         labels = [f"[{sides[i]}] {texts[i]}" for i in index]
-        member_scores(members[index], labels, target / "members.png", unit=unit)
-        sigma_histogram(sigma, target / "sigma.png", unit=unit)
+        member_scores(members[index], labels, target / "members.png", unit=source.unit)
+        sigma_histogram(sigma, target / "sigma.png", unit=source.unit)
         write_scores(target / "scores.csv", estimate, [row["place"] for row in rows] * 2, sides, texts)
-        summary = {"num_responses": len(sequences), **_quantiles(sigma), "pairs": drawn}
+        summary = {"num_responses": len(texts), **_quantiles(sigma), "pairs": drawn}
         (target / "disagreement.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"mean σ {float(sigma.mean()):.3f} ({unit}) over {len(sequences)} responses; pictures in {output}")
+    print(f"mean σ {float(sigma.mean()):.3f} ({source.unit}) over {len(texts)} responses; pictures in {output}")
 
 
 def _quantiles(sigma: Tensor) -> dict[str, Any]:
@@ -196,17 +204,5 @@ def _quantiles(sigma: Tensor) -> dict[str, Any]:
     return {"sigma_mean": float(sigma.mean()), "sigma_quantiles": dict(zip(map(str, shares), values, strict=True))}
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _on(model: RewardModel, device: torch.device) -> RewardModel:
-    if model.spec.base.quantization is None:
-        return model.to(device)
-    model.head.to(device)  # the backbone was quantised where it belongs
-    return model
-
-
-def _response(data: PreferenceDataModule, sequence: Any) -> str:
-    ids = sequence.ids[sequence.prompt_length :]
-    return str(data.text_tokenizer.decode(ids, skip_special_tokens=True))
+def _response(data: PreferenceDataModule, ids: list[int], start: int) -> str:
+    return str(data.text_tokenizer.decode(ids[start:], skip_special_tokens=True))

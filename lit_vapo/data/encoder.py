@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_vapo.data.bounded import bounded
 from lit_vapo.data.conversation import Preference
 from lit_vapo.data.literals import Control, LiteralEncoder
-from lit_vapo.data.offsets import Tokens, tokens_of
+from lit_vapo.data.offsets import Tokens, added_at_end, tokens_of
 from lit_vapo.data.templates import ChatTemplate, Tools, joined, shared
 from lit_vapo.stops import end_of_response, stop_tokens
 from lit_vapo.types import Messages, Prompt, TokenSequence
@@ -163,6 +163,29 @@ class Encoder:
                 messages = joined(asked.content, self._hide(answer, asked), place)  # type: ignore[arg-type]
                 whole, last = self.template.unfinished(messages, asked.tools, place), len(asked.text)
         return TokenSequence(*self._sides(asked, whole, last, ended))
+
+    def closed(self, prompt: Prompt, response: str, place: str = "reward") -> TokenSequence:
+        """Prompt and response as a whole that is over: where models from elsewhere were trained to judge it.
+
+        A conversation goes up to all that its template writes after an answer, a stop token or not. A text ends as the
+        tokenizer ends every text, or else with the end of sequence.
+
+        Args:
+            prompt: What was answered.
+            response: The text of the response.
+            place: Where it is from, for messages.
+
+        Raises:
+            ValueError: As in `pair`.
+        """
+        text = isinstance(prompt.content, str)
+        answer: str | Messages = response if text else [{"role": "assistant", "content": response}]
+        with bounded(SECONDS, _too_long(place)):
+            asked = self._ask(prompt, self._mentions(prompt, response), place)
+            whole, _ = self._answered(asked, answer)
+        tokens = self._tokens(whole, asked)
+        size = self._before(len(asked.text), whole, tokens, asked)
+        return TokenSequence(tokens.ids + (added_at_end(self.tokenizer) or self._end) * text, size)
 
     # Texts.
 

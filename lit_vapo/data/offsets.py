@@ -42,3 +42,9 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens:
         text, add_special_tokens=add_special_tokens, return_special_tokens_mask=True, return_offsets_mapping=fast
     )
     return Tokens.of(found["input_ids"], found["special_tokens_mask"], found["offset_mapping"] if fast else None)
+
+
+def added_at_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens with which a tokenizer ends every text; most that belong to decoders add none."""
+    whole: Any = tokenizer("a")
+    return list(whole["input_ids"][len(tokens_of(tokenizer, "a", True).ids) :])

@@ -52,11 +52,13 @@ class PairReader(NamedTuple):
         encoder: Makes tokens of it.
         max_length: Most tokens of prompt and response.
         implicit: As in `read_preference`.
+        keep: Keep the preference beside its tokens, for models that write it down in another way.
     """
 
     encoder: Encoder
     max_length: int
     implicit: bool = False
+    keep: bool = False
 
     def read(self, row: Row) -> tuple[dict[str, Any], Truncation]:
         """The tokens of a pair with its place, and what was cut.
@@ -88,6 +90,8 @@ class PairReader(NamedTuple):
             "prompt": pair.prompt,
             "place": row.place,
         }
+        if self.keep:
+            tokens["preference"] = preference
         return tokens, cut
 
     def truncation(self, cuts: Iterable[Truncation], key: str) -> str | None:

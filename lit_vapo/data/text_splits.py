@@ -54,6 +54,10 @@ class TextSplits:
         """Seed of all orders: that of the data if there is one, or else the one the process was seeded with."""
         return torch.initial_seed() if self.seed is None else self.seed
 
+    def keep_texts(self) -> None:
+        """Keep what each pair says beside its tokens (`preference` of a row); called before any row is read."""
+        self._pair_reader = self._pair_reader._replace(keep=True)
+
     def preference_rows(self, split: str) -> Rows:
         """Tokenised preferences of `train`, `val`, `test` or `ood`; none of the last if it is not given.
 

@@ -181,3 +181,22 @@ def member_scores(
         right.tick_params(right=False)
         right.grid(visible=False)
         figure.legend(loc="outside lower center", ncols=2)
+
+
+def preference_pictures(
+    report: PreferenceReport, folder: Path, unit: str, outside: PreferenceReport | None = None
+) -> None:
+    """Draw `reliability.png`, `risk_coverage.png` and `sigma.png` of an evaluation; nothing of an empty one.
+
+    Args:
+        report: The evaluation.
+        folder: Where to.
+        unit: What σ is measured in.
+        outside: An evaluation of pairs from elsewhere.
+    """
+    if not report.num_pairs:
+        return
+    reliability(report, folder / "reliability.png")
+    risk_coverage(report, folder / "risk_coverage.png")
+    other = None if outside is None or not outside.num_pairs else outside.response_sigma.flatten()
+    sigma_histogram(report.response_sigma.flatten(), folder / "sigma.png", other=other, unit=unit)

@@ -91,7 +91,8 @@ class Lora:
             raise ValueError("model.lora.target_modules: expected names of layers or `all-linear`, got none")
 
 
-def _load_kwargs(spec: Pretrained) -> dict[str, Any]:
+def load_kwargs(spec: Pretrained) -> dict[str, Any]:
+    """How a model of `spec` is read: arguments of `from_pretrained`."""
     kwargs: dict[str, Any] = {
         "dtype": spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
         "revision": spec.revision or "main",
@@ -131,7 +132,7 @@ def load_causal_lm(spec: Pretrained, key: str = KEY) -> PreTrainedModel:
         ValueError: There is no such model.
     """
     with _read(spec, key):
-        return cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(spec.path, **_load_kwargs(spec)))
+        return cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(spec.path, **load_kwargs(spec)))
 
 
 def load_backbone(spec: Pretrained, num_layers: int | None = None, key: str = KEY) -> PreTrainedModel:
@@ -148,7 +149,7 @@ def load_backbone(spec: Pretrained, num_layers: int | None = None, key: str = KE
     with _read(spec, key), warnings.catch_warnings():
         # The unused head's weights are meant to stay unread.
         warnings.filterwarnings("ignore", message=".*were not used when initializing.*")
-        backbone = cast("PreTrainedModel", AutoModel.from_pretrained(spec.path, **_load_kwargs(spec)))
+        backbone = cast("PreTrainedModel", AutoModel.from_pretrained(spec.path, **load_kwargs(spec)))
     if num_layers is not None:
         layers = decoder_layers(backbone)
         if not 1 <= num_layers <= len(layers):

@@ -3,6 +3,8 @@
 from lit_vapo.rewards.combined import WeightedSum
 from lit_vapo.rewards.ensemble import EnsembleReward, HeldEnsemble
 from lit_vapo.rewards.function import FunctionReward
+from lit_vapo.rewards.pretrained import PretrainedRewards
+from lit_vapo.rewards.remote import RemoteReward
 from lit_vapo.rewards.saved import load_reward
 from lit_vapo.rewards.source import Responses, RewardSource
 
@@ -10,6 +12,8 @@ __all__ = [
     "EnsembleReward",
     "FunctionReward",
     "HeldEnsemble",
+    "PretrainedRewards",
+    "RemoteReward",
     "Responses",
     "RewardSource",
     "WeightedSum",

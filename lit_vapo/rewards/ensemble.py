@@ -6,12 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_vapo.models.critic import HiddenStates
+from lit_vapo.models.digests import copy_sealed, seal
 from lit_vapo.models.policy import Policy
+from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.trunk import Tap
-from lit_vapo.rewards.ensemble_file import read_trusted_config
+from lit_vapo.rewards.ensemble_file import WEIGHTS_NAME, read_trusted_config
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.placement import Placement, SharedTrunk, place, reads_frozen_states
 from lit_vapo.rewards.reward_model import RewardModel, ensemble_class
@@ -46,6 +49,11 @@ class PlacedEnsemble(RewardSource):
     def calibrated(self) -> bool:
         """Whether members are centred and scaled."""
         return bool(self.head.calibrated)
+
+    @property
+    def unit(self) -> str:
+        """Standard deviations, once members are calibrated."""
+        return self.head.unit
 
     def calibrate(self, references: Iterable[Responses]) -> None:
         """Centre and scale each member, and measure their typical variance."""
@@ -92,6 +100,11 @@ class EnsembleReward(PlacedEnsemble):
         self._kind = ensemble_class(self._config)
 
     @property
+    def base(self) -> Pretrained:
+        """The model that its members read or change."""
+        return self._config.spec.base
+
+    @property
     def num_members(self) -> int:
         """Members K."""
         return self._config.num_members
@@ -105,6 +118,14 @@ class EnsembleReward(PlacedEnsemble):
         """Load the members, and of their backbones what the policy's base does not have."""
         if self.model is None:
             self.put(place(Path(self.folder), self._config, self._kind, policy, self.trust))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the ensemble with the members as they are now; of the rest, what its own folder lists."""
+        folder = Path(folder)
+        copy_sealed(self.folder, folder)
+        state = {k: v.contiguous().cpu() for k, v in self.head.saved_state().items()}
+        save_file(state, folder / WEIGHTS_NAME)
+        seal(folder)
 
 
 class HeldEnsemble(PlacedEnsemble):

@@ -38,6 +38,11 @@ class Normaliser(nn.Module):
         self.register_buffer("reference_variance", torch.ones(()))
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
 
+    @property
+    def unit(self) -> str:
+        """What normalised rewards are measured in, in words."""
+        return "standard deviations of the reference's rewards" if bool(self.calibrated) else "not calibrated"
+
     def normalise(self, rewards: Tensor) -> Tensor:
         """Rewards in standard deviations over the reference's responses (B, K)."""
         return normalise_members(rewards, self.reward_loc[self.present], self.reward_scale[self.present])

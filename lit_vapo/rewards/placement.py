@@ -67,14 +67,13 @@ class OwnTrunks(Placement):
         Raises:
             ValueError: Prompts are messages, and their tokenizer has no chat template, or one that refuses them.
         """
-        sequences = responses.sequences
         tokenizer = self._tokenizer = self._tokenizer or self.model.load_tokenizer()
-        if self._reads_tokens is None:
+        if self._reads_tokens is None and responses.tokenizer is not None:
             largest = vocabulary_size(model_config(self.model.spec.base))
             fits = largest >= responses.vocabulary_size and same_language(responses.tokenizer, tokenizer)
             self._reads_tokens = fits
-        if not self._reads_tokens:
-            sequences = responses.encode(tokenizer, self.model.spec.base.path)
+        reads_tokens = self._reads_tokens and responses.rows is not None
+        sequences = responses.sequences if reads_tokens else responses.encode(tokenizer, self.model.spec.base.path)
         return compute_features(self.model, sequences, responses.device).to(responses.device)
 
 

@@ -6,9 +6,10 @@ Nobody outside of this folder knows where a reward is computed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,20 @@ from lit_vapo.models.trunk import Tap
 from lit_vapo.types import Prompt, RewardEstimate, TokenSequence
 
 
+class Encode(Protocol):
+    """Writes B responses as another tokenizer and its chat template have them."""
+
+    def __call__(self, tokenizer: PreTrainedTokenizerBase, path: str, *, closed: bool = False) -> list[TokenSequence]:
+        """Prompts and responses in the tokens of `tokenizer`.
+
+        Args:
+            tokenizer: The tokenizer.
+            path: The model it belongs to, whose stop tokens end a response.
+            closed: Write each as a conversation that is over, cut off or not: up to all that the template writes after
+                the answer, or with what ends a text. Otherwise up to the first stop token, if the response ended.
+        """
+
+
 @dataclass(kw_only=True)
 class Responses:
     """B responses to score, in every form that a source may want; it takes what it can use.
@@ -29,11 +44,11 @@ class Responses:
         prompts: What each response answers, as a text or as messages.
         texts: What each says, without control tokens.
         finished: Whether it ended by itself (B,) bool.
-        rows: Prompts and responses in the tokens of `tokenizer`, which are the policy's.
+        encode: The responses as another tokenizer and its chat template have them.
+        rows: Prompts and responses in the tokens of `tokenizer`, which are the policy's; `None` where nobody knows its
+            tokens, but the texts alone.
         tokenizer: The policy's tokenizer.
         vocabulary_size: Tokens that the policy has embeddings for, V.
-        encode: The responses as another tokenizer and its chat template have them; takes that tokenizer, and the path
-            of the model whose stop tokens end them.
         columns: Further columns of the prompts' file by name, B values each.
         pooled: Pooled hidden states (B, H) from the reference's own pass, for each tap that the source has asked for.
     """
@@ -41,10 +56,10 @@ class Responses:
     prompts: list[Prompt]
     texts: list[str]
     finished: Tensor
-    rows: TokenRows
-    tokenizer: PreTrainedTokenizerBase
-    vocabulary_size: int
-    encode: Callable[[PreTrainedTokenizerBase, str], list[TokenSequence]]
+    encode: Encode
+    rows: TokenRows | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    vocabulary_size: int = 0
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
     pooled: Mapping[Tap, Tensor] = field(default_factory=dict)
 
@@ -60,6 +75,7 @@ class Responses:
     @property
     def sequences(self) -> list[TokenSequence]:
         """Prompts and responses in the policy's tokens."""
+        assert self.rows is not None, "responses came as texts alone"
         parts = zip(
             self.rows.input_ids.tolist(), self.rows.prompt_lengths.tolist(), self.rows.lengths.tolist(), strict=True
         )
@@ -122,6 +138,11 @@ class RewardSource(nn.Module, ABC):
         """Whether members are comparable and the reference variance is known, as far as this source has them."""
         return True
 
+    @property
+    def unit(self) -> str:
+        """What rewards are measured in, in words."""
+        return "units of the source"
+
     def calibrate(self, references: Iterable[Responses]) -> None:
         """Fix origins, units and the reference variance on responses of the reference policy, batch by batch.
 
@@ -149,3 +170,14 @@ class RewardSource(nn.Module, ABC):
     def own_state(self) -> set[str]:
         """Names in the state dict that a checkpoint keeps, since they cannot be read from where the source is from."""
         return set()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `load_reward` reads.
+
+        Raises:
+            ValueError: Nothing of this source can be written.
+        """
+        raise ValueError(
+            "reward: expected a source that a folder can hold, an ensemble or public reward models, got "
+            f"{type(self).__name__}; PPO calibrates it at its start"
+        )

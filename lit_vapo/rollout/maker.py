@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from lit_vapo.data.collate import PromptBatch
-from lit_vapo.data.encoder import Encoder
-from lit_vapo.data.stopping import find_stops
 from lit_vapo.functional import clip_rewards, sequence_log_ratio
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.batching import length_batches
@@ -26,8 +24,9 @@ from lit_vapo.models.vocabulary import vocabulary_size
 from lit_vapo.objectives.base import Objective
 from lit_vapo.rewards.source import Responses, RewardSource
 from lit_vapo.rollout.ending import EndingWatch
+from lit_vapo.rollout.responses import Encoders
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
-from lit_vapo.types import Prompt, RewardEstimate, TextReward, TokenSequence
+from lit_vapo.types import Prompt, RewardEstimate, TextReward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +81,7 @@ class RolloutMaker:
         self.generator = generator or TransformersGenerator()
         self._warned = False
         self._ending = EndingWatch()
-        self._encoders: dict[str, Encoder] = {}
+        self._encoders = Encoders()
 
     @torch.no_grad()
     def make(
@@ -166,13 +165,6 @@ class RolloutMaker:
         asked = [Prompt(text) for text in batch.prompts] if batch.asked is None else batch.asked
         prompts = [prompt for prompt in asked for _ in range(each)]
 
-        def encode(tokenizer: PreTrainedTokenizerBase, path: str) -> list[TokenSequence]:
-            encoder = self._encoders.get(path)
-            if encoder is None:
-                encoder = self._encoders[path] = Encoder(tokenizer, find_stops(path, tokenizer))
-            answered = zip(prompts, texts, finished.tolist(), strict=True)
-            return [encoder.response(prompt, text, ended) for prompt, text, ended in answered]
-
         return Responses(
             prompts=prompts,
             texts=texts,
@@ -180,7 +172,7 @@ class RolloutMaker:
             rows=rows,
             tokenizer=self.tokenizer,
             vocabulary_size=vocabulary_size(self.networks.policy.causal_lm.config),
-            encode=encode,
+            encode=self._encoders.writer(prompts, texts, finished.tolist()),
             columns={name: [x for x in column for _ in range(each)] for name, column in (batch.columns or {}).items()},
             pooled=dict(zip(self.reward.taps, pooled, strict=True)),
         )

@@ -1,17 +1,19 @@
-"""Responses of a reference policy alone, to calibrate an ensemble on."""
+"""Responses of a reference policy alone, to calibrate rewards on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lit_vapo.data.collate import PromptBatch
 from lit_vapo.models.generation import Sampling, stop_ids
 from lit_vapo.models.transformers_generator import TransformersGenerator
-from lit_vapo.models.vocabulary import check_embeddings
+from lit_vapo.models.vocabulary import check_embeddings, vocabulary_size
+from lit_vapo.rewards.source import Responses
+from lit_vapo.rollout.responses import Encoders, token_responses
 from lit_vapo.rollout.rollout import assemble_rows
-from lit_vapo.types import TokenSequence
+from lit_vapo.types import Prompt, TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,16 +33,36 @@ def sample_references(
         batches: Prompts, left-padded.
         sampling: How it responds; once to each prompt, whatever `num_responses` says.
     """
+    return [sequence for _, sequence, _ in _sampled(lm, tokenizer, batches, sampling)]
+
+
+def reference_responses(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterable[PromptBatch],
+    sampling: Sampling,
+) -> Responses:
+    """The same as any source of rewards may want them."""
+    prompts, sequences, finished = zip(*_sampled(lm, tokenizer, batches, sampling), strict=True)
+    size = vocabulary_size(lm.config)
+    return token_responses(list(prompts), list(sequences), list(finished), tokenizer, size, Encoders(), lm.device)
+
+
+def _sampled(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterable[PromptBatch],
+    sampling: Sampling,
+) -> Iterator[tuple[Prompt, TokenSequence, bool]]:
+    """Each prompt, its tokens with those of the response, and whether that ended by itself."""
     sampling, generator = replace(sampling, num_responses=1), TransformersGenerator()
     stops = stop_ids(lm, sampling, tokenizer.eos_token_id)
-    sequences = []
     for batch in batches:
         check_embeddings(lm.config, tokenizer, int(batch.input_ids.max()), "a prompt", "the reference")
         ids, lengths = batch.input_ids.to(lm.device), batch.lengths.to(lm.device)
         generated = generator(lm, tokenizer, ids, lengths, sampling, stops)
         rows = assemble_rows(batch._replace(input_ids=ids, lengths=lengths), generated)
-        for row, prompt, length in zip(
-            rows.input_ids.tolist(), rows.prompt_lengths.tolist(), rows.lengths.tolist(), strict=True
-        ):
-            sequences.append(TokenSequence(row[:length], prompt))
-    return sequences
+        asked = batch.asked or [Prompt(text) for text in batch.prompts]
+        parts = (rows.input_ids.tolist(), rows.prompt_lengths.tolist(), rows.lengths.tolist())
+        for prompt, row, start, length, ended in zip(asked, *parts, generated.stopped.tolist(), strict=True):
+            yield prompt, TokenSequence(row[:length], start), ended

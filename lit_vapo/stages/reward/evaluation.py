@@ -124,7 +124,7 @@ class EvaluatedRewards(TrainedWeightsModule):
         if self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir) / TEST_FOLDER
             write_report(folder, report, self.evaluation)
-            self._draw(folder, report, reports.get("ood"))
+            figures.preference_pictures(report, folder, self.head.unit, reports.get("ood"))
             self._log_tables(folder)
             if found is not None:
                 self._tell(found, "test")
@@ -158,15 +158,6 @@ class EvaluatedRewards(TrainedWeightsModule):
         rows = {} if self.pairs is None else {r["example_id"]: r["subset"] for r in self.pairs.preference_rows("test")}
         names = [rows.get(identity) for identity in report.example_ids.tolist()]
         return subset_table(report, [name or "none" for name in names]) if any(names) else None
-
-    def _draw(self, folder: Path, report: PreferenceReport, other: PreferenceReport | None) -> None:
-        if not report.num_pairs:
-            return
-        figures.reliability(report, folder / "reliability.png")
-        figures.risk_coverage(report, folder / "risk_coverage.png")
-        outside = None if other is None or not other.num_pairs else other.response_sigma.flatten()
-        unit = "standard deviations of the reference's rewards" if bool(self.head.calibrated) else "not calibrated"
-        figures.sigma_histogram(report.response_sigma.flatten(), folder / "sigma.png", other=outside, unit=unit)
 
     def _log_tables(self, folder: Path) -> None:
         assert self.evaluation is not None
