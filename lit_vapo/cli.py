@@ -116,11 +116,9 @@ def _refuse(words: list[str]) -> None:
     Raises:
         ValueError: Always.
     """
-    allowed, given = following(words[0]), words[1:2] or ["nothing"]
+    allowed, given = [f"{words[0]} {word}" for word in following(words[0])], " ".join(words[:2])
     if allowed:
-        raise ValueError(
-            f"{words[0]}: expected {_listed(allowed)}, got {given[0]}\nAll of them: lit-vapo {words[0]} --help"
-        )
+        raise ValueError(f"expected {_listed(allowed)}, got {given!r}\nAll of them: lit-vapo {words[0]} --help")
     firsts = dict.fromkeys(name.split()[0] for name in COMMANDS)
     raise ValueError(f"expected a stage or command: {_listed(firsts)}, got {words[0]!r}\nAll of them: lit-vapo --help")
 

@@ -18,6 +18,8 @@ from lit_vapo.rewards.reward_model import RewardModel
 
 # Words.
 
+REWARD = "reward fit, reward validate, reward test, reward join, reward calibrate or reward disagreement"
+
 
 def test_usage(capsys):
     for words in ([], ["--help"], ["-h"]):
@@ -36,15 +38,15 @@ def test_an_unknown_stage_is_refused():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["reward"], "reward: expected fit, validate, test, join, calibrate or disagreement, got nothing"),
-        (["reward", "train"], "reward: expected fit, validate, test, join, calibrate or disagreement, got train"),
-        (["ppo", "join"], "ppo: expected fit, validate, test or predict, got join"),
-        (["study"], "study: expected run or report, got nothing"),
-        (["data", "shwo", "file"], "data: expected show, got shwo"),
+        (["reward"], f"{REWARD}, got 'reward'"),
+        (["reward", "train"], f"{REWARD}, got 'reward train'"),
+        (["ppo", "join"], "ppo fit, ppo validate, ppo test or ppo predict, got 'ppo join'"),
+        (["study"], "study run or study report, got 'study'"),
+        (["data", "shwo", "file"], "data show, got 'data shwo'"),
     ],
 )
 def test_a_first_word_wants_a_second(words, said):
-    with pytest.raises(ValueError, match=f"^{said}\nAll of them: lit-vapo {words[0]} --help$"):
+    with pytest.raises(ValueError, match=f"^expected {said}\nAll of them: lit-vapo {words[0]} --help$"):
         main(words)
 
 
@@ -74,7 +76,7 @@ def test_a_command_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "path", list(sys.path))
     main(["reward", "greet", "--name=a", "--times=3"])
     assert capsys.readouterr().out == "aaa\n"
-    with pytest.raises(ValueError, match="disagreement or greet, got train"):
+    with pytest.raises(ValueError, match="reward disagreement or reward greet, got 'reward train'"):
         main(["reward", "train"])
 
 
