@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_vapo.console import DEBUG, USAGE_ERROR, complain
 from lit_vapo.folders import absolute
+from lit_vapo.models.older import renamed
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.weights import check_model
 
@@ -135,7 +136,7 @@ def _load(text: str) -> Any:
         raise OptionsError(f"{place}expected options of at most {MAX_CHARACTERS} characters, got {len(text)}")
     try:
         _check(str(text))
-        value = _jsonargparse_load(str(text))
+        value = renamed(_jsonargparse_load(str(text)))
     except OptionsError as error:
         raise OptionsError(f"{place}{error}") from error
     except yaml.MarkedYAMLError as error:
