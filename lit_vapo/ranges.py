@@ -65,7 +65,7 @@ def check_ranges(kind: Callable[..., Any], given: Mapping[str, Any], prefix: str
     Raises:
         ValueError: A number is out of its range; the message names it, what was expected and what came.
     """
-    for name, annotation in get_type_hints(kind.__init__, include_extras=True).items():  # type: ignore[misc]
+    for name, annotation in get_type_hints(kind.__init__, include_extras=True).items():
         allowed = _range(annotation)
         value = given.get(name)
         if allowed is not None and value is not None and value not in allowed:

@@ -29,11 +29,11 @@ def call(prog: str, function: Callable[..., None], words: Sequence[str]) -> None
     parser = Parser(prog=prog, description=(inspect.getdoc(function) or "").partition("\n\n")[0])
     parser.add_argument("--config", action="config", help="Options from a file.")
     hints = get_type_hints(function)
-    data = {name for name in parameters if _is_data(hints.get(name))}
+    data = [name for name in parameters if _is_data(hints.get(name))]
     for name in data:
         # The options of the stages' data, and so the same files.
         parser.add_class_arguments(hints[name], name)
-    parser.add_function_arguments(function, skip=data, as_group=False)
+    parser.add_function_arguments(function, skip=set(data), as_group=False)
     parsed = parser.parse_args(list(words))
     check_models(parsed)
     given = parser.instantiate_classes(parsed).as_dict()

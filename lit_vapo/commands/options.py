@@ -207,4 +207,4 @@ set_loader("yaml", _load, (yaml.YAMLError,))
 ConfigPath.read_text = _read_text  # type: ignore[assignment,method-assign]
 # Where annotations are texts (`from __future__ import annotations`) jsonargparse would drop what `Annotated` adds, and
 # help would not show a number's range (lit_vapo/ranges.py).
-_postponed_annotations.get_type_hints = partial(get_type_hints, include_extras=True)
+cast("Any", _postponed_annotations).get_type_hints = partial(get_type_hints, include_extras=True)
