@@ -43,7 +43,7 @@ TABLE = {
         Command("export", "turn a checkpoint into a folder that others load", "lit_vapo.commands.export:export"),
     ),
     "for rewards that are there": (
-        Command("reward join", "make one ensemble of members trained by themselves", "lit_vapo.commands.ensembles:join"),
+        Command("reward join", "make one ensemble of single members", "lit_vapo.commands.ensembles:join"),
         Command("reward calibrate", "centre and scale members anew", "lit_vapo.commands.ensembles:calibrate"),
         Command("reward disagreement", "draw members' scores and σ", "lit_vapo.commands.ensembles:disagreement"),
         Command("reward evaluate", "test any rewards on preference pairs", "lit_vapo.commands.evaluate:evaluate"),

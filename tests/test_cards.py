@@ -31,11 +31,11 @@ def card(tiny_model_dir, reward, tmp_path):
 
 def test_a_card_names_the_source_of_rewards(tiny_model_dir, rewards, tmp_path):
     text = card(tiny_model_dir, str(rewards), tmp_path).text
-    assert f"against the rewards in `{rewards}`." in text
+    assert f"against rewards from `{rewards}`." in text
     text = card(tiny_model_dir, EnsembleReward(str(rewards)), tmp_path).text
-    assert f"against `EnsembleReward`, the rewards in `{rewards}`." in text
+    assert f"against rewards from `EnsembleReward` in `{rewards}`." in text
     text = card(tiny_model_dir, Constant(), tmp_path).text
-    assert "against `Constant`." in text
+    assert "against rewards from `Constant`." in text
     assert f"class_path: {Constant.__module__}.Constant" in text
 
 

@@ -102,10 +102,10 @@ def ensemble_card(module: RewardModule, folder: str, classifier: bool) -> ModelC
 def _reward(setting: Any) -> str:
     """What a policy was trained against: a folder, or a source of rewards and the folder it was read from, if any."""
     if isinstance(setting, str):
-        return f"the rewards in `{setting}`"
+        return f"rewards from `{setting}`"
     name = setting["class_path"].rpartition(".")[2]
     folder = setting.get("init_args", {}).get("folder")
-    return f"`{name}`" + (f", the rewards in `{folder}`" if folder else "")
+    return f"rewards from `{name}`" + (f" in `{folder}`" if folder else "")
 
 
 def _how_made(table: dict[str, Any], settings: dict[str, Any], figures: dict[str, float]) -> str:
