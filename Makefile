@@ -25,9 +25,10 @@ demo: setup ## Train a reward ensemble, align a real model with variance-aware P
 test: setup ## Run all tests, offline, with line coverage (at least 90%)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --cov=lit_vapo
 
-lint: setup ## Check style and layout (ruff)
+lint: setup ## Check style and layout (ruff), and that imports go down only (import-linter)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 format: setup ## Repair layout and what ruff can repair by itself
 	$(BIN)/ruff check --fix .
@@ -43,5 +44,5 @@ bench: setup ## Run every script of benchmarks/
 	done
 
 clean: ## Remove the environment and all caches; runs/ stays
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov build dist *.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage .coverage.* htmlcov build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

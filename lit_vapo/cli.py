@@ -1,41 +1,65 @@
-"""The command line: `lit-vapo STAGE fit|validate|test|predict …`, one LightningCLI for each stage."""
+"""The command line: one table of commands, from which help, dispatch and errors come.
+
+Nothing that a command needs is imported before it runs, so that `lit-vapo --help` answers at once.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
+from lit_vapo import __version__
 from lit_vapo.console import lasting, reported
 
-USAGE = """usage: lit-vapo STAGE COMMAND [options]
 
-stages:
-  sft       make a base policy by supervised fine-tuning
-  reward    train an ensemble of reward models
-  ppo       align the policy
-  export    turn a checkpoint into a folder that other programs load
+class Command(NamedTuple):
+    """A line of the table.
 
-commands of a stage: fit, validate, test (ppo: predict too); their options: lit-vapo STAGE fit --help
+    Attributes:
+        name: What is typed after `lit-vapo`.
+        summary: What it does.
+        target: What runs it, as `module:function`. A function of `words` reads the command line by itself; the
+            options of any other are its parameters, as its docstring explains them.
+        parts: Words that it takes next, for a stage.
+        extra: What to install besides the package, as `pip install 'lit-vapo[extra]'`.
+    """
 
-commands for a finished ensemble:
-  reward join          make one ensemble of members trained in runs of their own
-  reward calibrate     centre and scale the members anew on responses of a reference policy
-  reward disagreement  draw the scores of all members, and the distribution of their σ
-  reward evaluate      test any rewards on preference pairs
-  reward serve         score for others over HTTP
+    name: str
+    summary: str
+    target: str
+    parts: tuple[str, ...] = ()
+    extra: str = ""
 
-commands for data:
-  data show            show what training makes of a file, token by token, and count what is wrong with it
 
-commands for repeated runs:
-  study run            run what is missing of a study, and report
-  study report         tables, pictures and verdicts of a study
-"""
-STAGES = ("sft", "reward", "ppo")
-TOOLS = ("join", "calibrate", "disagreement", "evaluate", "serve")
-STUDY = ("run", "report")
+TRAIN = ("fit", "validate", "test")
+TABLE = {
+    "stages": (
+        Command("sft", "make a base policy by supervised fine-tuning", "lit_vapo.commands.stages:sft", TRAIN),
+        Command("reward", "train an ensemble of reward models", "lit_vapo.commands.stages:reward", TRAIN),
+        Command("ppo", "align the policy", "lit_vapo.commands.stages:ppo", (*TRAIN, "predict")),
+        Command("export", "turn a checkpoint into a folder that others load", "lit_vapo.commands.export:export"),
+    ),
+    "for rewards that are there": (
+        Command("reward join", "make one ensemble of single members", "lit_vapo.commands.ensembles:join"),
+        Command("reward calibrate", "centre and scale members anew", "lit_vapo.commands.ensembles:calibrate"),
+        Command("reward disagreement", "draw members' scores and σ", "lit_vapo.commands.ensembles:disagreement"),
+        Command("reward evaluate", "test any rewards on preference pairs", "lit_vapo.commands.evaluate:evaluate"),
+        Command("reward serve", "score for others over HTTP", "lit_vapo.commands.serve:serve"),
+    ),
+    "for data": (
+        Command("data show", "show what training makes of a file, and its faults", "lit_vapo.commands.data_show:main"),
+    ),
+    "for repeated runs": (
+        Command("study run", "run what is missing, and report", "lit_vapo.study.command:run", extra="study"),
+        Command("study report", "tables, pictures and verdicts", "lit_vapo.study.command:report", extra="study"),
+    ),
+}
+COMMANDS = {command.name: command for commands in TABLE.values() for command in commands}
+STAGES = tuple(command.name for command in COMMANDS.values() if command.parts)
+HELP = ("-h", "--help")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -61,87 +85,84 @@ def _run(words: list[str]) -> None:
     # Your own estimators, objectives and judges are found from where you stand, as with `python -m`.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    if not words or words[0] in ("-h", "--help"):
-        print(USAGE)
-    elif words[0] == "export":
-        _export(words[1:])
-    elif words[0] == "reward" and words[1:2] and words[1] in TOOLS:
-        _tool(words[1], words[2:])
-    elif words[:2] == ["data", "show"]:
-        _data_show(words[2:])
-    elif words[0] == "study" and words[1:2] and words[1] in STUDY:
-        _study(words[1:])
-    elif words[0] in STAGES:
-        _stage(words[0], words[1:])
+    if not words or words[0] in HELP:
+        print(usage())
+    elif words[0] == "--version":
+        print(f"lit-vapo {__version__}")
+    elif len(words) > 1 and " ".join(words[:2]) in COMMANDS:
+        _call(COMMANDS[" ".join(words[:2])], words[2:])
+    elif len(words) > 1 and words[1] in HELP and following(words[0]):
+        print(usage(words[0]))
+    elif words[0] in COMMANDS and _fits(COMMANDS[words[0]], words[1:]):
+        _call(COMMANDS[words[0]], words[1:])
     else:
-        given = " ".join(words[:2]) if words[0] in ("study", "data") else words[0]
-        raise ValueError(
-            f"expected a stage ({', '.join(STAGES)}), export, data show, study run or study report, got {given!r}\n"
-            "All commands: lit-vapo --help"
-        )
+        _refuse(words)
 
 
-def _stage(stage: str, words: list[str]) -> None:
-    # Imported here so that `lit-vapo --help` answers at once.
-    from lit_vapo.commands.run import StageCLI
-    from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule, SFTDataModule
-    from lit_vapo.stages.ppo.module import PPOModule
-    from lit_vapo.stages.reward.module import RewardModule
-    from lit_vapo.stages.sft.module import SFTModule
-
-    classes: dict[str, tuple[Any, Any]] = {
-        "sft": (SFTModule, SFTDataModule),
-        "reward": (RewardModule, PreferenceDataModule),
-        "ppo": (PPOModule, PromptDataModule),
-    }
-    StageCLI(*classes[stage], stage=stage, args=words)
+def _fits(command: Command, rest: list[str]) -> bool:
+    """Whether a command takes the words after it; a stage says itself that it cannot predict."""
+    return not command.parts or bool(rest and (rest[0].startswith("-") or rest[0] in (*command.parts, "predict")))
 
 
-def _tool(name: str, words: list[str]) -> None:
-    import inspect
-
-    from lit_vapo.commands import ensembles, evaluate, serve
-    from lit_vapo.commands.options import Parser, check_models
-    from lit_vapo.data.datamodule import PreferenceDataModule
-    from lit_vapo.models.pretrained import quiet
-
-    quiet()
-    function = getattr({"evaluate": evaluate, "serve": serve}.get(name, ensembles), name)
-    summary = (inspect.getdoc(function) or "").partition("\n\n")[0]
-    parser = Parser(prog=f"lit-vapo reward {name}", description=summary)
-    parser.add_argument("--config", action="config", help="Options from a file.")
-    takes_data = "data" in inspect.signature(function).parameters
-    if takes_data:
-        # The options of the stages' data, and so the same files.
-        parser.add_class_arguments(PreferenceDataModule, "data")
-    parser.add_function_arguments(function, skip={"data"} if takes_data else None, as_group=False)
-    parsed = parser.parse_args(words)
-    check_models(parsed)
-    given = parser.instantiate_classes(parsed)
-    function(**{key: value for key, value in given.as_dict().items() if key != "config"})
+def following(first: str) -> tuple[str, ...]:
+    """The words that may follow a first one."""
+    parts = COMMANDS[first].parts if first in COMMANDS else ()
+    return (*parts, *(name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")))
 
 
-def _export(words: list[str]) -> None:
-    from lit_vapo.commands.export import export
-    from lit_vapo.commands.options import Parser
+def _refuse(words: list[str]) -> None:
+    """Name what there is in place of what was given.
 
-    parser = Parser(prog="lit-vapo export", description=(export.__doc__ or "").partition("\n\n")[0])
-    parser.add_function_arguments(export, as_group=False)
-    export(**parser.parse_args(words).as_dict())
-
-
-def _data_show(words: list[str]) -> None:
-    from lit_vapo.commands.data_show import main as show
-
-    show(words)
+    Raises:
+        ValueError: Always.
+    """
+    allowed, given = [f"{words[0]} {word}" for word in following(words[0])], " ".join(words[:2])
+    if allowed:
+        raise ValueError(f"expected {_listed(allowed)}, got {given!r}\nAll of them: lit-vapo {words[0]} --help")
+    firsts = dict.fromkeys(name.split()[0] for name in COMMANDS)
+    raise ValueError(f"expected a stage or command: {_listed(firsts)}, got {words[0]!r}\nAll of them: lit-vapo --help")
 
 
-def _study(words: list[str]) -> None:
+def _listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def usage(first: str = "") -> str:
+    """What there is.
+
+    Args:
+        first: Only what begins with this word.
+    """
+    shown = {name: c for name, c in COMMANDS.items() if not first or name.split()[0] == first}
+    width = max(map(len, shown))
+    lines = [f"usage: lit-vapo {first or 'STAGE'} COMMAND [options]"]
+    for title, commands in TABLE.items():
+        here = [command for command in commands if command.name in shown]
+        if here:
+            lines += ["", f"{title}:"]
+        for command in here:
+            parts = f" ({', '.join(command.parts)})" if command.parts else ""
+            lines.append(f"  {command.name:{width}}  {command.summary}{parts}")
+    example = next(c for c in shown.values())
+    words = " ".join((example.name, *example.parts[:1]))
+    return "\n".join([*lines, "", f"options of a command: lit-vapo {words} --help"])
+
+
+def _call(command: Command, words: list[str]) -> None:
+    """Import what runs a command, and run it.
+
+    Raises:
+        ValueError: A package is missing that comes with an extra.
+    """
+    module, _, name = command.target.partition(":")
     try:
-        from lit_vapo.study.command import main as study
+        function = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("joblib", "scipy", "statsmodels"):
+        if not command.extra or (error.name or "").partition(".")[0] == __package__:
             raise
-        raise ValueError(f"lit-vapo study needs {error.name}: pip install 'lit-vapo[study]'") from error
+        need = f"lit-vapo {command.name} needs {error.name}: pip install 'lit-vapo[{command.extra}]'"
+        raise ValueError(need) from error
+    from lit_vapo.commands.function import call
 
-    study(words)
+    call(f"lit-vapo {command.name}", function, words)

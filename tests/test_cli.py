@@ -1,6 +1,7 @@
 """The command line: what it says, finds and exports, and how it guards the folder of a run."""
 
 import importlib
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from hostile_helpers import checkpoint
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_vapo.cli import STAGES, main
+from lit_vapo.cli import COMMANDS, STAGES, Command, main
 from lit_vapo.rewards.reward_model import RewardModel
 
 # Words.
+
+REWARD = "reward fit, reward validate, reward test, reward join, reward calibrate or reward disagreement"
 
 
 def test_usage(capsys):
@@ -27,18 +30,67 @@ def test_usage(capsys):
 
 
 def test_an_unknown_stage_is_refused():
-    message = r"expected a stage \(sft, reward, ppo\), export, data show, study run or study report, got 'dpo'\nAll"
+    message = r"expected a stage or command: sft, reward, ppo, export, data or study, got 'dpo'\nAll of them"
     with pytest.raises(ValueError, match=message):
         main(["dpo", "fit"])
 
 
-@pytest.mark.parametrize("words", [["reward"], ["reward", "train"]])
-def test_a_stage_wants_a_command(words, capsys):
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["reward"], f"{REWARD}, got 'reward'"),
+        (["reward", "train"], f"{REWARD}, got 'reward train'"),
+        (["ppo", "join"], "ppo fit, ppo validate, ppo test or ppo predict, got 'ppo join'"),
+        (["study"], "study run or study report, got 'study'"),
+        (["data", "shwo", "file"], "data show, got 'data shwo'"),
+    ],
+)
+def test_a_first_word_wants_a_second(words, said):
+    with pytest.raises(ValueError, match=f"^expected {said}\nAll of them: lit-vapo {words[0]} --help$"):
         main(words)
-    error = capsys.readouterr().err
-    assert all(command in error for command in ("fit", "validate", "test", "predict"))
-    assert "All options: lit-vapo reward --help" in error
+
+
+@pytest.mark.parametrize("word", ["sft", "reward", "ppo", "study", "data"])
+def test_a_first_word_says_what_it_has(word, capsys):
+    main([word, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: lit-vapo {word} COMMAND")
+    for name, command in COMMANDS.items():
+        assert (f"\n  {name} " in text) == (name.split()[0] == word)
+        if name == word:
+            assert f"({', '.join(command.parts)})" in text
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not command.parts])
+def test_every_command_of_the_table_runs_what_it_names(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*name.split(), "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: lit-vapo {name} ")
+
+
+def test_a_command_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "my_command.py").write_text("def greet(name: str, times: int = 1) -> None:\n    print(name * times)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(COMMANDS, "reward greet", Command("reward greet", "say it", "my_command:greet"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    main(["reward", "greet", "--name=a", "--times=3"])
+    assert capsys.readouterr().out == "aaa\n"
+    with pytest.raises(ValueError, match="reward disagreement or reward greet, got 'reward train'"):
+        main(["reward", "train"])
+
+
+def test_a_package_that_comes_with_an_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "joblib", None)
+    for module in ("command", "execution"):
+        monkeypatch.delitem(sys.modules, f"lit_vapo.study.{module}", raising=False)
+    with pytest.raises(ValueError, match=r"lit-vapo study run needs joblib: pip install 'lit-vapo\[study\]'"):
+        main(["study", "run"])
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"lit-vapo {importlib.metadata.version('lit-vapo')}\n"
 
 
 def test_usage_answers_without_loading_torch():

@@ -252,7 +252,7 @@ def test_an_estimate_without_members_has_no_member_statistics(rollout):
 
 
 def test_impossible_sampling_is_refused():
-    with pytest.raises(ValueError, match=r"sampling.temperature: expected a positive number, got 0"):
+    with pytest.raises(ValueError, match=r"sampling.temperature: expected a number above 0, got 0"):
         Sampling(temperature=0)
     with pytest.raises(ValueError, match=r"sampling.max_new_tokens: expected at least 1, got 0"):
         Sampling(max_new_tokens=0)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lit_vapo.advantages.base import AdvantageEstimator, Reduce
 from lit_vapo.functional import Advantages, Moments, gae, masked_whiten, moments
+from lit_vapo.ranges import ClosedUnitInterval, check_ranges
 from lit_vapo.types import RewardEstimate
 
 
@@ -20,10 +21,10 @@ class Gae(AdvantageEstimator):
 
     needs_critic = True
 
-    def __init__(self, gamma: float = 1.0, gae_lambda: float = 0.95, whiten: bool = True) -> None:
-        for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"model.advantage.{name}: expected a number from 0 to 1, got {value}")
+    def __init__(
+        self, gamma: ClosedUnitInterval = 1.0, gae_lambda: ClosedUnitInterval = 0.95, whiten: bool = True
+    ) -> None:
+        check_ranges(Gae, locals(), "model.advantage.")
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.whiten = whiten

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lit_vapo.advantages.base import GroupBaseline
 from lit_vapo.functional import group_normalise
+from lit_vapo.ranges import PositiveFloat, check_ranges
 
 
 class Grpo(GroupBaseline):
@@ -23,9 +24,8 @@ class Grpo(GroupBaseline):
         eps: ε, in units of reward: keeps responses that hardly differ from being blown up.
     """
 
-    def __init__(self, eps: float = 1e-4) -> None:
-        if not eps > 0:
-            raise ValueError(f"model.advantage.eps: expected a number above 0, got {eps}")
+    def __init__(self, eps: PositiveFloat = 1e-4) -> None:
+        check_ranges(Grpo, locals(), "model.advantage.")
         self.eps = eps
 
     def compare(self, rewards: Tensor, num_responses: int) -> Tensor:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from lit_vapo.evaluation.policy_report import MEMBERS_SHOWN
+from lit_vapo.ranges import PositiveInt, check_ranges
 
 
 class SampleTable(Callback):
@@ -22,9 +23,8 @@ class SampleTable(Callback):
         num_samples: Most rows of a W&B table.
     """
 
-    def __init__(self, num_samples: int = 32) -> None:
-        if num_samples < 1:
-            raise ValueError(f"samples.num_samples: expected at least 1, got {num_samples}")
+    def __init__(self, num_samples: PositiveInt = 32) -> None:
+        check_ranges(SampleTable, locals(), "samples.")
         self.num_samples = num_samples
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -65,7 +65,7 @@ def export(
             _load(SFTModule, saved, trust, checkpoint).export(target)
             card = None
         if card is not None:
-            (target / "README.md").write_text(card)
+            card.save(target / "README.md")
     print(f"exported the {stage} checkpoint to {output}")
 
 

@@ -6,16 +6,18 @@ import os
 import traceback
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import ArgumentParser, Namespace, _postponed_annotations, get_loader, set_loader
 from jsonargparse._paths import Path as ConfigPath
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_vapo.console import DEBUG, USAGE_ERROR, complain
 from lit_vapo.folders import absolute
+from lit_vapo.models.older import renamed
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.weights import check_model
 
@@ -135,7 +137,7 @@ def _load(text: str) -> Any:
         raise OptionsError(f"{place}expected options of at most {MAX_CHARACTERS} characters, got {len(text)}")
     try:
         _check(str(text))
-        value = _jsonargparse_load(str(text))
+        value = renamed(_jsonargparse_load(str(text)))
     except OptionsError as error:
         raise OptionsError(f"{place}{error}") from error
     except yaml.MarkedYAMLError as error:
@@ -203,3 +205,6 @@ class _Node:
 _jsonargparse_load, _jsonargparse_read = get_loader("yaml"), ConfigPath.read_text
 set_loader("yaml", _load, (yaml.YAMLError,))
 ConfigPath.read_text = _read_text  # type: ignore[assignment,method-assign]
+# Where annotations are texts (`from __future__ import annotations`) jsonargparse would drop what `Annotated` adds, and
+# help would not show a number's range (lit_vapo/ranges.py).
+cast("Any", _postponed_annotations).get_type_hints = partial(get_type_hints, include_extras=True)

@@ -16,6 +16,7 @@ from lit_vapo.data.loaders import TextLoaders
 from lit_vapo.data.mixing import Sources
 from lit_vapo.data.readers import PairReader, PromptReader, load_encoder
 from lit_vapo.data.splits import FeatureRows, Rows, check_fractions, check_preferred, check_streaming, prefers
+from lit_vapo.ranges import Fraction, NonNegativeInt, PositiveInt, TwoOrMore, check_ranges
 from lit_vapo.types import FeaturePairs
 
 
@@ -77,12 +78,12 @@ class TextDataModule(TextLoaders, LightningDataModule):
         prompts: Sources | None = None,
         prompts_validation: Sources | None = None,
         prompts_test: Sources | None = None,
-        validation_fraction: float = 0.1,
-        test_fraction: float = 0.0,
+        validation_fraction: Fraction = 0.1,
+        test_fraction: Fraction = 0.0,
         streaming: bool = False,
         stream_buffer: int = 10_000,
-        max_length: int = 1024,
-        max_prompt_length: int = 512,
+        max_length: TwoOrMore = 1024,
+        max_prompt_length: PositiveInt = 512,
         append_eos: bool = True,
         templated: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -90,17 +91,13 @@ class TextDataModule(TextLoaders, LightningDataModule):
         trust_remote_code: bool = False,
         skip_invalid: bool = False,
         columns: dict[str, str | None] | None = None,
-        batch_size: int = 32,
-        num_workers: int = 0,
+        batch_size: PositiveInt = 32,
+        num_workers: NonNegativeInt = 0,
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        check_ranges(TextDataModule, locals(), "data.")
         check_fractions(validation_fraction, test_fraction)
-        for name, value in (("batch_size", batch_size), ("max_prompt_length", max_prompt_length)):
-            if value < 1:
-                raise ValueError(f"data.{name}: expected at least 1, got {value}")
-        if max_length < 2:
-            raise ValueError(f"data.max_length: expected at least 2, got {max_length}")
         self.preference_sources = {
             "train": preferences,
             "val": preferences_validation,

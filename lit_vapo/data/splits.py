@@ -100,14 +100,11 @@ def load_splits(
 
 
 def check_fractions(validation: float, test: float) -> None:
-    """Refuse parts set aside that are no parts, or leave nothing.
+    """Refuse parts set aside that leave nothing.
 
     Raises:
-        ValueError: One is below 0, or together they are 1 or more.
+        ValueError: Together they are 1 or more.
     """
-    for name, fraction in (("validation_fraction", validation), ("test_fraction", test)):
-        if not 0 <= fraction < 1:
-            raise ValueError(f"data.{name}: expected a number from 0 to below 1, got {fraction}")
     if validation + test >= 1:
         raise ValueError(
             f"data.test_fraction: expected less than 1 together with data.validation_fraction, got {validation + test}"

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lit_vapo.models.vocabulary import vocabulary_size
+from lit_vapo.ranges import PositiveFloat, PositiveInt, check_ranges
 from lit_vapo.stops import stop_tokens
 
 if TYPE_CHECKING:
@@ -38,19 +39,15 @@ class Sampling:
         ValueError: A number is out of its range, a stop string is empty, or stop strings meet a minimum length.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 1.0
+    max_new_tokens: PositiveInt = 64
+    temperature: PositiveFloat = 1.0
     stop_token_ids: list[int] | None = None
-    num_responses: int = 1
+    num_responses: PositiveInt = 1
     stop_strings: list[str] | None = None
     min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"sampling.temperature: expected a positive number, got {self.temperature}")
-        for name in ("max_new_tokens", "num_responses"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sampling.{name}: expected at least 1, got {getattr(self, name)}")
+        check_ranges(Sampling, vars(self), "sampling.")
         if not 0 <= self.min_new_tokens < self.max_new_tokens:
             raise ValueError(
                 f"sampling.min_new_tokens: expected 0 … {self.max_new_tokens - 1} (below max_new_tokens: else no "

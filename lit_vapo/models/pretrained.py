@@ -6,7 +6,6 @@ safetensors only.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from transformers.utils import logging
 
 from lit_vapo.folders import absolute
 from lit_vapo.models.weights import check_model, loading
+from lit_vapo.ranges import PositiveFloat, PositiveInt, check_ranges
 
 # The option that names a model, where who loads it says nothing else.
 KEY = "model.base.path"
@@ -72,8 +72,8 @@ class Lora:
             them, so the cost of a training step falls in proportion.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
     target_modules: str | list[str] = "all-linear"
     top_layers: int | None = None
 
@@ -83,10 +83,7 @@ class Lora:
         Raises:
             ValueError: A number is out of its range, or no layer is named.
         """
-        if self.rank < 1:
-            raise ValueError(f"model.lora.rank: expected at least 1, got {self.rank}")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"model.lora.alpha: expected a number above 0, got {self.alpha}")
+        check_ranges(Lora, vars(self), "model.lora.")
         if not self.target_modules:
             raise ValueError("model.lora.target_modules: expected names of layers or `all-linear`, got none")
 

@@ -110,17 +110,6 @@ def ones_like_mean(estimate: RewardEstimate) -> Tensor:
     return torch.ones_like(estimate.mean)
 
 
-def check_penalty(penalty: float) -> float:
-    """The penalty λ, if it is one.
-
-    Raises:
-        ValueError: It is negative, or no number.
-    """
-    if not penalty >= 0:
-        raise ValueError(f"penalty: expected a number of 0 or more, got {penalty}")
-    return penalty
-
-
 def all_members(estimate: RewardEstimate, objective: Objective) -> Tensor:
     """Rewards of all members (B, K).
 

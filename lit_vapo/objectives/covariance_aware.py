@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_vapo.functional import member_weights, prompt_gains
-from lit_vapo.objectives.base import Objective, Score, all_members, check_penalty, ones_like_mean
+from lit_vapo.objectives.base import Objective, Score, all_members, ones_like_mean
+from lit_vapo.ranges import NonNegativeFloat, NonNegativeInt, check_ranges
 from lit_vapo.types import RewardEstimate
 
 
@@ -44,15 +45,14 @@ class CovarianceAware(Objective):
 
     def __init__(
         self,
-        penalty: float = 1.0,
+        penalty: NonNegativeFloat = 1.0,
         form: Literal["bound", "variance"] = "bound",
         per_prompt: bool = False,
-        window: int = 512,
+        window: NonNegativeInt = 512,
     ) -> None:
         super().__init__()
-        if window < 0:
-            raise ValueError(f"window: expected a number of 0 or more, got {window}")
-        self.penalty = check_penalty(penalty)
+        check_ranges(CovarianceAware, locals())
+        self.penalty = penalty
         self.form = form
         self.per_prompt = per_prompt
         self.window = window

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lit_vapo.objectives.base import Objective, Score, all_members, ones_like_mean
+from lit_vapo.ranges import NonNegativeInt, check_ranges
 from lit_vapo.types import RewardEstimate
 
 
@@ -15,10 +16,9 @@ class SingleReward(Objective):
 
     needs_members = True
 
-    def __init__(self, member: int = 0) -> None:
+    def __init__(self, member: NonNegativeInt = 0) -> None:
         super().__init__()
-        if member < 0:
-            raise ValueError(f"member: expected an index of 0 or more, got {member}")
+        check_ranges(SingleReward, locals())
         self.member = member
 
     def check_members(self, num_members: int, separate: bool = True) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lit_vapo.objectives.base import Objective, Score, check_penalty, ones_like_mean
+from lit_vapo.objectives.base import Objective, Score, ones_like_mean
+from lit_vapo.ranges import NonNegativeFloat, check_ranges
 from lit_vapo.types import RewardEstimate
 
 
@@ -20,9 +21,10 @@ class UncertaintyWeighted(Objective):
 
     needs_variance = True
 
-    def __init__(self, penalty: float = 0.5) -> None:
+    def __init__(self, penalty: NonNegativeFloat = 0.5) -> None:
         super().__init__()
-        self.penalty = check_penalty(penalty)
+        check_ranges(UncertaintyWeighted, locals())
+        self.penalty = penalty
 
     def forward(self, estimate: RewardEstimate) -> Score:
         """Score B responses by the mean less the penalised variance."""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from lit_vapo.models.digests import check_sealed
+from lit_vapo.models.older import renamed
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.settings import STRICT, Component, read_settings, whole_paths
 from lit_vapo.models.trunk import Pooling
@@ -91,6 +92,7 @@ def read_config(folder: str | Path) -> EnsembleConfig:
         )
     config = read_settings(path, EnsembleConfig)
     check_sealed(folder, CONFIG_NAME)
+    config.head.class_path = renamed(config.head.class_path)
     return config
 
 

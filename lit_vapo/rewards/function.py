@@ -18,6 +18,7 @@ from torch import Tensor
 from lit_vapo.functional import ensemble_estimate
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.settings import shortened
+from lit_vapo.ranges import PositiveInt, check_ranges
 from lit_vapo.rewards.normaliser import Normaliser
 from lit_vapo.rewards.source import Responses, RewardSource
 from lit_vapo.types import Message, Prompt, RewardEstimate
@@ -58,10 +59,9 @@ class FunctionReward(RewardSource):
         ValueError: `num_members` is less than 1.
     """
 
-    def __init__(self, function: str, num_members: int = 1, normalise: bool | None = None) -> None:
+    def __init__(self, function: str, num_members: PositiveInt = 1, normalise: bool | None = None) -> None:
         super().__init__()
-        if num_members < 1:
-            raise ValueError(f"FunctionReward: num_members: expected at least 1, got {num_members}")
+        check_ranges(FunctionReward, locals(), "reward.")
         self.function = function
         self._num_members = num_members
         self.normalise = normalise

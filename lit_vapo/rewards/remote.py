@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from lit_vapo.functional import ensemble_estimate
 from lit_vapo.models.policy import Policy
+from lit_vapo.ranges import NonNegativeInt, PositiveInt, Range, check_ranges
 from lit_vapo.rewards.http_client import check_url, post
 from lit_vapo.rewards.normaliser import Normaliser
 from lit_vapo.rewards.protocol import LARGEST_BODY, Request, Row, read_answer
 from lit_vapo.rewards.source import Responses, RewardSource
 from lit_vapo.types import RewardEstimate
+
+Seconds = Annotated[float, Range("seconds above 0", above=0)]
 
 
 class RemoteReward(RewardSource):
@@ -42,22 +45,16 @@ class RemoteReward(RewardSource):
     def __init__(
         self,
         url: str,
-        num_members: int = 1,
+        num_members: PositiveInt = 1,
         normalise: bool = False,
-        timeout: float = 60.0,
-        retries: int = 3,
-        pause: float = 1.0,
+        timeout: Seconds = 60.0,
+        retries: NonNegativeInt = 3,
+        pause: Seconds = 1.0,
         token_env: str | None = None,
     ) -> None:
         super().__init__()
         check_url(url, "reward.url")
-        if num_members < 1:
-            raise ValueError(f"reward.num_members: expected at least 1, got {num_members}")
-        if retries < 0:
-            raise ValueError(f"reward.retries: expected at least 0, got {retries}")
-        for name, value in (("timeout", timeout), ("pause", pause)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"reward.{name}: expected seconds above 0, got {value}")
+        check_ranges(RemoteReward, locals(), "reward.")
         self.url = url
         self._num_members = num_members
         self.normalise = normalise

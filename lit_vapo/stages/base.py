@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_vapo.models.older import update_checkpoint
 from lit_vapo.models.settings import whole_paths
 from lit_vapo.stages.checkpoint_file import FIGURES_KEY, STAGE_KEY
 from lit_vapo.stages.settings import plain
@@ -69,6 +70,7 @@ class TrainedWeightsModule(LightningModule):
         stage = checkpoint.get(STAGE_KEY)
         if stage != self.stage:
             raise ValueError(f"checkpoint: expected one of stage {self.stage!r}, got one of stage {stage!r}")
+        update_checkpoint(checkpoint)
         self.figures = dict(checkpoint.get(FIGURES_KEY, {}))
         self._tell_differences(checkpoint)
         own = self.state_dict()

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from lit_vapo.integrity import fault_of
+from lit_vapo.models.older import update_checkpoint
 from lit_vapo.models.settings import every_dict, explain
 
 STAGE_KEY = "lit_vapo_stage"
@@ -65,6 +66,7 @@ def read_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
         raise ValueError(
             f"{option}: expected a checkpoint, got {str(path)!r}, which cannot be read ({error})"
         ) from None
+    update_checkpoint(checkpoint)
     return checkpoint
 
 

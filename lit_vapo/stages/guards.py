@@ -23,13 +23,6 @@ def check_context(config: Any, longest: int, key: str = "data.max_length") -> No
         )
 
 
-def check_positive(**values: float | None) -> None:
-    """Raise ValueError for the first keyword that is not above zero (None is allowed)."""
-    for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"model.{name}: expected a number above 0, got {value}")
-
-
 def check_precision(given: str, *allowed: str) -> None:
     """Refuse a precision in which training would go wrong.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,19 +14,30 @@ from typing import Any
 def plain(value: Any) -> Any:
     """A setting as numbers, strings, lists and dicts, so that reading a checkpoint runs no pickled code.
 
-    An object becomes its class path and constructor arguments, read back from attributes of the same names.
+    An object becomes its class path and constructor arguments, read back from attributes of the same names. A class
+    path names the module that the class is written in, where a folder exports it under a shorter one.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, dict):
-        return {key: plain(x) for key, x in value.items()}
+        return {key: _written_in(x) if key == "class_path" else plain(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(x) for x in value]
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     names = [name for name in inspect.signature(type(value).__init__).parameters if hasattr(value, name)]
-    class_path = f"{type(value).__module__}.{type(value).__qualname__}"
-    return {"class_path": class_path, "init_args": {name: plain(getattr(value, name)) for name in names}}
+    return {"class_path": _path(type(value)), "init_args": {name: plain(getattr(value, name)) for name in names}}
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _written_in(class_path: Any) -> Any:
+    """The path of a class that is loaded, by the module it is written in; any other stays. Nothing is imported."""
+    module, _, name = str(class_path).rpartition(".")
+    kind = getattr(sys.modules.get(module), name, None)
+    return _path(kind) if isinstance(kind, type) else class_path
 
 
 @contextmanager

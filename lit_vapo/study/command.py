@@ -4,47 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from lit_vapo.commands.options import Parser
 from lit_vapo.study import execution
-from lit_vapo.study.execution import Study
-from lit_vapo.study.report import report
+from lit_vapo.study.execution import Results, Study
+from lit_vapo.study.report import report as write_report
 
 FIELDS = tuple(Study.__dataclass_fields__)
 
 
-def main(words: Sequence[str]) -> None:
-    """Run a study or report on one.
+def run(words: Sequence[str]) -> None:
+    """Run what is missing of a study, and report.
 
     Args:
-        words: The command line after `study`: `run` or `report`, and options.
+        words: Options.
     """
-    command, *options = words
-    summary = {"run": "Run what is missing of a study, and report.", "report": "Report on what there is of a study."}
-    parser = Parser(prog=f"lit-vapo study {command}", description=summary[command])
+    study, config, how = _parsed("run", (run.__doc__ or "").partition("\n")[0], words)
+    results = execution.run(study, config, **how)
+    missing = sum(results.missing.values())
+    if missing:
+        print(f"{missing} repetitions are left to other shards. When all are done: lit-vapo study report.")
+        return
+    _tell(study, config, results)
+
+
+def report(words: Sequence[str]) -> None:
+    """Report on what there is of a study.
+
+    Args:
+        words: Options.
+
+    Raises:
+        ValueError: The folder is not that of a study.
+    """
+    study, config, _ = _parsed("report", (report.__doc__ or "").partition("\n")[0], words)
+    if not (Path(study.output) / "study.json").is_file():
+        raise ValueError(f"output: expected the folder of a study, got {study.output!r}")
+    execution.claim(study, config)
+    _tell(study, config, execution.merge(study))
+
+
+def _parsed(command: str, summary: str, words: Sequence[str]) -> tuple[Study, dict[str, Any], dict[str, Any]]:
+    """A study, its configuration as it is written down, and how to run it."""
+    parser = Parser(prog=f"lit-vapo study {command}", description=summary)
     parser.add_argument("--config", action="config", help="Options from a file.")
     parser.add_class_arguments(Study, as_group=False)
     if command == "run":
         parser.add_function_arguments(execution.run, skip={"study", "config"}, as_group=False)
-    parsed = parser.parse_args(options)
+    parsed = parser.parse_args(list(words))
     dumped = yaml.safe_load(parser.dump(parsed, skip_none=False))
-    config = {name: dumped[name] for name in FIELDS}
     given = parser.instantiate_classes(parsed).as_dict()
-    study = Study(**{name: given[name] for name in FIELDS})
-    if command == "run":
-        how = {name: value for name, value in given.items() if name not in (*FIELDS, "config")}
-        results = execution.run(study, config, **how)
-        missing = sum(results.missing.values())
-        if missing:
-            print(f"{missing} repetitions are left to other shards. When all are done: lit-vapo study report.")
-            return
-    else:
-        if not (Path(study.output) / "study.json").is_file():
-            raise ValueError(f"output: expected the folder of a study, got {study.output!r}")
-        execution.claim(study, config)
-        results = execution.merge(study)
-    for claim in report(study, config, results):
+    how = {name: value for name, value in given.items() if name not in (*FIELDS, "config")}
+    return Study(**{name: given[name] for name in FIELDS}), {name: dumped[name] for name in FIELDS}, how
+
+
+def _tell(study: Study, config: dict[str, Any], results: Results) -> None:
+    for claim in write_report(study, config, results):
         print(f"- {claim.replace('**', '')}")
     print(f"Report: {study.output}/report.html")

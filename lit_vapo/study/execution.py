@@ -23,6 +23,8 @@ from joblib import Parallel, delayed
 from rich.progress import track
 
 from lit_vapo.folders import write_whole
+from lit_vapo.models.older import renamed
+from lit_vapo.stages.settings import plain
 from lit_vapo.study.experiment import Analysis, Experiment, Record, Repetition, expect, seed_of
 
 VERSIONS = ("lit-vapo", "torch", "numpy", "scipy", "statsmodels", "lightning", "transformers", "peft")
@@ -127,8 +129,10 @@ def claim(study: Study, config: Mapping[str, Any]) -> None:
     path = Path(study.output) / "study.json"
     if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8"))["config"]
-        # How many repetitions and what is compared may change: neither changes a record.
-        both = [dict(_flat({k: c.get(k) for k in ("experiment", "seed")})) for c in (there, config)]
+        # How many repetitions and what is compared may change, and by which of its names a class was chosen: none
+        # changes a record.
+        parts = [{k: c.get(k) for k in ("experiment", "seed")} for c in (renamed(there), config)]
+        both = [dict(_flat(plain(part))) for part in parts]
         differ = [key for key in sorted({*both[0], *both[1]}) if both[0].get(key) != both[1].get(key)]
         if differ:
             lines = [f"{key}: {both[0].get(key)!r} there, {both[1].get(key)!r} here" for key in differ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import math
 import re
@@ -12,23 +11,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
 from lit_vapo.folders import write_whole
 from lit_vapo.study.execution import Results, Study
 from lit_vapo.study.figures import distributions, effects, mean_risk, return_against_kl
 from lit_vapo.study.statistics import Interval
 from lit_vapo.study.summary import Outcome, compare, formulas, further, outcomes, sentences
 
-CSS = """
-:root { color-scheme: light dark; --line: #8884 }
-body { font: 15px/1.55 system-ui, sans-serif; max-width: 1100px; margin: 2.5rem auto; padding: 0 1.2rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-img { max-width: 100%; height: auto; background: white; border-radius: 6px; display: block; margin: .6rem 0 }
-table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums }
-div.table { overflow-x: auto; max-height: 30rem; overflow-y: auto }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
-th { position: sticky; top: 0; background: Canvas }
-ul { padding-left: 1.2rem }
-"""
 READING = (
     "Gain is the true return of the policy less the reference's; risk is the share of repetitions in which it is below "
     "zero. Intervals are at 95%. A claim holds where its test, corrected by Holm's method for all comparisons of this "
@@ -55,6 +46,20 @@ class Section(NamedTuple):
     text: list[str]
     table: list[list[str]]
     pictures: Mapping[str, Path]
+
+    @property
+    def paragraphs(self) -> list[tuple[bool, list[str]]]:
+        """Lines of the text that stand together, and whether they are points of a list."""
+        shown = [line for line in self.text if line and not line.startswith("    ")]
+        return [
+            (listed, [line.removeprefix("- ") for line in lines])
+            for listed, lines in groupby(shown, key=lambda line: line.startswith("- "))
+        ]
+
+    @property
+    def code(self) -> str:
+        """What is indented."""
+        return "\n".join(line[4:] for line in self.text if line.startswith("    "))
 
 
 def report(study: Study, config: Mapping[str, Any], results: Results) -> list[str]:
@@ -187,38 +192,22 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
     return "\n".join(lines)
 
 
-def _inline(line: str) -> str:
+def _inline(line: str) -> Markup:
     """A line of text as HTML: bold words, no code."""
-    return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(line)).replace("`", "")
+    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(line))).replace("`", ""))
 
 
 def _html(title: str, sections: Sequence[Section]) -> str:
-    parts = []
-    for section in sections:
-        parts.append(f"<h2>{html.escape(section.title)}</h2>")
-        shown = [line for line in section.text if line and not line.startswith("    ")]
-        for listed, lines in groupby(shown, key=lambda line: line.startswith("- ")):
-            words = [_inline(line.removeprefix("- ")) for line in lines]
-            items = "".join(f"<li>{line}</li>" if listed else f"<p>{line}</p>" for line in words)
-            parts.append(f"<ul>{items}</ul>" if listed else items)
-        code = "\n".join(line[4:] for line in section.text if line.startswith("    "))
-        parts += [f"<details><summary>show</summary><pre>{html.escape(code)}</pre></details>"] if code else []
-        if section.table:
-            rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in section.table]
-            body = "".join(f"<tr>{row}</tr>" for row in rows[1:])
-            parts.append(f'<div class="table"><table><tr>{rows[0].replace("td>", "th>")}</tr>{body}</table></div>')
-        for caption, path in section.pictures.items():
-            image = base64.b64encode(path.read_bytes()).decode()
-            text = html.escape(caption)
-            parts.append(f'<p>{text}</p><img alt="{text}" src="data:image/png;base64,{image}">')
-    page = html.escape(title)
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>lit-vapo study: {page}</title><style>{CSS}</style>
-<h1>Study: {page}</h1>
-{"".join(parts)}
-</html>
-"""
+    pages = Environment(
+        loader=PackageLoader("lit_vapo.study"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    pages.filters["inline"] = _inline
+    pages.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
+    return pages.get_template("report.html.j2").render(title=title, sections=sections)
 
 
 def _json(summary: Mapping[str, Any]) -> str:

@@ -212,7 +212,7 @@ def test_a_members_reward_with_the_ensembles_variance():
             lambda: WorstCase()(RewardEstimate(torch.zeros(1), torch.zeros(1), None)),
             "WorstCase: expected an ensemble with separate members",
         ),
-        (lambda: SingleReward(-1), "expected an index of 0 or more, got -1"),
+        (lambda: SingleReward(-1), "expected a number of 0 or more, got -1"),
         (lambda: SingleReward(5).check_members(5), "expected an index below the 5 members, got 5"),
         (lambda: VarianceAware(member=3).check_members(3), "expected an index below the 3 members, got 3"),
         (

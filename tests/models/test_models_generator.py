@@ -185,7 +185,7 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(speller, to
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"num_responses": 0}, r"sampling.num_responses: expected at least 1, got 0"),
-     ({"temperature": float("nan")}, r"sampling.temperature: expected a positive number, got nan"),
+     ({"temperature": float("nan")}, r"sampling.temperature: expected a number above 0, got nan"),
      ({"min_new_tokens": -1}, r"sampling.min_new_tokens: expected 0 … 63 .*, got -1"),
      ({"min_new_tokens": 4, "max_new_tokens": 4}, r"sampling.min_new_tokens: expected 0 … 3 .*, got 4"),
      ({"stop_strings": ["a", ""]}, r"sampling.stop_strings: expected a list of non-empty strings, got \['a', ''\]"),

@@ -245,7 +245,7 @@ def test_an_answer_that_is_none_is_named_with_its_row(members, body, message):
         ({"url": "http://there:99999"}, r"reward.url: expected http"),
         ({"url": "http://me:secret@there"}, r"reward.url: expected no password in it, got one; name a variable"),
         ({"num_members": 0}, r"reward.num_members: expected at least 1, got 0"),
-        ({"retries": -1}, r"reward.retries: expected at least 0, got -1"),
+        ({"retries": -1}, r"reward.retries: expected a number of 0 or more, got -1"),
         ({"timeout": 0.0}, r"reward.timeout: expected seconds above 0, got 0.0"),
         ({"pause": float("inf")}, r"reward.pause: expected seconds above 0, got inf"),
     ],

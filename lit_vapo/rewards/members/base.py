@@ -18,6 +18,7 @@ from lit_vapo.functional import (
     poisson_bootstrap,
 )
 from lit_vapo.models.pretrained import keep_differentiable
+from lit_vapo.ranges import PositiveInt, Smoothing, check_ranges
 from lit_vapo.rewards.normaliser import Normaliser
 from lit_vapo.types import Adapter, FeaturePairs, PairLabels, RewardEstimate
 
@@ -51,16 +52,13 @@ class RewardHead(Normaliser, ABC):
 
     def __init__(
         self,
-        num_members: int,
+        num_members: PositiveInt,
         bootstrap: bool = True,
-        label_smoothing: float = 0.0,
+        label_smoothing: Smoothing = 0.0,
         centering: float = 0.0,
         seed: int = 0,
     ) -> None:
-        if num_members < 1:
-            raise ValueError(f"num_members: expected at least 1, got {num_members}")
-        if not 0 <= label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing}")
+        check_ranges(RewardHead, locals())
         super().__init__(num_members)
         self.num_members = num_members
         self.bootstrap = bootstrap

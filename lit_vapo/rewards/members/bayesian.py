@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_vapo.functional import laplace_preference, margin_estimate
+from lit_vapo.ranges import PositiveFloat, PositiveInt, Smoothing, check_ranges
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.types import FeaturePairs, RewardEstimate
 
@@ -42,14 +43,13 @@ class BayesianLinear(RewardHead):
 
     def __init__(
         self,
-        num_members: int = 10,
-        prior_precision: float = 30.0,
-        label_smoothing: float = 0.0,
+        num_members: PositiveInt = 10,
+        prior_precision: PositiveFloat = 30.0,
+        label_smoothing: Smoothing = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(num_members, False, label_smoothing, seed=seed)
-        if not prior_precision > 0:
-            raise ValueError(f"prior_precision: expected a number above 0, got {prior_precision}")
+        check_ranges(BayesianLinear, locals())
         self.prior_precision = prior_precision
 
     def make_parameters(self, hidden_size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lit_vapo.ranges import OpenUnitInterval, PositiveInt, Smoothing, check_ranges
 from lit_vapo.rewards.members.base import RewardHead
 
 
@@ -33,17 +34,16 @@ class McDropout(RewardHead):
 
     def __init__(
         self,
-        num_members: int = 10,
-        dropout: float = 0.1,
+        num_members: PositiveInt = 10,
+        dropout: OpenUnitInterval = 0.1,
         hidden_width: int | None = None,
-        label_smoothing: float = 0.0,
+        label_smoothing: Smoothing = 0.0,
         centering: float = 0.0,
         seed: int = 0,
     ) -> None:
         # Every mask is of the same weights: there is one set of them to bootstrap, so there is nothing to vary.
         super().__init__(num_members, False, label_smoothing, centering, seed)
-        if not 0 < dropout < 1:
-            raise ValueError(f"dropout: expected a number between 0 and 1, got {dropout}")
+        check_ranges(McDropout, locals())
         self.dropout = dropout
         self.hidden_width = hidden_width
 

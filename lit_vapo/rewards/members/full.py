@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_vapo.ranges import PositiveInt, Smoothing
 from lit_vapo.rewards.members.base import RewardHead
 
 
@@ -35,10 +36,10 @@ class FullEnsemble(RewardHead):
 
     def __init__(
         self,
-        num_members: int = 4,
+        num_members: PositiveInt = 4,
         resident: bool = True,
         bootstrap: bool = True,
-        label_smoothing: float = 0.0,
+        label_smoothing: Smoothing = 0.0,
         centering: float = 0.0,
         seed: int = 0,
     ) -> None:

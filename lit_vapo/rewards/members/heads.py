@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lit_vapo.ranges import PositiveInt, Smoothing
 from lit_vapo.rewards.members.base import RewardHead
 
 
@@ -27,10 +28,10 @@ class HeadEnsemble(RewardHead):
 
     def __init__(
         self,
-        num_members: int = 100,
+        num_members: PositiveInt = 100,
         hidden_width: int | None = None,
         bootstrap: bool = True,
-        label_smoothing: float = 0.0,
+        label_smoothing: Smoothing = 0.0,
         centering: float = 0.0,
         seed: int = 0,
     ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_vapo.functional import nuclear_diversity
 from lit_vapo.models.pretrained import plain_layers
+from lit_vapo.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Smoothing, check_ranges
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.types import Adapter, PairLabels
 
@@ -50,24 +50,19 @@ class LoraEnsemble(RewardHead):
 
     def __init__(
         self,
-        num_members: int = 4,
-        rank: int = 8,
-        alpha: float = 16.0,
+        num_members: PositiveInt = 4,
+        rank: PositiveInt = 8,
+        alpha: PositiveFloat = 16.0,
         target_modules: str | list[str] = "all-linear",
         top_layers: int | None = None,
-        diversity: float = 0.0,
+        diversity: NonNegativeFloat = 0.0,
         bootstrap: bool = True,
-        label_smoothing: float = 0.0,
+        label_smoothing: Smoothing = 0.0,
         centering: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(num_members, bootstrap, label_smoothing, centering, seed)
-        if rank < 1:
-            raise ValueError(f"rank: expected at least 1, got {rank}")
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"alpha: expected a number above 0, got {alpha}")
-        if diversity < 0:
-            raise ValueError(f"diversity: expected a number of 0 or more, got {diversity}")
+        check_ranges(LoraEnsemble, locals())
         self.rank = rank
         self.alpha = alpha
         self.target_modules = target_modules

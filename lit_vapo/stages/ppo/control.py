@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_vapo.advantages.base import Reduce
 from lit_vapo.functional import adapt_kl_coef, kl_k3
+from lit_vapo.ranges import NonNegativeFloat, PositiveFloat, check_ranges
 from lit_vapo.rollout import Rollout
 
 # Ziegler et al., arXiv 1909.08593, §2.2.
@@ -34,13 +35,11 @@ class KLControl(nn.Module):
 
     coef: Tensor
 
-    def __init__(self, coef: float, target: float | None = None, budget: float | None = None) -> None:
+    def __init__(
+        self, coef: NonNegativeFloat, target: PositiveFloat | None = None, budget: PositiveFloat | None = None
+    ) -> None:
         super().__init__()
-        if not coef >= 0:
-            raise ValueError(f"model.kl_coef: expected a number of 0 or more, got {coef}")
-        for name, value in (("kl_target", target), ("kl_budget", budget)):
-            if value is not None and not value > 0:
-                raise ValueError(f"model.{name}: expected a number above 0, got {value}")
+        check_ranges(KLControl, locals(), "model.kl_")
         if target is not None and coef == 0:
             raise ValueError("model.kl_coef: expected a number above 0 to adapt to model.kl_target, got 0")
         if target is not None and budget is not None and budget <= target:

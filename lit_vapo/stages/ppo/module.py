@@ -23,9 +23,10 @@ from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.objectives.base import Objective
 from lit_vapo.objectives.variance_aware import VarianceAware
+from lit_vapo.ranges import NonNegativeFloat, PositiveFloat, TwoOrMore, check_ranges
 from lit_vapo.rewards import RewardSource, load_reward
 from lit_vapo.rollout import Rollout, RolloutMaker
-from lit_vapo.stages.guards import check_context, check_positive, check_precision
+from lit_vapo.stages.guards import check_context, check_precision
 from lit_vapo.stages.ppo.control import KLControl, global_kl, named
 from lit_vapo.stages.ppo.evaluation import EvaluatedPolicy
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, chosen_critic, compute_advantages
@@ -91,28 +92,22 @@ class PPOModule(EvaluatedPolicy):
         sampling: Sampling | None = None,
         advantage: AdvantageEstimator | None = None,
         update: UpdateSettings | None = None,
-        learning_rate: float = 1e-5,
-        critic_learning_rate: float = 1e-4,
-        kl_coef: float = 0.05,
-        kl_target: float | None = None,
-        kl_budget: float | None = None,
-        reward_clip: float | None = None,
+        learning_rate: PositiveFloat = 1e-5,
+        critic_learning_rate: PositiveFloat = 1e-4,
+        kl_coef: NonNegativeFloat = 0.05,
+        kl_target: PositiveFloat | None = None,
+        kl_budget: PositiveFloat | None = None,
+        reward_clip: PositiveFloat | None = None,
         missing_eos_penalty: float = 0.0,
         gold: TextReward | None = None,
-        num_reference: int = 256,
+        num_reference: TwoOrMore = 256,
         seed: int = 0,
         generator: Generator | None = None,
         trust: list[str] | None = None,
     ) -> None:
         super().__init__()
-        check_positive(
-            learning_rate=learning_rate,
-            critic_learning_rate=critic_learning_rate,
-            reward_clip=reward_clip,
-        )
+        check_ranges(PPOModule, locals(), "model.")
         kl = KLControl(kl_coef, kl_target, kl_budget)
-        if num_reference < 2:
-            raise ValueError(f"model.num_reference: expected at least 2, got {num_reference}")
         with unpickled():
             self.save_hyperparameters()
         self.automatic_optimization = False

@@ -22,6 +22,7 @@ from lit_vapo.models.batching import length_batches
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Shaping
 from lit_vapo.models.token_rows import TokenRows
+from lit_vapo.ranges import PositiveFloat, PositiveInt, check_ranges
 from lit_vapo.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -49,24 +50,19 @@ class UpdateSettings:
         critic_warmup: In this many first iterations only the critic learns.
     """
 
-    epochs: int = 2
-    minibatches: int = 4
-    micro_batch_tokens: int = 4096
-    clip_range: float = 0.2
+    epochs: PositiveInt = 2
+    minibatches: PositiveInt = 4
+    micro_batch_tokens: PositiveInt = 4096
+    clip_range: PositiveFloat = 0.2
     value_clip_range: float | None = 0.2
     value_coef: float = 0.1
     entropy_coef: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     max_approx_kl: float | None = None
     critic_warmup: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "minibatches", "micro_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.update.{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("clip_range", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"model.update.{name}: expected a number above 0, got {getattr(self, name)}")
+        check_ranges(UpdateSettings, vars(self), "model.update.")
 
 
 def chosen_critic(

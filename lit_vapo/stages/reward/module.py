@@ -11,12 +11,12 @@ from torch import Tensor
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained, freeze, load_backbone
 from lit_vapo.models.trunk import Pooling, join_rows
+from lit_vapo.ranges import NonNegativeFloat, PositiveFloat, TwoOrMore, check_ranges
 from lit_vapo.rewards.classifier import save_classifier
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
-from lit_vapo.stages.guards import check_positive
 from lit_vapo.stages.reward.building import BuiltRewards, Layer
 from lit_vapo.stages.reward.evaluation import Batch
 from lit_vapo.stages.schedule import linear_decay, total_steps
@@ -63,20 +63,18 @@ class RewardModule(BuiltRewards):
         layer: Layer = "auto",
         pooling: Pooling = "mean",
         freeze_backbone: bool = True,
-        learning_rate: float = 1e-3,
-        backbone_learning_rate: float = 1e-5,
-        weight_decay: float = 0.01,
+        learning_rate: PositiveFloat = 1e-3,
+        backbone_learning_rate: PositiveFloat = 1e-5,
+        weight_decay: NonNegativeFloat = 0.01,
         reference: Pretrained | None = None,
         reference_sampling: Sampling | None = None,
-        num_reference: int = 256,
+        num_reference: TwoOrMore = 256,
         feature_cache: str | None = None,
         member: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_positive(learning_rate=learning_rate, backbone_learning_rate=backbone_learning_rate)
-        if num_reference < 2:
-            raise ValueError(f"model.num_reference: expected at least 2, got {num_reference}")
+        check_ranges(RewardModule, locals(), "model.")
         self.head = head or HeadEnsemble()
         self.head.check_backbone(base.quantization, freeze_backbone)
         with unpickled():

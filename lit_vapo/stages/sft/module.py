@@ -15,8 +15,9 @@ from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.models.trunk import length_mask
 from lit_vapo.models.vocabulary import check_embeddings
+from lit_vapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, check_ranges
 from lit_vapo.stages.base import TrainedWeightsModule
-from lit_vapo.stages.guards import check_context, check_positive
+from lit_vapo.stages.guards import check_context
 from lit_vapo.stages.schedule import linear_decay, total_steps
 
 
@@ -37,15 +38,12 @@ class SFTModule(TrainedWeightsModule):
         self,
         base: Pretrained,
         lora: Lora | None = None,
-        learning_rate: float = 2e-5,
-        weight_decay: float = 0.0,
-        warmup_steps: int = 0,
+        learning_rate: PositiveFloat = 2e-5,
+        weight_decay: NonNegativeFloat = 0.0,
+        warmup_steps: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
-        check_positive(learning_rate=learning_rate)
-        for name, value in (("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
-            if not value >= 0:
-                raise ValueError(f"model.{name}: expected a number of 0 or more, got {value}")
+        check_ranges(SFTModule, locals(), "model.")
         self.save_hyperparameters()
         self.base = base
         self.lora = lora
