@@ -305,22 +305,8 @@ def test_ppo_takes_public_models_from_a_config(run, stage_args, config, saved, t
     main(stage_args("ppo", "fit", tmp_path / "folder", model__reward=saved))
 
 
-def test_the_readme_shows_how(stage_args, models, tmp_path):
-    readme = (helpers.CONFIGS.parent / "README.md").read_text()
-    (block,) = re.findall(r"^```yaml\n(# public_rewards.yaml.*?)^```", readme, re.M | re.S)
-    (command,) = re.findall(r"^lit-vapo ppo fit .*--model public_rewards.yaml.*$", readme, re.M)
-    assert "--model.base.path" in command
-    # As it stands there, but for whose models they are.
-    for name, path in zip(("their/reward-model", "other/reward-model"), models, strict=False):
-        assert block.count(name) == 1
-        block = block.replace(name, path)
-    (tmp_path / "public_rewards.yaml").write_text(block)
-    main(stage_args("ppo", "fit", tmp_path / "run", f"--model={tmp_path / 'public_rewards.yaml'}"))
-    assert helpers.last(tmp_path / "run").is_file()
-
-
 def test_the_page_shows_the_schemas_that_the_code_has():
-    page = (helpers.CONFIGS.parent / "docs" / "rewards_public.md").read_text()
+    page = (helpers.CONFIGS.parent / "docs" / "rewards.md").read_text().partition("## RemoteReward")[2]
     request, answer, examples = re.findall(r"^```json\n(.*?)^```", page, re.M | re.S)
     for text, kind in ((request, protocol.Request), (answer, protocol.Answer)):
         known = kind.model_json_schema()

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import helpers
+import public_helpers
 import pytest
 import yaml
 from test_readme import ROOT, blocks, commands
@@ -30,6 +31,8 @@ def place(tmp_path, monkeypatch, tiny_model_dir, tiny_ensemble_dir, tiny_prefere
     shutil.copytree(tiny_ensemble_dir, tmp_path / "runs" / "my" / "ensemble")
     shutil.copy(tiny_preferences_file, tmp_path / "preferences.jsonl")
     shutil.copy(tiny_prompts_file, tmp_path / "prompts.jsonl")
+    for seed, name in enumerate(("their", "other")):
+        public_helpers.classifier(tmp_path / name / "reward-model", seed=seed)
     for block in blocks(README, "yaml", "python"):
         named = re.match(r"# (my_\w+\.(yaml|py))\n", block)
         if named:
@@ -42,7 +45,7 @@ def place(tmp_path, monkeypatch, tiny_model_dir, tiny_ensemble_dir, tiny_prefere
 
 
 def test_there_are_blocks_to_run():
-    assert len(COMMANDS) >= 2
+    assert len(COMMANDS) >= 3
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=range(len(COMMANDS)))

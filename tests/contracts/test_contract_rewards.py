@@ -9,16 +9,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ppo_helpers
+import public_helpers
 import pytest
 import torch
 from helpers import concrete_subclasses
+from services import says, service
 
 import lit_vapo.rewards
 from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, load_backbone
 from lit_vapo.models.settings import construct
 from lit_vapo.objectives.variance_aware import VarianceAware
 from lit_vapo.objectives.worst_case import WorstCase
-from lit_vapo.rewards import EnsembleReward, FunctionReward, HeldEnsemble, Responses, RewardSource, WeightedSum
+from lit_vapo.rewards import (
+    EnsembleReward,
+    FunctionReward,
+    HeldEnsemble,
+    PretrainedRewards,
+    RemoteReward,
+    Responses,
+    RewardSource,
+    WeightedSum,
+)
 from lit_vapo.rewards.members.lora import LoraEnsemble
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.stages.settings import plain
@@ -35,12 +46,16 @@ class World:
         model: Folder of the tiny policy's base, with a chat template.
         ensemble: Folder of a calibrated ensemble of 3 heads on it.
         fresh: Folder of one that is not calibrated.
+        public: Folders of two public reward models with one label, and of one with three.
+        urls: A service for each number of members.
         folder: For whatever else an entry writes.
     """
 
     model: str
     ensemble: str
     fresh: str
+    public: list[str]
+    urls: dict[int, str]
     folder: Path
 
 
@@ -78,6 +93,22 @@ def total(world, **kwargs):
     return WeightedSum({"ensemble": world.fresh, "length": FunctionReward("reward_functions:length")}, **kwargs)
 
 
+def public(folders, **kwargs):
+    return PretrainedRewards([Pretrained(folder) for folder in folders], **kwargs)
+
+
+def served(number, body):
+    """Rewards of texts, as a service gives them: by the length, and by how often a letter is in them."""
+    texts = [row["response"] for row in body["rows"]]
+    return says(body={"rewards": [len(text) / 7 for text in texts]})
+
+
+def three(number, body):
+    """The same from three members."""
+    texts = [row["response"] for row in body["rows"]]
+    return says(body={"rewards": [[len(t) / 7, len(t.encode()) / 5, len(set(t)) / 3] for t in texts]})
+
+
 ENTRIES: dict[type[RewardSource], dict[str, Entry]] = {
     EnsembleReward: {
         "calibrated": Entry(lambda world: EnsembleReward(world.ensemble)),
@@ -89,6 +120,17 @@ ENTRIES: dict[type[RewardSource], dict[str, Entry]] = {
             lambda world: HeldEnsemble(RewardModel.from_pretrained(world.ensemble, with_backbone=False)),
             settings=False,
         ),
+    },
+    PretrainedRewards: {
+        "two": Entry(lambda world: public(world.public[:2]), centred=True),
+        "two, read anew": Entry(lambda world: public(world.public[:2], resident=False), centred=True),
+        "three labels": Entry(lambda world: public(world.public[2:]), centred=True),
+        "one": Entry(lambda world: public(world.public[:1]), centred=True),
+    },
+    RemoteReward: {
+        "one number": Entry(lambda world: RemoteReward(world.urls[1])),
+        "three": Entry(lambda world: RemoteReward(world.urls[3], 3)),
+        "three, normalised": Entry(lambda world: RemoteReward(world.urls[3], 3, True), centred=True),
     },
     FunctionReward: {
         "one number": Entry(lambda world: FunctionReward("reward_functions:length")),
@@ -128,9 +170,11 @@ CASES = [
 def world(tiny_model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     ensemble = ppo_helpers.ensemble(folder / "ensemble", tiny_model_dir)
-    return World(
-        tiny_model_dir, ensemble, ppo_helpers.ensemble(folder / "fresh", tiny_model_dir, calibrated=False), folder
-    )
+    fresh = ppo_helpers.ensemble(folder / "fresh", tiny_model_dir, calibrated=False)
+    labels = {"a": 1, "b": 1, "c": 3}
+    made = [public_helpers.classifier(folder / n, count, seed=k) for k, (n, count) in enumerate(labels.items())]
+    with service(served) as one, service(three) as many:
+        yield World(tiny_model_dir, ensemble, fresh, made, {1: one.url, 3: many.url}, folder)
 
 
 def ready(source, world):
@@ -163,8 +207,8 @@ def select(responses: Responses, rows: list[int]) -> Responses:
     """Some of the responses."""
     index = torch.tensor(rows)
 
-    def encode(tokenizer, path):
-        every = responses.encode(tokenizer, path)
+    def encode(tokenizer, path, **options):
+        every = responses.encode(tokenizer, path, **options)
         return [every[i] for i in rows]
 
     return replace(
