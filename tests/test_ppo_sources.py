@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import helpers
 import hostile_helpers
+import public_helpers
 import pytest
 import torch
 import yaml
@@ -125,6 +126,26 @@ def test_records_have_parts_and_columns(sum_run, answers):
         assert record["reward_length"] == pytest.approx(0.1 * len(record["response"]), rel=1e-6)
         assert record["reward"] == pytest.approx(record["reward_ensemble"] - 0.5 * record["reward_length"], abs=1e-5)
         assert len(record["members"]) == 3
+
+
+def test_an_ensemble_a_function_and_public_models_together(place, sum_run, stage_args, answers, tmp_path):
+    models = [{"path": public_helpers.classifier(tmp_path / name, seed=i)} for i, name in enumerate("ab")]
+    reward = yaml.safe_load((place / "sum.yaml").read_text())["model"]["reward"]
+    reward["init_args"]["sources"]["public"] = {"class_path": "PretrainedRewards", "init_args": {"models": models}}
+    config = write(tmp_path / "all.yaml", reward)
+    main(stage_args("ppo", "fit", tmp_path / "run", f"--config={config}", data__prompts=answers))
+    figures = logged(tmp_path / "run")
+    assert {f"train/reward_{name}" for name in ("ensemble", "length", "public")} <= figures.keys()
+    records = helpers.read_jsonl(tmp_path / "run" / "samples_val.jsonl")
+    for record in records:
+        # Independent: the variances add, and no member is common.
+        expected = (record["sigma_ensemble"] ** 2 + record["sigma_public"] ** 2) ** 0.5
+        assert record["sigma"] == pytest.approx(expected, rel=1e-4)
+        assert record["members"] == []
+    options = {"data__prompts": answers, "ckpt_path": helpers.last(tmp_path / "run")}
+    main(stage_args("ppo", "validate", tmp_path / "again", f"--config={config}", **options))
+    again = helpers.read_jsonl(tmp_path / "again" / "samples_val.jsonl")
+    assert [{**record, "step": 0} for record in records] == [{**record, "step": 0} for record in again]
 
 
 @pytest.mark.parametrize("name", ["function", "sum"])

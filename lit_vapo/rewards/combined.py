@@ -118,6 +118,11 @@ class WeightedSum(RewardSource):
         own = self.normaliser is None or bool(self.normaliser.calibrated)
         return own and all(source.calibrated for _, source in self._each())
 
+    @property
+    def unit(self) -> str:
+        """What weights make of the sources' own."""
+        return "units of the sum"
+
     @torch.no_grad()
     def calibrate(self, references: Iterable[Responses]) -> None:
         """Calibrate the sources that are not, and measure the typical variance where members are aligned."""

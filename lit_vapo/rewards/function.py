@@ -68,6 +68,7 @@ class FunctionReward(RewardSource):
         self.normaliser: Normaliser | None = None
         self._called: Callable[..., Any] | None = None
         self._takes: frozenset[str] | None = None
+        self._needs_ids = False
 
     @property
     def num_members(self) -> int:
@@ -99,6 +100,7 @@ class FunctionReward(RewardSource):
                     f"got {parameter.name!r}, which only TRL gives; a default of None lets it run here"
                 )
         self.columns = tuple(p.name for p in required if p.name not in GIVEN)
+        self._needs_ids = any(p.name == "completion_ids" for p in required)
         everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._takes = None if everything else frozenset(p.name for p in parameters)
         self._called = called
@@ -121,6 +123,11 @@ class FunctionReward(RewardSource):
     def calibrated(self) -> bool:
         """Whether members are comparable; one number in its own unit needs nothing."""
         return not (self._centred or self.num_members > 1) or bool(self._made.calibrated)
+
+    @property
+    def unit(self) -> str:
+        """Standard deviations, if members are normalised."""
+        return self._made.unit if self._centred else super().unit
 
     @torch.no_grad()
     def calibrate(self, references: Iterable[Responses]) -> None:
@@ -176,8 +183,11 @@ class FunctionReward(RewardSource):
             **{name: list(column) for name, column in responses.columns.items()},
             "prompts": [prompt for prompt, _ in dialogues],
             "completions": [completion for _, completion in dialogues],
-            "completion_ids": [sequence.ids[sequence.prompt_length :] for sequence in responses.sequences],
         }
+        if responses.rows is not None:
+            given["completion_ids"] = [sequence.ids[sequence.prompt_length :] for sequence in responses.sequences]
+        elif self._needs_ids:
+            raise ValueError(f"{self._name}: expected responses with their tokens (completion_ids), got texts alone")
         wanted = {name: value for name, value in given.items() if self._takes is None or name in self._takes}
         try:
             returned = self._called(**wanted)

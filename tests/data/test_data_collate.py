@@ -52,7 +52,7 @@ def test_lengths_give_back_every_row():
 
 def test_prompts_are_padded_on_the_left_and_move_as_one():
     rows = [
-        {"prompt_ids": ids, "prompt": str(ids), "asked": Prompt(str(ids)), "example_id": len(ids)}
+        {"prompt_ids": ids, "prompt": str(ids), "asked": Prompt(str(ids)), "example_id": len(ids), "columns": {}}
         for ids in ([END, 2, END], [5])
     ]
     batch = Collator().prompts(rows)

@@ -313,6 +313,16 @@ def test_signatures_that_do_not_fit_are_named(source):
         FunctionReward("reward_functions:length", 0)
 
 
+def test_texts_may_come_without_tokens(source):
+    given = replace(responses(), rows=None)
+    assert (
+        source(lambda completions, completion_ids=None: [float(completion_ids is None)] * 4).score(given).mean.sum()
+        == 4
+    )
+    with pytest.raises(ValueError, match=r"expected responses with their tokens \(completion_ids\), got texts alone"):
+        source(lambda completion_ids: [0.0] * 4).score(given)
+
+
 def test_a_missing_column_is_named():
     made = FunctionReward("reward_functions:answered")
     made.prepare(None)
