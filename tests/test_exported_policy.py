@@ -147,7 +147,7 @@ def test_training_goes_on_from_policy_and_critic(tiny_model_dir, reward, tmp_pat
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, atol=0, rtol=0, msg=name)
     # An ensemble that is calibrated at the start does not take the critic away.
-    again.networks.warm_start_critic()
+    again.networks.warm_start_critic(again.reward.linear_mean())
     torch.testing.assert_close(again.networks.critic.value_head.weight, first.networks.critic.value_head.weight)
 
 
@@ -157,7 +157,7 @@ def test_a_critic_that_reads_something_else_stays(tiny_model_dir, reward, tmp_pa
     moved(first).export(tmp_path / "policy")
     again = ppo_module(tiny_model_dir, reward, critic=CriticSpec("own"), policy=str(tmp_path / "policy"))
     again.configure_model()
-    assert again.networks.critic_start == "the ensemble's mean reward"
+    assert again.networks.critic_start == "the mean reward"
     shutil.rmtree(tmp_path / "policy" / "critic")
     seal(tmp_path / "policy")
     again = ppo_module(tiny_model_dir, reward, critic=CriticSpec(warm_start=False), policy=str(tmp_path / "policy"))
@@ -186,8 +186,8 @@ def light(monkeypatch, exported):
     def forbidden(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    for name in ("policy.load_causal_lm", "reward.load_backbone", "critic.load_backbone"):
-        monkeypatch.setattr(f"lit_vapo.models.{name}", forbidden)
+    for name in ("models.policy.load_causal_lm", "rewards.reward_model.load_backbone", "models.critic.load_backbone"):
+        monkeypatch.setattr(f"lit_vapo.{name}", forbidden)
 
 
 def edit(folder, **values):

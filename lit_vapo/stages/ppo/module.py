@@ -143,17 +143,17 @@ class PPOModule(EvaluatedPolicy):
         """Load actor, reference, critic and what scores."""
         if self.networks is not None:
             return
-        self.load_networks()
-        assert self.networks is not None
-        self.reward.prepare(self.networks.policy)
-        self.networks.warm_start_critic(self.reward.linear_mean())
+        networks = self.load_networks()
+        self.reward.prepare(networks.policy)
+        networks.warm_start_critic(self.reward.linear_mean())
         if self.policy is not None:
-            rank_zero_info(f"policy: starts from {self.policy}; its critic from {self.networks.critic_start}")
+            rank_zero_info(f"policy: starts from {self.policy}; its critic from {networks.critic_start}")
 
-    def load_networks(self) -> None:
+    def load_networks(self) -> ActorCritic:
         """Load actor, reference and critic: all that an export needs."""
-        self.networks = ActorCritic(self.base, self.lora, self.critic, self.policy, self.reward.reads())
+        networks = self.networks = ActorCritic(self.base, self.lora, self.critic, self.policy, self.reward.reads())
         self.objective.prepare(self.reward.num_members)
+        return networks
 
     def start(self) -> None:
         """What needs the device and the data: the rollout maker, and a calibrated source of rewards."""
