@@ -34,7 +34,9 @@ def load_rollout(path, rank, world):
     part = {n: x[index, :size] if x.ndim > 1 else x[index] for n, x in saved.items()}
     part["value_states"] = None
     texts = [""] * len(index)
-    return Rollout(rows, texts, texts, estimate=RewardEstimate(part["reward"], part["reward"], None), **part)
+    return Rollout(
+        rows=rows, prompts=texts, responses=texts, estimate=RewardEstimate(part["reward"], part["reward"], None), **part
+    )
 
 
 class FixedRollout(PPOModule):

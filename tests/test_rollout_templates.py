@@ -59,7 +59,7 @@ def test_each_response_to_a_prompt_meets_its_messages(tiny_model_dir, judge, tmp
     rollout = maker.make(prompts, MeanReward())
     tokenizer = RewardModel.from_pretrained(judge).load_tokenizer()
     seen = []
-    (encoder,) = maker._encoders.values()
+    (encoder,) = maker._encoders._encoders.values()
     response = encoder.response
     encoder.response = lambda prompt, *rest: seen.append(prompt.content) or response(prompt, *rest)
     maker.make(prompts, MeanReward())

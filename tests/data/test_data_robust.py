@@ -12,9 +12,7 @@ from lit_vapo.data.sources import load_rows
 
 
 def test_a_data_set_that_the_hub_does_not_have_is_named():
-    with pytest.raises(
-        ValueError, match="data.preferences: expected a file or a data set on the hub, got .owner/name. "
-    ):
+    with pytest.raises(ValueError, match="k: expected a file or a data set on the hub, got 'owner/name' "):
         load_rows("owner/name", "k")
 
 

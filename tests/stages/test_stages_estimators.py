@@ -341,7 +341,7 @@ def test_an_error_leaves_no_half_made_folder(
     def fails(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr("lit_vapo.commands.ensembles.save_file", fails)
+    monkeypatch.setattr("lit_vapo.rewards.ensemble.save_file", fails)
     words = [f"--ensemble={tiny_ensemble_dir}", f"--reference.path={tiny_model_dir}", "--num_reference=4"]
     data = [f"--data.tokenizer={tiny_model_dir}", f"--data.prompts={tiny_prompts_file}", "--sampling.max_new_tokens=3"]
     with pytest.raises(OSError, match="no space left"):
