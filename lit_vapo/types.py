@@ -19,8 +19,8 @@ class RewardEstimate(NamedTuple):
 
     Attributes:
         mean: `(B,)`, mean score over the members, in units of reward.
-        variance: `(B,)`, unbiased variance over the members (ddof 1), in units of reward squared; NaN where a single
-            member cannot tell.
+        variance: `(B,)`, unbiased variance over the members (ddof 1), in units of reward squared; 0 for a
+            single member, which cannot tell.
         members: `(B, K)`, each member's score, or None where the source has no discrete members.
         reference_variance: `()`, mean of the variance over responses of the reference policy, in units of reward
             squared: the unit in which a variance is large or small. None where nobody has measured it.

@@ -265,7 +265,7 @@ def test_conversations_need_a_chat_template(run, tmp_path):
 def test_usage_and_unknown_stage(capsys):
     main([])
     assert "usage: lit-vapo STAGE COMMAND" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="expected a stage \\(sft, reward, ppo\\), .*, got 'dpo'"):
+    with pytest.raises(ValueError, match="expected a stage or command: sft, reward, ppo, .*, got 'dpo'"):
         main(["dpo", "fit"])
 
 

@@ -43,7 +43,7 @@ def make(nets, tokenizer, tiny_model_dir):
 
     def rollout(sampling, role="actor", **options):
         torch.manual_seed(0)
-        maker = RolloutMaker(nets, tokenizer, sampling, **options)
+        maker = RolloutMaker(nets, nets.scorer, tokenizer, sampling, **options)
         return maker.make(ppo_helpers.prompt_batch(tiny_model_dir), MeanReward(), role), maker
 
     return rollout
@@ -156,7 +156,7 @@ def test_rewards_sit_on_the_token_that_completes_a_stop_string(make):
 
 def test_a_rollout_in_which_nothing_ended_is_told_of_once(nets, tokenizer, tiny_model_dir):
     torch.manual_seed(0)
-    maker, batch = RolloutMaker(nets, tokenizer, Sampling(1)), ppo_helpers.prompt_batch(tiny_model_dir)
+    maker, batch = RolloutMaker(nets, nets.scorer, tokenizer, Sampling(1)), ppo_helpers.prompt_batch(tiny_model_dir)
     with pytest.warns(UserWarning, match=r"^0 of 6 responses \(0%\) ended by themselves, all were cut off at 1 tokens"):
         maker.make(batch, MeanReward())
     with warnings.catch_warnings():
@@ -164,14 +164,15 @@ def test_a_rollout_in_which_nothing_ended_is_told_of_once(nets, tokenizer, tiny_
         maker.make(batch, MeanReward())
         # One response that ended is enough, and so is nothing that could end one.
         ppo_helpers.make_rollout(nets, tiny_model_dir)
-        endless = RolloutMaker(nets, tokenizer, Sampling(1))
+        endless = RolloutMaker(nets, nets.scorer, tokenizer, Sampling(1))
         endless.stops = []
         endless.make(batch, MeanReward())
 
 
 def test_calibration_takes_one_response_to_each_prompt(nets, tokenizer, tiny_model_dir):
     sampling, batch = Sampling(3, num_responses=4), ppo_helpers.prompt_batch(tiny_model_dir)
-    assert RolloutMaker(nets, tokenizer, sampling).reference_features([batch, batch]).shape == (12, 32)
+    found = list(RolloutMaker(nets, nets.scorer, tokenizer, sampling).references([batch, batch]))
+    assert [len(responses) for responses in found] == [6, 6]
     assert len(sample_references(load_causal_lm(Pretrained(tiny_model_dir)), tokenizer, [batch], sampling)) == 6
 
 

@@ -120,12 +120,13 @@ def calibrate(
     with seeded(seed):
         batches = data.prompt_batches("train", num_reference)
         responses = reference_responses(lm, data.text_tokenizer, batches, sampling or Sampling())
-    (normaliser,) = (module for module in source.modules() if isinstance(module, Normaliser))
-    before = normaliser.reward_scale.clone()
+    normalisers = [module for module in source.modules() if isinstance(module, Normaliser)]
+    before = [normaliser.reward_scale.clone() for normaliser in normalisers]
     source.calibrate([responses])
     with new_folder(output, "--output") as target:
         source.save_pretrained(target)
-    change = (normaliser.reward_scale / before).tolist()
+    scales = zip(normalisers, before, strict=True)
+    change = [x for normaliser, old in scales for x in (normaliser.reward_scale / old).tolist()]
     print(f"calibrated on {len(responses)} responses of {reference.path}; written to {output}")
     print("each member's unit, new / old: " + ", ".join(f"{x:.3f}" for x in change))
 
@@ -176,7 +177,7 @@ def disagreement(
     source = ready(source, device_of())
     check_tokens(source, data)
     with torch.no_grad():
-        estimate = source.score(pair_responses(data, rows, Encoders(), device_of()))
+        estimate = source.estimate(pair_responses(data, rows, Encoders(), device_of()))
     if estimate.members is None:
         raise ValueError(f"--reward: expected separate members to draw, got {type(source).__name__}")
     members = estimate.members.cpu()

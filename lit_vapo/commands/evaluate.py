@@ -80,12 +80,7 @@ def _report(source: RewardSource, data: PreferenceDataModule, split: str, encode
     metric, rows = PreferenceMetrics(), data.preference_rows(split)
     for start in range(0, len(rows), data.batch_size):
         chosen_rows = rows[start : start + data.batch_size]
-        estimate = source.score(pair_responses(data, chosen_rows, encoders, device_of()))
-        bad = ~torch.isfinite(estimate.mean)
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0, 0])
-            place = chosen_rows[row % len(chosen_rows)]["place"]
-            raise ValueError(f"{place}: expected a finite score, got {float(estimate.mean[row])}")
+        estimate = source.estimate(pair_responses(data, chosen_rows, encoders, device_of()))
         members = _members(source, estimate)
         chosen, rejected = (RewardEstimate(*x) for x in zip(*(y.cpu().chunk(2) for y in members), strict=True))
         assert chosen.members is not None

@@ -12,7 +12,8 @@ from lit_vapo.folders import check_new, new_folder
 from lit_vapo.models.settings import construct, every_dict
 from lit_vapo.models.trust import check_trusted
 from lit_vapo.stages.checkpoint_file import STAGE_KEY, read_checkpoint
-from lit_vapo.stages.ppo.module import REWARD, PPOModule
+from lit_vapo.stages.ppo.module import PPOModule
+from lit_vapo.stages.ppo.scoring import REWARD
 from lit_vapo.stages.reward.module import RewardModule
 from lit_vapo.stages.sft.module import SFTModule
 

@@ -24,6 +24,8 @@ from lit_vapo.rollout import Encoders, text_responses
 
 # A client that says nothing for so many seconds is left.
 PATIENCE = 60.0
+CHUNK = 64 * 1024
+UNKNOWN = "expected the bearer token of this service"
 
 
 def serve(
@@ -52,6 +54,13 @@ def serve(
     if not 0 <= port < 2**16:
         raise ValueError(f"--port: expected 0 … {2**16 - 1}, got {port}")
     source = ready(chosen_source(reward, ensemble, trust), device_of())
+    if source.num_members > 1 and not source.separate_members:
+        raise ValueError(
+            f"--reward: expected separate members to deliver, got {type(source).__name__} without; a sum has them with "
+            "`aligned: true`"
+        )
+    if source.columns:
+        raise ValueError(f"--reward: expected a source that reads texts alone, got one that reads {source.columns}")
     if not source.calibrated:
         print("WARNING: members are not centred and scaled; `lit-vapo reward calibrate` does it", file=sys.stderr)
     with _Server((host, port), source, token) as server, _until_told(server):
@@ -124,7 +133,7 @@ class _Server(ThreadingHTTPServer):
             [row.finished for row in rows],
         )
         with self.lock:
-            found = self.source.score(text_responses(prompts, texts, ended, self.encoders, device_of()))
+            found = self.source.estimate(text_responses(prompts, texts, ended, self.encoders, device_of()))
         if self.source.num_members == 1:
             return cast("list[float]", found.mean.tolist())
         if found.members is None:
@@ -157,6 +166,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Say what this is."""
+        if not self._known():
+            self._answer(401, {"error": UNKNOWN})
+            return
         source = self.server.source
         self._answer(200, {"num_members": source.num_members, "calibrated": source.calibrated})
 
@@ -168,12 +180,18 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(
                 413, f"expected a body of at most {LARGEST_BODY} bytes, got {size[:15]}; send fewer rows"
             )
-        # Read before anything is refused: a client that is still sending would not hear why.
-        body = self.rfile.read(int(size))
+        if not self._known():
+            # Read, and not kept: a client that is still sending would not hear why.
+            left = int(size)
+            while left and (part := self.rfile.read(min(left, CHUNK))):
+                left -= len(part)
+            raise _RefusedError(401, UNKNOWN)
+        return self.rfile.read(int(size))
+
+    def _known(self) -> bool:
+        """Whether whoever asks has the token, if there is one."""
         given, token = self.headers.get("Authorization", ""), self.server.token
-        if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise _RefusedError(401, "expected the bearer token of this service")
-        return body
+        return token is None or hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
 
     def _answer(self, status: int, record: dict[str, Any]) -> None:
         body = json.dumps(record).encode()

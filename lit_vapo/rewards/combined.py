@@ -19,6 +19,8 @@ from lit_vapo.types import RewardEstimate
 
 # What follows `reward_` in keys that are logged already.
 TAKEN = ("mean", "std", "gain", "gain_se", "win_rate")
+# What settings of a source are called, whose values others set.
+SETTINGS = ("trust", "class_path", "init_args")
 
 
 class WeightedSum(RewardSource):
@@ -173,7 +175,7 @@ def _named(name: str) -> Iterator[None]:
 def _check_name(name: str) -> None:
     """Refuse a name that would not do in a key of a log, or in a state dict."""
     usable = name.isidentifier() and name.isascii() and not hasattr(nn.ModuleDict(), name)
-    if not usable or name in TAKEN or name.startswith("member_"):
+    if not usable or name in (*TAKEN, *SETTINGS) or name.startswith("member_"):
         raise ValueError(
             f"WeightedSum: sources: expected names of letters, digits and _ that mean nothing else, got {name!r}"
         )

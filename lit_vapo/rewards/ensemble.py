@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_vapo.models.critic import HiddenStates
 from lit_vapo.models.digests import copy_sealed, seal
+from lit_vapo.models.exported import same_model
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.trunk import Tap
@@ -96,6 +97,7 @@ class EnsembleReward(PlacedEnsemble):
         self.folder = folder
         self.trust = trust
         # A folder that is none is refused before anything heavy is loaded.
+        self._placed_for: int | None = None
         self._config = read_trusted_config(folder, trust)
         self._kind = ensemble_class(self._config)
 
@@ -115,9 +117,10 @@ class EnsembleReward(PlacedEnsemble):
         return HiddenStates(spec.base, spec.layer) if reads_frozen_states(self._config, self._kind) else None
 
     def prepare(self, policy: Policy | None) -> None:
-        """Load the members, and of their backbones what the policy's base does not have."""
-        if self.model is None:
+        """Load the members, and of their backbones what the policy's base does not have; anew for another policy."""
+        if self.model is None or self._placed_for != id(policy):
             self.put(place(Path(self.folder), self._config, self._kind, policy, self.trust))
+            self._placed_for = id(policy)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the ensemble with the members as they are now; of the rest, what its own folder lists."""
@@ -133,11 +136,32 @@ class HeldEnsemble(PlacedEnsemble):
 
     Args:
         model: The ensemble; it needs no backbone.
+
+    Raises:
+        ValueError: Its members do not read frozen hidden states.
     """
 
     def __init__(self, model: RewardModel) -> None:
         super().__init__()
+        if not model.head.shares_features:
+            raise ValueError(
+                f"HeldEnsemble: expected heads that share frozen hidden states, got {type(model.head).__name__}"
+            )
         self.put(SharedTrunk(model))
+
+    def prepare(self, policy: Policy | None) -> None:
+        """See that the policy's base is what the members read.
+
+        Raises:
+            ValueError: It is another model.
+        """
+        assert self.model is not None
+        base = self.model.spec.base
+        if policy is None or not same_model(base, policy.base):
+            got = "none" if policy is None else repr(policy.base.path)
+            raise ValueError(
+                f"HeldEnsemble: expected a policy on the base that its heads read, {base.path!r}, got {got}"
+            )
 
     @property
     def num_members(self) -> int:

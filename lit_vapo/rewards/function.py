@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
-import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
@@ -25,6 +24,7 @@ from lit_vapo.types import Message, Prompt, RewardEstimate
 
 # What a function is given besides the columns of the prompts' file; these win over columns of the same names.
 GIVEN = ("prompts", "completions", "completion_ids")
+LARGEST = torch.finfo(torch.float32).max
 # What TRL gives, too, and nothing here could.
 TRAINERS = ("trainer_state", "log_extra", "log_metric", "environments")
 
@@ -230,7 +230,8 @@ class FunctionReward(RewardSource):
                 f"{self._name}: expected {self.num_members} numbers a response (num_members), got {len(values)} {where}"
             )
         for value in values:
-            if not isinstance(value, Real) or not math.isfinite(value):
+            # Rewards are float32: what is larger than that holds would become infinite.
+            if not isinstance(value, Real) or not -LARGEST <= value <= LARGEST:
                 raise ValueError(f"{self._name}: expected finite numbers or None, got {shortened(value)} {where}")
         return [float(value) for value in values]
 

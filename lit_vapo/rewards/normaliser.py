@@ -55,15 +55,33 @@ class Normaliser(nn.Module):
 
     @torch.no_grad()
     def measure(self, variance: Tensor) -> None:
-        """Take the variance (N,) on the reference's responses: the end of a calibration."""
-        self.reference_variance.copy_(variance.mean())
+        """Take the variance (N,) on the reference's responses: the end of a calibration.
+
+        Raises:
+            ValueError: It is not finite.
+        """
+        mean = variance.mean()
+        if not torch.isfinite(mean):
+            raise ValueError(f"expected a finite variance of members on the reference's responses, got {float(mean)}")
+        self.reference_variance.copy_(mean)
         self.calibrated.fill_(True)
 
     def fit_to(self, rewards: Tensor) -> None:
         """Fit origins, units and typical variance to raw rewards (N, K) of the reference's N >= 2 responses.
 
         Raises:
-            ValueError: There are too few responses, or a reward is not finite.
+            ValueError: There are too few responses, a reward is not finite, or a member has no unit, since it gives all
+                responses one reward.
         """
-        self.fit(*fit_normaliser(rewards.float()))
+        rewards = rewards.float()
+        loc, scale = fit_normaliser(rewards)
+        same = (rewards == rewards[:1]).all(0)
+        if bool(same.any()):
+            k = int(same.nonzero()[0, 0])
+            raise ValueError(
+                f"member {k}: expected different rewards of the reference's {len(rewards)} responses, from which its "
+                f"unit would follow, got {float(rewards[0, k])} for all. Leave it its own unit (`normalise: false`), "
+                "or calibrate on prompts that it tells apart."
+            )
+        self.fit(loc, scale)
         self.measure(ensemble_estimate(self.normalise(rewards)).variance)

@@ -98,12 +98,11 @@ def place(
         trust: Code that the ensemble may ask for.
     """
     spec = config.spec
-    if policy is None or not same_model(spec.base, policy.base):
-        return OwnTrunks(RewardModel.from_pretrained(folder, trust=trust))
-    if reads_frozen_states(config, kind):
+    same = policy is not None and same_model(spec.base, policy.base)
+    if same and reads_frozen_states(config, kind):
         return SharedTrunk(RewardModel.from_pretrained(folder, with_backbone=False, trust=trust))
     # Members of a truncated base keep one of their own: the blocks above would run for nothing, K times over.
-    if not (kind.shares_features or kind.owns_backbones) and spec.layer is None:
+    if policy is not None and same and not (kind.shares_features or kind.owns_backbones) and spec.layer is None:
         with policy.reference_backbone() as backbone:
             model = RewardModel.from_pretrained(folder, lent=backbone, trust=trust)
         return AdaptedTrunk(model, policy)

@@ -102,6 +102,9 @@ class PretrainedRewards(RewardSource):
                 self.networks.append(model)
             elif self.resident:
                 self._quantised[k] = model
+            del model
+            if not self.resident:
+                _release()
 
     @property
     def calibrated(self) -> bool:
@@ -147,11 +150,8 @@ class PretrainedRewards(RewardSource):
         found = classify(model, sequences).to(responses.device)
         _check_finite(found, spec, responses)
         if not self.resident:
-            # Gone before the next is read, which takes more than a name where its parts refer to each other.
             del model
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _release()
         return found
 
     def _network(self, k: int, device: torch.device) -> PreTrainedModel:
@@ -196,6 +196,13 @@ class PretrainedRewards(RewardSource):
         source._num_members = config.num_members
         source._held = read_normaliser(Path(folder), config.num_members)
         return source
+
+
+def _release() -> None:
+    """Let go of a model before the next is read, which takes more than a name where its parts refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _named(models: Sequence[Pretrained]) -> Iterator[tuple[str, Pretrained]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lit_vapo.models.settings import STRICT, explain, shortened
@@ -12,6 +12,7 @@ from lit_vapo.types import Prompt
 
 # A request or an answer above this size is no batch of rewards; nobody reads on.
 LARGEST_BODY = 64 * 2**20
+LARGEST_REWARD = torch.finfo(torch.float32).max
 
 
 class Row(BaseModel):
@@ -102,6 +103,7 @@ def read_answer(body: bytes, rows: int, members: int) -> list[list[float]]:
     for row, found in enumerate(each):
         if len(found) != members or (members > 1 and not isinstance(rewards[row], list)):
             raise ValueError(f"row {row}: expected {expected}, got {shortened(rewards[row])}")
-        if not all(map(math.isfinite, found)):
+        # Rewards are float32: what is larger than that holds would become infinite.
+        if not all(abs(x) <= LARGEST_REWARD for x in found):
             raise ValueError(f"row {row}: expected finite rewards, got {shortened(rewards[row])}")
     return each

@@ -133,7 +133,6 @@ class RemoteReward(RewardSource):
             Row.model_construct(prompt=prompt.content, response=text, finished=finished, tools=prompt.tools)
             for prompt, text, finished in asked
         ]
-        # Half a surrogate pair, which some files hold, is no UTF-8; JSON can say it all the same.
         body = json.dumps(Request.model_construct(rows=rows).model_dump(), allow_nan=False).encode("ascii")
         answer = post(self.url, body, self._token(), self.timeout, self.retries, self.pause, LARGEST_BODY)
         try:

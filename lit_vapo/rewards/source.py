@@ -67,6 +67,10 @@ class Responses:
         """Number of responses B."""
         return len(self.texts)
 
+    def prompt_text(self, row: int) -> Any:
+        """The prompt of a response, for messages."""
+        return self.prompts[row].content
+
     @property
     def device(self) -> torch.device:
         """Where estimates are expected."""
@@ -160,6 +164,27 @@ class RewardSource(nn.Module, ABC):
         Raises:
             ValueError: A response cannot be scored; the message says which.
         """
+
+    def estimate(self, responses: Responses) -> RewardEstimate:
+        """The same, for those who need a reward of each response.
+
+        Raises:
+            ValueError: As `score`, or a response has no reward, or one that is not finite; the message has its prompt.
+        """
+        found = self.score(responses)
+        if found.applies is not None and not bool(found.applies.all()):
+            row = int((~found.applies).nonzero()[0, 0])
+            raise ValueError(
+                "expected a reward of each response, got none (no source applies) for prompt "
+                f"{responses.prompt_text(row)!r}; in a WeightedSum another source may reward what this one does not"
+            )
+        bad = ~torch.isfinite(found.mean)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            raise ValueError(
+                f"expected finite rewards, got {float(found.mean[row])} for prompt {responses.prompt_text(row)!r}"
+            )
+        return found
 
     def linear_mean(self) -> tuple[Tensor, Tensor] | None:
         """Weight (H,) and bias () of the mean reward if it is linear in `reads`, else `None`: a critic starts there."""

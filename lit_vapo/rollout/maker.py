@@ -26,7 +26,7 @@ from lit_vapo.rewards.source import Responses, RewardSource
 from lit_vapo.rollout.ending import EndingWatch
 from lit_vapo.rollout.responses import Encoders
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
-from lit_vapo.types import Prompt, RewardEstimate, TextReward
+from lit_vapo.types import Prompt, TextReward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,8 +114,7 @@ class RolloutMaker:
         generated_at = time.perf_counter()
         scored = self._score(rows, role, values)
         responses = self._responses(batch, rows, texts, generated.stopped, scored.pooled)
-        estimate = self.reward.score(responses)
-        _check_rewards(estimate, prompts)
+        estimate = self.reward.estimate(responses)
         if all_sum is None:
             score = objective(estimate)
         else:
@@ -223,16 +222,3 @@ class RolloutMaker:
         joined = [torch.cat(c)[order] if c[0] is not None else None for c in columns]
         taps = [torch.cat(each)[order] for each in zip(*pooled, strict=True)]
         return _Scored(*joined, taps)  # type: ignore[arg-type,call-arg]
-
-
-def _check_rewards(estimate: RewardEstimate, prompts: list[str]) -> None:
-    if estimate.applies is not None and not estimate.applies.all():
-        row = int((~estimate.applies).nonzero()[0, 0])
-        raise ValueError(
-            f"expected a reward of each response, got none (no source applies) for prompt {prompts[row]!r}; in a "
-            "WeightedSum another source may reward what this one does not"
-        )
-    bad = ~torch.isfinite(estimate.mean)
-    if bad.any():
-        row = int(bad.nonzero()[0, 0])
-        raise ValueError(f"expected finite rewards, got {float(estimate.mean[row])} for prompt {prompts[row]!r}")

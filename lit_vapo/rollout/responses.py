@@ -24,7 +24,8 @@ class Encoders:
     """Writes responses down as other models read them; it keeps one encoder for each model."""
 
     def __init__(self) -> None:
-        self._encoders: dict[str, Encoder] = {}
+        # By the tokenizer too: two revisions of one model may have two.
+        self._encoders: dict[tuple[str, int], Encoder] = {}
 
     def writer(self, prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool]) -> Encode:
         """What writes these B responses to these prompts.
@@ -36,9 +37,10 @@ class Encoders:
         """
 
         def encode(tokenizer: PreTrainedTokenizerBase, path: str, *, closed: bool = False) -> list[TokenSequence]:
-            encoder = self._encoders.get(path)
+            key = (path, id(tokenizer))
+            encoder = self._encoders.get(key)
             if encoder is None:
-                encoder = self._encoders[path] = Encoder(tokenizer, find_stops(path, tokenizer))
+                encoder = self._encoders[key] = Encoder(tokenizer, find_stops(path, tokenizer))
             if closed:
                 return [encoder.closed(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
             answered = zip(prompts, texts, finished, strict=True)

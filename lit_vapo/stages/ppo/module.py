@@ -28,18 +28,15 @@ from lit_vapo.rewards import RewardSource, load_reward
 from lit_vapo.rollout import Rollout, RolloutMaker
 from lit_vapo.stages.guards import check_context, check_precision
 from lit_vapo.stages.ppo.control import KLControl, global_kl, named
-from lit_vapo.stages.ppo.evaluation import EvaluatedPolicy
+from lit_vapo.stages.ppo.scoring import ScoredPolicy
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, chosen_critic, compute_advantages
 from lit_vapo.stages.schedule import linear_decay, total_steps
 from lit_vapo.stages.seeding import seeded, seeded_batch
 from lit_vapo.stages.settings import unpickled
 from lit_vapo.types import TextReward
 
-# What the state of the source of rewards begins with.
-REWARD = "reward."
 
-
-class PPOModule(EvaluatedPolicy):
+class PPOModule(ScoredPolicy):
     """Aligns a language model with PPO against a source of rewards.
 
     One batch of prompts is one iteration: the policy answers, the source scores, the objective turns scores
@@ -182,7 +179,7 @@ class PPOModule(EvaluatedPolicy):
             self.print(f"reward: calibrating on {self.num_reference} reference responses")
             batches = [b.to(self.device) for b in datamodule.prompt_batches("train", self.num_reference)]
             with seeded(self.seed):
-                self.reward.calibrate(self.maker.references(batches))
+                self.calibrate(self.maker.references(batches))
             self.networks.warm_start_critic(self.reward.linear_mean())
 
     def on_fit_start(self) -> None:
@@ -270,10 +267,6 @@ class PPOModule(EvaluatedPolicy):
         return iterations
 
     # 3. Checkpoints and export.
-
-    def kept_keys(self) -> set[str]:
-        """What trains, what steers, and what the source of rewards cannot be read again without."""
-        return super().kept_keys() | {f"{REWARD}{name}" for name in self.reward.own_state()}
 
     def _is_own_state(self, name: str) -> bool:
         return name.startswith(("kl.", "objective."))

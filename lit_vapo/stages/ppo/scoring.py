@@ -1,0 +1,53 @@
+"""What a run of PPO has to do with its source of rewards: calibrate it, and keep of it what cannot be read again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_vapo.models.older import update_checkpoint
+from lit_vapo.models.settings import whole_paths
+from lit_vapo.rewards import Responses, RewardSource
+from lit_vapo.stages.ppo.evaluation import EvaluatedPolicy
+from lit_vapo.stages.settings import plain
+
+# What the state of the source of rewards begins with.
+REWARD = "reward."
+
+
+class ScoredPolicy(EvaluatedPolicy):
+    """A policy with a source of rewards; training is the subclass's."""
+
+    reward: RewardSource
+
+    @torch.no_grad()
+    def calibrate(self, references: Iterable[Responses]) -> None:
+        """Calibrate the source on responses of the reference, and give all processes what the first one found.
+
+        A function or a service need not say the same thing twice.
+        """
+        self.reward.calibrate(references)
+        own = self.reward.state_dict()
+        names = sorted(self.reward.own_state())
+        told = self.trainer.strategy.broadcast({name: own[name].cpu() for name in names})
+        for name in names:
+            own[name].copy_(told[name])
+
+    def kept_keys(self) -> set[str]:
+        """What trains, what steers, and what the source of rewards cannot be read again without."""
+        return super().kept_keys() | {f"{REWARD}{name}" for name in self.reward.own_state()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up a checkpoint; what it knows of its source of rewards only if this run has the same."""
+        update_checkpoint(checkpoint)
+        then = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("reward")
+        now = whole_paths(plain(self.hparams["reward"]), "reward")
+        if then != now:
+            rank_zero_info(f"reward: the checkpoint's was {then!r}; this run's is {now!r}, and is calibrated by itself")
+            saved, own = checkpoint["state_dict"], self.state_dict()
+            checkpoint["state_dict"] = {k: v for k, v in saved.items() if not k.startswith(REWARD)}
+            checkpoint["state_dict"] |= {k: own[k] for k in self.kept_keys() if k.startswith(REWARD)}
+        super().on_load_checkpoint(checkpoint)
