@@ -11,6 +11,11 @@ def vowels(completions):
     return [[sum(c in "aeiou" for c in text), 10.0 + 5 * text.count("e")] for text in completions]
 
 
+def sizes(completions):
+    """Two members of different origin and unit, of any text."""
+    return [[len(text), 10.0 + 5 * len(text.encode()) ** 0.5] for text in completions]
+
+
 def to_the_even(prompts, completions):
     """Applies to every other prompt, by its length."""
     pairs = zip(prompts, completions, strict=True)

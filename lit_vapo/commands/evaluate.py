@@ -80,7 +80,12 @@ def _report(source: RewardSource, data: PreferenceDataModule, split: str, encode
     metric, rows = PreferenceMetrics(), data.preference_rows(split)
     for start in range(0, len(rows), data.batch_size):
         chosen_rows = rows[start : start + data.batch_size]
-        estimate = source.estimate(pair_responses(data, chosen_rows, encoders, device_of()))
+        estimate = source.score(pair_responses(data, chosen_rows, encoders, device_of()))
+        bad = ~torch.isfinite(estimate.mean) if estimate.applies is None else ~estimate.applies
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            got = "none" if estimate.applies is not None else float(estimate.mean[row])
+            raise ValueError(f"{chosen_rows[row % len(chosen_rows)]['place']}: expected a finite score, got {got}")
         members = _members(source, estimate)
         chosen, rejected = (RewardEstimate(*x) for x in zip(*(y.cpu().chunk(2) for y in members), strict=True))
         assert chosen.members is not None

@@ -166,9 +166,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Say what this is."""
-        if not self._known():
-            self._answer(401, {"error": UNKNOWN})
-            return
         source = self.server.source
         self._answer(200, {"num_members": source.num_members, "calibrated": source.calibrated})
 

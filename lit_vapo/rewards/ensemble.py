@@ -118,7 +118,7 @@ class EnsembleReward(PlacedEnsemble):
 
     def prepare(self, policy: Policy | None) -> None:
         """Load the members, and of their backbones what the policy's base does not have; anew for another policy."""
-        if self.model is None or self._placed_for != id(policy):
+        if self.model is None or (policy is not None and self._placed_for != id(policy)):
             self.put(place(Path(self.folder), self._config, self._kind, policy, self.trust))
             self._placed_for = id(policy)
 
@@ -157,10 +157,10 @@ class HeldEnsemble(PlacedEnsemble):
         """
         assert self.model is not None
         base = self.model.spec.base
-        if policy is None or not same_model(base, policy.base):
-            got = "none" if policy is None else repr(policy.base.path)
+        if policy is not None and not same_model(base, policy.base):
             raise ValueError(
-                f"HeldEnsemble: expected a policy on the base that its heads read, {base.path!r}, got {got}"
+                f"HeldEnsemble: expected a policy on the base that its heads read, {base.path!r}, got one on "
+                f"{policy.base.path!r}"
             )
 
     @property

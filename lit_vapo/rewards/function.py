@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -231,7 +231,7 @@ class FunctionReward(RewardSource):
             )
         for value in values:
             # Rewards are float32: what is larger than that holds would become infinite.
-            if not isinstance(value, Real) or not -LARGEST <= value <= LARGEST:
+            if not isinstance(value, Real) or not -LARGEST <= cast("float", value) <= LARGEST:
                 raise ValueError(f"{self._name}: expected finite numbers or None, got {shortened(value)} {where}")
         return [float(value) for value in values]
 

@@ -135,15 +135,13 @@ ENTRIES: dict[type[RewardSource], dict[str, Entry]] = {
     FunctionReward: {
         "one number": Entry(lambda world: FunctionReward("reward_functions:length")),
         "one, normalised": Entry(lambda world: FunctionReward("reward_functions:length", 1, True), centred=True),
-        "two members": Entry(lambda world: FunctionReward("reward_functions:vowels", 2), centred=True),
-        "two as they are": Entry(lambda world: FunctionReward("reward_functions:vowels", 2, False)),
+        "two members": Entry(lambda world: FunctionReward("reward_functions:sizes", 2), centred=True),
+        "two as they are": Entry(lambda world: FunctionReward("reward_functions:sizes", 2, False)),
     },
     WeightedSum: {
         "ensemble and function": Entry(lambda world: total(world, weights={"length": -0.5})),
         "independent": Entry(
-            lambda world: WeightedSum(
-                {"ensemble": world.fresh, "vowels": FunctionReward("reward_functions:vowels", 2)}
-            ),
+            lambda world: WeightedSum({"ensemble": world.fresh, "vowels": FunctionReward("reward_functions:sizes", 2)}),
             centred=True,
         ),
         "aligned": Entry(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_vapo.commands.export import export
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Shaping
+from lit_vapo.models.pretrained import Lora
 from lit_vapo.models.trunk import length_mask
 
 
@@ -108,7 +109,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tiny_model_dir, reward,
     keep = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
     data = prompt_data(tiny_model_dir, tmp_path)
     fit_ppo(module, data, tmp_path, limit_train_batches=1, callbacks=[keep], enable_checkpointing=True)
-    wide = ppo_module(tiny_model_dir, ppo_helpers.ensemble(tmp_path / "five", tiny_model_dir, members=5))
+    wide = ppo_module(tiny_model_dir, reward, lora=Lora(8, 16.0))
     with pytest.raises(ValueError, match=r"checkpoint of another architecture: expected .* of shape"):
         fit_ppo(wide, data, tmp_path, tmp_path / "ckpt" / "last.ckpt", callbacks=[keep], enable_checkpointing=True)
     other = ppo_module(tiny_model_dir, reward, critic=CriticSpec("lora"))
