@@ -20,7 +20,8 @@ from lit_vapo.stages.ppo.module import PPOModule
 FUNCTION = "lit_vapo.rewards.function.FunctionReward"
 CODE = """
 def answered(completions, answer, **kwargs):
-    return [[float(given in text), 0.1 * len(text)] for text, given in zip(completions, answer, strict=True)]
+    pairs = zip(completions, answer, strict=True)
+    return [[float(given in text) + 0.1 * len(text), len(text.encode()) ** 0.5] for text, given in pairs]
 
 
 def length(completions):
