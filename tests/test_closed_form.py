@@ -59,9 +59,9 @@ class Table(RewardSource):
         (tap,) = self.taps
         distances = torch.cdist(responses.pooled[tap], self.features, compute_mode="donot_use_mm_for_euclid_dist")
         assert distances.amin(1).max() < 1e-4
-        return self.estimate(distances.argmin(1))
+        return self.looked_up(distances.argmin(1))
 
-    def estimate(self, index):
+    def looked_up(self, index):
         return ensemble_estimate(self.scores[index])._replace(reference_variance=self.reference_variance)
 
 
@@ -126,7 +126,7 @@ def table(task, varying):
 def optimum(task, objective, varying):
     """π* of each prompt (2, n), and the weights."""
     objective.prepare(MEMBERS)
-    score = objective(table(task, varying).estimate(slice(None)))
+    score = objective(table(task, varying).looked_up(slice(None)))
     parts = zip(score.reward.view(2, -1), task.reference, score.kl_weight.view(2, -1), strict=True)
     return torch.stack([optimal_policy(r, p, KL_COEF, w) for r, p, w in parts]), score.kl_weight
 
