@@ -37,6 +37,12 @@ class RewardEstimate(NamedTuple):
     applies: Tensor | None = None
 
     @property
+    def missing(self) -> Tensor:
+        """`(B,)` bool, which responses have no reward, or one that is not finite."""
+        bad = ~self.mean.isfinite()
+        return bad if self.applies is None else bad | ~self.applies
+
+    @property
     def sigma(self) -> Tensor:
         """`(B,)`, standard deviation over the members, in units of reward."""
         # Rounding may leave a variance of zero a little below it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import json
-import os
 import signal
 import sys
 import threading
@@ -19,6 +18,7 @@ import torch
 from lit_vapo.commands.sources import chosen_source, device_of, ready
 from lit_vapo.console import meant
 from lit_vapo.rewards import RewardSource
+from lit_vapo.rewards.http_client import read_token
 from lit_vapo.rewards.protocol import LARGEST_BODY, read_request
 from lit_vapo.rollout import Encoders, text_responses
 
@@ -50,7 +50,7 @@ def serve(
     Raises:
         ValueError: There is no such source, or the variable is not set.
     """
-    token = _token(token_env)
+    token = read_token(token_env, "--token_env")
     if not 0 <= port < 2**16:
         raise ValueError(f"--port: expected 0 … {2**16 - 1}, got {port}")
     source = ready(chosen_source(reward, ensemble, trust), device_of())
@@ -69,17 +69,6 @@ def serve(
             flush=True,
         )
         server.serve_forever()
-
-
-def _token(name: str | None) -> str | None:
-    if name is None:
-        return None
-    token = os.environ.get(name, "").strip()
-    if not token:
-        raise ValueError(
-            f"--token_env: expected the name of an environment variable with a token, got {name!r}, which holds none"
-        )
-    return token
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lit_vapo.types import TokenSequence
+
 
 class TokenRows(NamedTuple):
     """Prompts with their responses, right-padded.
@@ -24,6 +26,12 @@ class TokenRows(NamedTuple):
     def lengths(self) -> Tensor:
         """Tokens of prompt and response (B,)."""
         return self.prompt_lengths + self.response_mask.sum(1)
+
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        """The rows without padding."""
+        parts = zip(self.input_ids.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist(), strict=True)
+        return [TokenSequence(ids[:length], start) for ids, start, length in parts]
 
     def select(self, index: Tensor) -> TokenRows:
         """The rows of an index (b,), cut to the longest sequence and the longest response among them."""

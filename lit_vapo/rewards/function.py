@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from numbers import Real
@@ -14,13 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lit_vapo.functional import ensemble_estimate
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.settings import shortened
 from lit_vapo.ranges import PositiveInt, check_ranges
-from lit_vapo.rewards.normaliser import Normaliser
-from lit_vapo.rewards.source import Responses, RewardSource
-from lit_vapo.types import Message, Prompt, RewardEstimate
+from lit_vapo.rewards.normalised import NormalisedSource
+from lit_vapo.rewards.source import Responses
+from lit_vapo.types import Message, Prompt
 
 # What a function is given besides the columns of the prompts' file; these win over columns of the same names.
 GIVEN = ("prompts", "completions", "completion_ids")
@@ -29,7 +28,7 @@ LARGEST = torch.finfo(torch.float32).max
 TRAINERS = ("trainer_state", "log_extra", "log_metric", "environments")
 
 
-class FunctionReward(RewardSource):
+class FunctionReward(NormalisedSource):
     """Rewards from a Python function.
 
     It is called once for a batch of B responses, with keywords, and gets those that its signature takes:
@@ -65,7 +64,6 @@ class FunctionReward(RewardSource):
         self.function = function
         self._num_members = num_members
         self.normalise = normalise
-        self.normaliser: Normaliser | None = None
         self._called: Callable[..., Any] | None = None
         self._takes: frozenset[str] | None = None
         self._needs_ids = False
@@ -87,16 +85,16 @@ class FunctionReward(RewardSource):
         try:
             parameters = list(inspect.signature(called).parameters.values())
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{self._name}: expected a function with a signature, got {called!r}") from error
+            raise ValueError(f"{self.name}: expected a function with a signature, got {called!r}") from error
         required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         for parameter in required:
             if parameter.kind is parameter.POSITIONAL_ONLY:
                 raise ValueError(
-                    f"{self._name}: expected a function that takes keywords, got {parameter.name!r} without one"
+                    f"{self.name}: expected a function that takes keywords, got {parameter.name!r} without one"
                 )
             if parameter.name in TRAINERS:
                 raise ValueError(
-                    f"{self._name}: expected parameters among {', '.join(GIVEN)} and the columns of the prompts' file, "
+                    f"{self.name}: expected parameters among {', '.join(GIVEN)} and the columns of the prompts' file, "
                     f"got {parameter.name!r}, which only TRL gives; a default of None lets it run here"
                 )
         self.columns = tuple(p.name for p in required if p.name not in GIVEN)
@@ -108,63 +106,19 @@ class FunctionReward(RewardSource):
     def prepare(self, policy: Policy | None) -> None:
         """Import the function."""
         self.check()
-        self.normaliser = self.normaliser or Normaliser(self.num_members)
+        super().prepare(policy)
 
     @property
-    def _centred(self) -> bool:
+    def centred(self) -> bool:
+        """As `normalise` says, or else where there are several members."""
         return self.num_members > 1 if self.normalise is None else self.normalise
 
-    @property
-    def _made(self) -> Normaliser:
-        assert self.normaliser is not None, "`prepare` comes first"
-        return self.normaliser
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether members are comparable; one number in its own unit needs nothing."""
-        return not (self._centred or self.num_members > 1) or bool(self._made.calibrated)
-
-    @property
-    def unit(self) -> str:
-        """Standard deviations, if members are normalised."""
-        return self._made.unit if self._centred else super().unit
-
-    @torch.no_grad()
-    def calibrate(self, references: Iterable[Responses]) -> None:
-        """Centre and scale members, if they are to be, and measure their typical variance.
-
-        Raises:
-            ValueError: The function applies to fewer than two responses.
-        """
-        parts = [self._rewards(responses) for responses in references]
-        rewards, applies = (torch.cat(column) for column in zip(*parts, strict=True))
-        if int(applies.sum()) < 2:
-            raise ValueError(
-                f"{self._name}: expected rewards of at least 2 reference responses, got {int(applies.sum())}"
-            )
-        if self._centred:
-            self._made.fit_to(rewards[applies])
-        # Where it does not apply it is not uncertain: the unit is the mean over all responses, as in a sum.
-        self._made.measure(self._estimate(rewards, applies).variance)
-
-    def score(self, responses: Responses) -> RewardEstimate:
-        """Call the function; mean, variance and members (B, K).
+    def raw(self, responses: Responses) -> tuple[Tensor, Tensor]:
+        """What the function returns (B, K), zeros where it does not apply, and where it does (B,).
 
         Raises:
             ValueError: It raises, or returns something else than finite numbers; the message says for which prompt.
         """
-        rewards, applies = self._rewards(responses)
-        estimate = self._estimate(rewards, applies)
-        if self.num_members > 1:
-            estimate = estimate._replace(reference_variance=self._made.reference_variance)
-        return estimate if bool(applies.all()) else estimate._replace(applies=applies)
-
-    def _estimate(self, rewards: Tensor, applies: Tensor) -> RewardEstimate:
-        members = self._made.normalise(rewards) if self._centred else rewards
-        return ensemble_estimate(torch.where(applies[:, None], members, 0.0))
-
-    def _rewards(self, responses: Responses) -> tuple[Tensor, Tensor]:
-        """Raw rewards (B, K), zeros where the function does not apply, and where it does (B,)."""
         rows = self._rows(self._call(responses), responses)
         empty = [0.0] * self.num_members
         rewards = torch.tensor([empty if row is None else row for row in rows], dtype=torch.float32)
@@ -177,7 +131,7 @@ class FunctionReward(RewardSource):
         missing = [name for name in self.columns if name not in responses.columns]
         if missing:
             there = ", ".join(sorted(responses.columns)) or "none"
-            raise ValueError(f"{self._name}: expected a column {missing[0]!r} beside the prompts, got {there}")
+            raise ValueError(f"{self.name}: expected a column {missing[0]!r} beside the prompts, got {there}")
         dialogues = [conversation(*pair) for pair in zip(responses.prompts, responses.texts, strict=True)]
         given = {
             **{name: list(column) for name, column in responses.columns.items()},
@@ -187,7 +141,7 @@ class FunctionReward(RewardSource):
         if responses.rows is not None:
             given["completion_ids"] = [sequence.ids[sequence.prompt_length :] for sequence in responses.sequences]
         elif self._needs_ids:
-            raise ValueError(f"{self._name}: expected responses with their tokens (completion_ids), got texts alone")
+            raise ValueError(f"{self.name}: expected responses with their tokens (completion_ids), got texts alone")
         wanted = {name: value for name, value in given.items() if self._takes is None or name in self._takes}
         try:
             returned = self._called(**wanted)
@@ -198,7 +152,7 @@ class FunctionReward(RewardSource):
         except Exception as error:
             first = shortened(responses.prompts[0].content)
             raise ValueError(
-                f"{self._name}: expected rewards, got {type(error).__name__}: {error} (in a batch of {len(responses)} "
+                f"{self.name}: expected rewards, got {type(error).__name__}: {error} (in a batch of {len(responses)} "
                 f"responses, the first to prompt {first})"
             ) from error
         return returned
@@ -211,10 +165,10 @@ class FunctionReward(RewardSource):
         """
         returned = returned.tolist() if hasattr(returned, "tolist") else returned
         if not isinstance(returned, Sequence) or isinstance(returned, (str, bytes)):
-            raise ValueError(f"{self._name}: expected a list of {len(responses)} rewards, got {shortened(returned)}")
+            raise ValueError(f"{self.name}: expected a list of {len(responses)} rewards, got {shortened(returned)}")
         if len(returned) != len(responses):
             raise ValueError(
-                f"{self._name}: expected {len(responses)} rewards, one for each response, got {len(returned)} "
+                f"{self.name}: expected {len(responses)} rewards, one for each response, got {len(returned)} "
                 f"(the first prompt is {shortened(responses.prompts[0].content)})"
             )
         pairs = zip(returned, responses.prompts, strict=True)
@@ -227,22 +181,18 @@ class FunctionReward(RewardSource):
         where = f"for prompt {shortened(prompt.content)}"
         if len(values) != self.num_members:
             raise ValueError(
-                f"{self._name}: expected {self.num_members} numbers a response (num_members), got {len(values)} {where}"
+                f"{self.name}: expected {self.num_members} numbers a response (num_members), got {len(values)} {where}"
             )
         for value in values:
             # Rewards are float32: what is larger than that holds would become infinite.
             if not isinstance(value, Real) or not -LARGEST <= cast("float", value) <= LARGEST:
-                raise ValueError(f"{self._name}: expected finite numbers or None, got {shortened(value)} {where}")
+                raise ValueError(f"{self.name}: expected finite numbers or None, got {shortened(value)} {where}")
         return [float(value) for value in values]
 
     @property
-    def _name(self) -> str:
-        """How messages name it."""
+    def name(self) -> str:
+        """How messages call it."""
         return f"reward function {self.function}"
-
-    def own_state(self) -> set[str]:
-        """Origins, units and the typical variance of members."""
-        return {name for name in self.state_dict() if name.startswith("normaliser.")}
 
 
 def import_function(path: str) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import time
 import urllib.error
 import urllib.request
@@ -28,6 +29,28 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 _OPENER = urllib.request.build_opener(_NoRedirects)
+
+
+def read_token(variable: str | None, key: str) -> str | None:
+    """A bearer token from an environment variable; None where no variable is named.
+
+    Args:
+        variable: Name of the variable.
+        key: The option that names it, for the message.
+
+    Raises:
+        ValueError: It holds no token, or what cannot stand in a header.
+    """
+    if variable is None:
+        return None
+    token = os.environ.get(variable, "").strip()
+    # What has no such characters can neither end a header nor begin another.
+    if not token or not token.isascii() or not token.isprintable():
+        raise ValueError(
+            f"{key}: expected the name of an environment variable with a token, got {variable!r}, which holds "
+            + ("something else" if token else "none")
+        )
+    return token
 
 
 def check_url(url: str, key: str) -> None:

@@ -66,22 +66,29 @@ class Normaliser(nn.Module):
         self.reference_variance.copy_(mean)
         self.calibrated.fill_(True)
 
-    def fit_to(self, rewards: Tensor) -> None:
+    def fit_to(self, rewards: Tensor, applies: Tensor | None = None) -> None:
         """Fit origins, units and typical variance to raw rewards (N, K) of the reference's N >= 2 responses.
+
+        Args:
+            rewards: The raw rewards.
+            applies: To which responses they apply (N,); to all, if not given. Elsewhere members are not uncertain: the
+                typical variance is the mean over all responses, as in a sum of sources.
 
         Raises:
             ValueError: There are too few responses, a reward is not finite, or a member has no unit, since it gives all
                 responses one reward.
         """
         rewards = rewards.float()
-        loc, scale = fit_normaliser(rewards)
-        same = (rewards == rewards[:1]).all(0)
+        applies = torch.ones(len(rewards), dtype=torch.bool, device=rewards.device) if applies is None else applies
+        known = rewards[applies]
+        loc, scale = fit_normaliser(known)
+        same = (known == known[:1]).all(0)
         if bool(same.any()):
             k = int(same.nonzero()[0, 0])
             raise ValueError(
-                f"member {k}: expected different rewards of the reference's {len(rewards)} responses, from which its "
-                f"unit would follow, got {float(rewards[0, k])} for all. Leave it its own unit (`normalise: false`), "
+                f"member {k}: expected different rewards of the reference's {len(known)} responses, from which its "
+                f"unit would follow, got {float(known[0, k])} for all. Leave it its own unit (`normalise: false`), "
                 "or calibrate on prompts that it tells apart."
             )
         self.fit(loc, scale)
-        self.measure(ensemble_estimate(self.normalise(rewards)).variance)
+        self.measure(torch.where(applies, ensemble_estimate(self.normalise(rewards)).variance, 0.0))

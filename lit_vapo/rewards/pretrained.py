@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -11,20 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_vapo.functional import ensemble_estimate
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Pretrained, load_tokenizer
 from lit_vapo.models.sequence_classifier import classify, count_labels, load_classifier
 from lit_vapo.models.vocabulary import vocabulary_size
+from lit_vapo.rewards.normalised import NormalisedSource
 from lit_vapo.rewards.normaliser import Normaliser
 from lit_vapo.rewards.pretrained_file import PretrainedConfig, read_normaliser, read_trusted_rewards, write_rewards
-from lit_vapo.rewards.source import Responses, RewardSource
-from lit_vapo.types import RewardEstimate
+from lit_vapo.rewards.source import Responses
 
 KEY = "reward.models"
 
 
-class PretrainedRewards(RewardSource):
+class PretrainedRewards(NormalisedSource):
     """Public reward models as members: sequence classifiers of transformers, from folders or the hub.
 
     Each reads the texts with its own tokenizer and chat template, as a conversation that is over, and is read at its
@@ -47,7 +46,6 @@ class PretrainedRewards(RewardSource):
             raise ValueError(f"{KEY}: expected at least one public reward model, got none")
         self.models = models
         self.resident = resident
-        self.normaliser: Normaliser | None = None
         self.networks = nn.ModuleList()
         self._num_members = len(models) if len(models) > 1 else None
         # How members were normalised when they were saved.
@@ -92,9 +90,9 @@ class PretrainedRewards(RewardSource):
         if self.normaliser is not None:
             return
         self.check()
-        self.normaliser = Normaliser(self.num_members)
+        super().prepare(policy)
         if self._held:
-            self.normaliser.load_state_dict(self._held)
+            self._normaliser.load_state_dict(self._held)
         self._tokenizers = [load_tokenizer(spec, f"{key}.path") for key, spec in _named(self.models)]
         for k, (key, spec) in enumerate(_named(self.models)):
             model = load_classifier(spec, key)
@@ -107,39 +105,21 @@ class PretrainedRewards(RewardSource):
                 _release()
 
     @property
-    def calibrated(self) -> bool:
-        """Whether members are centred and scaled."""
-        return self.normaliser is not None and bool(self.normaliser.calibrated)
-
-    @property
-    def unit(self) -> str:
-        """Standard deviations, once members are calibrated."""
-        assert self.normaliser is not None, "`prepare` comes first"
-        return self.normaliser.unit
-
-    def calibrate(self, references: Iterable[Responses]) -> None:
-        """Centre and scale each member, and measure their typical variance."""
-        assert self.normaliser is not None, "`prepare` comes first"
-        self.normaliser.fit_to(torch.cat([self._rewards(responses) for responses in references]))
-
-    def score(self, responses: Responses) -> RewardEstimate:
-        """Mean, variance and members (B, K), in standard deviations of the reference's rewards.
-
-        Raises:
-            ValueError: A text is too long for a model, a template refuses a prompt, or a reward is not finite.
-        """
-        assert self.normaliser is not None, "`prepare` comes first"
-        estimate = ensemble_estimate(self.normaliser.normalise(self._rewards(responses)))
-        known = self.calibrated and self.num_members > 1
-        return estimate._replace(reference_variance=self.normaliser.reference_variance if known else None)
+    def centred(self) -> bool:
+        """Models of different makers have neither an origin nor a unit in common."""
+        return True
 
     def train(self, mode: bool = True) -> PretrainedRewards:
         """Stay in evaluation mode: nothing here learns."""
         return super().train(False)
 
-    def _rewards(self, responses: Responses) -> Tensor:
-        """Raw rewards (B, K), each in its model's own unit."""
-        return torch.cat([self._rewards_of(k, responses) for k in range(len(self.models))], dim=1)
+    def raw(self, responses: Responses) -> tuple[Tensor, None]:
+        """Raw rewards (B, K), each in its model's own unit.
+
+        Raises:
+            ValueError: A text is too long for a model, a template refuses a prompt, or a reward is not finite.
+        """
+        return torch.cat([self._rewards_of(k, responses) for k in range(len(self.models))], dim=1), None
 
     def _rewards_of(self, k: int, responses: Responses) -> Tensor:
         """Those of model k (B, 1), or of all labels of the only model (B, K)."""
@@ -166,10 +146,6 @@ class PretrainedRewards(RewardSource):
         return cast("PreTrainedModel", self.networks[place])
 
     # What lasts.
-
-    def own_state(self) -> set[str]:
-        """Origins, units and the reference variance: the models can be read again."""
-        return {name for name in self.state_dict() if name.startswith("normaliser.")}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that names the models, and holds how their rewards are normalised.

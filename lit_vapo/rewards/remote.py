@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from lit_vapo.functional import ensemble_estimate
-from lit_vapo.models.policy import Policy
 from lit_vapo.ranges import NonNegativeInt, PositiveInt, Range, check_ranges
-from lit_vapo.rewards.http_client import check_url, post
-from lit_vapo.rewards.normaliser import Normaliser
+from lit_vapo.rewards.http_client import check_url, post, read_token
+from lit_vapo.rewards.normalised import NormalisedSource
 from lit_vapo.rewards.protocol import LARGEST_BODY, Request, Row, read_answer
-from lit_vapo.rewards.source import Responses, RewardSource
-from lit_vapo.types import RewardEstimate
+from lit_vapo.rewards.source import Responses
 
 Seconds = Annotated[float, Range("seconds above 0", above=0)]
 
 
-class RemoteReward(RewardSource):
+class RemoteReward(NormalisedSource):
     """Scores responses by asking an HTTP service, one POST a batch (docs/rewards.md has the protocol).
 
     Rewards are taken as they are delivered, unless `normalise`. With two members or more, their typical variance is
@@ -62,7 +57,6 @@ class RemoteReward(RewardSource):
         self.retries = retries
         self.pause = pause
         self.token_env = token_env
-        self.normaliser: Normaliser | None = None
 
     @property
     def num_members(self) -> int:
@@ -75,73 +69,30 @@ class RemoteReward(RewardSource):
         Raises:
             ValueError: The environment variable is not set.
         """
-        self._token()
-
-    def prepare(self, policy: Policy | None) -> None:
-        """Make room for what `calibrate` measures."""
-        self.normaliser = self.normaliser or Normaliser(self.num_members)
-
-    def _token(self) -> str | None:
-        if self.token_env is None:
-            return None
-        token = os.environ.get(self.token_env, "").strip()
-        # What has no such characters can neither end a header nor begin another.
-        if not token or not token.isascii() or not token.isprintable():
-            raise ValueError(
-                f"reward.token_env: expected the name of an environment variable with a token, got {self.token_env!r}, "
-                f"which holds {'something else' if token else 'none'}"
-            )
-        return token
+        read_token(self.token_env, "reward.token_env")
 
     @property
-    def calibrated(self) -> bool:
-        """Whether the reference variance is known, or there is none to know."""
-        return not (self.normalise or self.num_members > 1) or bool(self._normaliser.calibrated)
+    def centred(self) -> bool:
+        """As `normalise` says."""
+        return self.normalise
 
-    @property
-    def unit(self) -> str:
-        """Standard deviations, if they are normalised here."""
-        return self._normaliser.unit if self.normalise else super().unit
-
-    @property
-    def _normaliser(self) -> Normaliser:
-        assert self.normaliser is not None, "`prepare` comes first"
-        return self.normaliser
-
-    def calibrate(self, references: Iterable[Responses]) -> None:
-        """Measure the members' typical variance, and centre and scale them if that was asked for."""
-        rewards = torch.cat([self._rewards(responses) for responses in references])
-        if self.normalise:
-            self._normaliser.fit_to(rewards)
-        else:
-            self._normaliser.measure(ensemble_estimate(rewards).variance)
-
-    def score(self, responses: Responses) -> RewardEstimate:
-        """Mean, variance and members (B, K), in the service's own unit or in standard deviations of the reference's.
+    def raw(self, responses: Responses) -> tuple[Tensor, None]:
+        """What the service says (B, K), on the responses' device.
 
         Raises:
             ValueError: The service does not answer, or with something else; the message names the URL and the row.
         """
-        estimate = ensemble_estimate(self._normaliser.normalise(self._rewards(responses)))
-        known = bool(self._normaliser.calibrated) and self.num_members > 1
-        return estimate._replace(reference_variance=self._normaliser.reference_variance if known else None)
-
-    def _rewards(self, responses: Responses) -> Tensor:
-        """What the service says (B, K), on the responses' device."""
         asked = zip(responses.prompts, responses.texts, responses.finished.tolist(), strict=True)
         rows = [
             Row.model_construct(prompt=prompt.content, response=text, finished=finished, tools=prompt.tools)
             for prompt, text, finished in asked
         ]
         body = json.dumps(Request.model_construct(rows=rows).model_dump(), allow_nan=False).encode("ascii")
-        answer = post(self.url, body, self._token(), self.timeout, self.retries, self.pause, LARGEST_BODY)
+        token = read_token(self.token_env, "reward.token_env")
+        answer = post(self.url, body, token, self.timeout, self.retries, self.pause, LARGEST_BODY)
         try:
             rewards = read_answer(answer, len(rows), self.num_members)
         except ValueError as error:
             raise ValueError(f"{self.url}: {error}") from None
         # The rows stay on the CPU until all are there: K numbers each.
-        return torch.tensor(rewards, dtype=torch.float32).to(responses.device)
-
-    def own_state(self) -> set[str]:
-        """Origins, units and the reference variance."""
-        return set(self.state_dict())
+        return torch.tensor(rewards, dtype=torch.float32).to(responses.device), None

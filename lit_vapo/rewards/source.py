@@ -67,10 +67,6 @@ class Responses:
         """Number of responses B."""
         return len(self.texts)
 
-    def prompt_text(self, row: int) -> Any:
-        """The prompt of a response, for messages."""
-        return self.prompts[row].content
-
     @property
     def device(self) -> torch.device:
         """Where estimates are expected."""
@@ -80,10 +76,7 @@ class Responses:
     def sequences(self) -> list[TokenSequence]:
         """Prompts and responses in the policy's tokens."""
         assert self.rows is not None, "responses came as texts alone"
-        parts = zip(
-            self.rows.input_ids.tolist(), self.rows.prompt_lengths.tolist(), self.rows.lengths.tolist(), strict=True
-        )
-        return [TokenSequence(ids[:length], start) for ids, start, length in parts]
+        return self.rows.sequences
 
 
 class RewardSource(nn.Module, ABC):
@@ -172,18 +165,15 @@ class RewardSource(nn.Module, ABC):
             ValueError: As `score`, or a response has no reward, or one that is not finite; the message has its prompt.
         """
         found = self.score(responses)
-        if found.applies is not None and not bool(found.applies.all()):
-            row = int((~found.applies).nonzero()[0, 0])
-            raise ValueError(
-                "expected a reward of each response, got none (no source applies) for prompt "
-                f"{responses.prompt_text(row)!r}; in a WeightedSum another source may reward what this one does not"
-            )
-        bad = ~torch.isfinite(found.mean)
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0, 0])
-            raise ValueError(
-                f"expected finite rewards, got {float(found.mean[row])} for prompt {responses.prompt_text(row)!r}"
-            )
+        if bool(found.missing.any()):
+            row = int(found.missing.nonzero()[0, 0])
+            prompt = responses.prompts[row].content
+            if found.applies is not None and not bool(found.applies[row]):
+                raise ValueError(
+                    f"expected a reward of each response, got none (no source applies) for prompt {prompt!r}; in a "
+                    "WeightedSum another source may reward what this one does not"
+                )
+            raise ValueError(f"expected finite rewards, got {float(found.mean[row])} for prompt {prompt!r}")
         return found
 
     def linear_mean(self) -> tuple[Tensor, Tensor] | None:

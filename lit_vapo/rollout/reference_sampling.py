@@ -63,6 +63,4 @@ def _sampled(
         generated = generator(lm, tokenizer, ids, lengths, sampling, stops)
         rows = assemble_rows(batch._replace(input_ids=ids, lengths=lengths), generated)
         asked = batch.asked or [Prompt(text) for text in batch.prompts]
-        parts = (rows.input_ids.tolist(), rows.prompt_lengths.tolist(), rows.lengths.tolist())
-        for prompt, row, start, length, ended in zip(asked, *parts, generated.stopped.tolist(), strict=True):
-            yield prompt, TokenSequence(row[:length], start), ended
+        yield from zip(asked, rows.sequences, generated.stopped.tolist(), strict=True)

@@ -2,12 +2,12 @@
 
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import ppo_helpers
 import pytest
 import torch
 
+from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.rewards import FunctionReward, Responses, WeightedSum
 from lit_vapo.rewards.function import import_function
 from lit_vapo.types import Prompt
@@ -20,16 +20,13 @@ USER = {"role": "user", "content": "How was it?"}
 def responses(prompts=PROMPTS, texts=TEXTS, columns=None):
     """Responses of one token each, without a model."""
     count = len(texts)
-    sequences = SimpleNamespace(
-        input_ids=torch.arange(2 * count).view(count, 2),
-        prompt_lengths=torch.ones(count, dtype=torch.long),
-        lengths=torch.full((count,), 2),
-    )
+    ones = torch.ones(count, dtype=torch.long)
+    rows = TokenRows(torch.arange(2 * count).view(count, 2), ones, ones[:, None].bool())
     return Responses(
         prompts=[Prompt(prompt) for prompt in prompts],
         texts=list(texts),
         finished=torch.ones(count, dtype=torch.bool),
-        rows=sequences,
+        rows=rows,
         tokenizer=None,
         vocabulary_size=10,
         encode=lambda tokenizer, path: [],
