@@ -73,6 +73,7 @@ class TrainedWeightsModule(LightningModule):
         update_checkpoint(checkpoint)
         self.figures = dict(checkpoint.get(FIGURES_KEY, {}))
         self._tell_differences(checkpoint)
+        self.choose_state(checkpoint)
         own = self.state_dict()
         saved = checkpoint["state_dict"]
         _refuse("unknown weights", (k for k in saved if k not in own))
@@ -87,6 +88,10 @@ class TrainedWeightsModule(LightningModule):
             # A 4-bit weight writes how it is quantised under keys of its own, and reads none.
             if ".weight." not in key:
                 saved.setdefault(key, value)
+
+    def choose_state(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out of a checkpoint's state, in place, what is not for this run."""
+        return
 
     def _tell_differences(self, checkpoint: dict[str, Any]) -> None:
         """Name every setting that differs from the checkpoint's: its state goes on, whatever the setting says."""

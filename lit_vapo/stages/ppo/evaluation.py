@@ -11,14 +11,12 @@ from torch import nn
 
 from lit_vapo import figures
 from lit_vapo.data.collate import PromptBatch
-from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.evaluation.policy_files import evaluation_row, policy_evaluation, read_evaluations, write_evaluations
 from lit_vapo.evaluation.policy_report import PolicyReport, compare
 from lit_vapo.evaluation.preference_files import write_json
 from lit_vapo.metrics import ResponseMetrics, sample_rows
 from lit_vapo.models.policy import Role
 from lit_vapo.objectives.base import Objective
-from lit_vapo.rewards import RewardSource
 from lit_vapo.rollout import RolloutMaker
 from lit_vapo.stages.base import TrainedWeightsModule
 from lit_vapo.stages.seeding import seeded
@@ -38,7 +36,6 @@ class EvaluatedPolicy(TrainedWeightsModule):
     """
 
     objective: Objective
-    reward: RewardSource
     seed: int
 
     def __init__(self) -> None:
@@ -54,15 +51,7 @@ class EvaluatedPolicy(TrainedWeightsModule):
         """Make the rollout maker, now that device and data are known."""
 
     def setup(self, stage: str) -> None:
-        """Refuse what the reward lacks before models are loaded, and forget what the last run answered.
-
-        Raises:
-            ValueError: The source of rewards is not whole, or prompts lack a column that it reads.
-        """
-        self.reward.check()
-        datamodule = cast("PromptDataModule | None", getattr(self.trainer, "datamodule", None))
-        if datamodule is not None:
-            datamodule.check_columns(self.reward.columns)
+        """Forget what the last run answered."""
         self._reset(POLICY, REFERENCE)
 
     def on_train_start(self) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_vapo.models.older import update_checkpoint
+from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.settings import whole_paths
 from lit_vapo.rewards import Responses, RewardSource
 from lit_vapo.stages.ppo.evaluation import EvaluatedPolicy
@@ -22,6 +22,18 @@ class ScoredPolicy(EvaluatedPolicy):
     """A policy with a source of rewards; training is the subclass's."""
 
     reward: RewardSource
+
+    def setup(self, stage: str) -> None:
+        """Refuse what the reward lacks before models are loaded.
+
+        Raises:
+            ValueError: The source of rewards is not whole, or prompts lack a column that it reads.
+        """
+        self.reward.check()
+        datamodule = cast("PromptDataModule | None", getattr(self.trainer, "datamodule", None))
+        if datamodule is not None:
+            datamodule.check_columns(self.reward.columns)
+        super().setup(stage)
 
     @torch.no_grad()
     def calibrate(self, references: Iterable[Responses]) -> None:
@@ -40,14 +52,13 @@ class ScoredPolicy(EvaluatedPolicy):
         """What trains, what steers, and what the source of rewards cannot be read again without."""
         return super().kept_keys() | {f"{REWARD}{name}" for name in self.reward.own_state()}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up a checkpoint; what it knows of its source of rewards only if this run has the same."""
-        update_checkpoint(checkpoint)
+    def choose_state(self, checkpoint: dict[str, Any]) -> None:
+        """Take what a checkpoint knows of its source of rewards only if this run has the same."""
         then = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("reward")
         now = whole_paths(plain(self.hparams["reward"]), "reward")
-        if then != now:
-            rank_zero_info(f"reward: the checkpoint's was {then!r}; this run's is {now!r}, and is calibrated by itself")
-            saved, own = checkpoint["state_dict"], self.state_dict()
-            checkpoint["state_dict"] = {k: v for k, v in saved.items() if not k.startswith(REWARD)}
-            checkpoint["state_dict"] |= {k: own[k] for k in self.kept_keys() if k.startswith(REWARD)}
-        super().on_load_checkpoint(checkpoint)
+        if then == now:
+            return
+        rank_zero_info(f"reward: the checkpoint's was {then!r}; this run's is {now!r}, and is calibrated by itself")
+        saved, own = checkpoint["state_dict"], self.state_dict()
+        checkpoint["state_dict"] = {k: v for k, v in saved.items() if not k.startswith(REWARD)}
+        checkpoint["state_dict"] |= {k: own[k] for k in self.kept_keys() if k.startswith(REWARD)}
