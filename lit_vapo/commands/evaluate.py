@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from lit_vapo.commands.sources import check_tokens, chosen_source, device_of, pair_responses, ready
 from lit_vapo.data.collate import pair_labels
 from lit_vapo.data.datamodule import PreferenceDataModule
-from lit_vapo.evaluation.preference_files import evaluation, write_report
+from lit_vapo.evaluation.preference_files import write_report
+from lit_vapo.evaluation.preference_record import tested
 from lit_vapo.evaluation.preference_report import PreferenceReport
-from lit_vapo.evaluation.preference_tables import ood_auroc, subset_table, temperature_report
-from lit_vapo.evaluation.verdict import find, verdict
 from lit_vapo.figures import preference_pictures
 from lit_vapo.folders import check_new, new_folder
 from lit_vapo.functional import margin_estimate
@@ -60,12 +57,7 @@ def evaluate(
     report = reports["test"]
     if not report.num_pairs:
         raise ValueError("data.preferences_test: expected pairs that are not all ties, got none")
-    temperature = None
-    if "val" in reports and reports["val"].num_pairs:
-        temperature = temperature_report(reports["val"], report)
-    ood = float(ood_auroc(report, reports["ood"])) if "ood" in reports else None
-    found = verdict(find(report, _lengths(data, report), None, source.calibrated))
-    record = evaluation(report, temperature, ood, _subsets(data, report), found) | {"margin_unit": source.unit}
+    record = tested(reports, data.preference_rows("test"), None, source.calibrated) | {"margin_unit": source.unit}
     with new_folder(output, "--output") as target:
         write_report(target, report, record)
         preference_pictures(report, target, source.unit, reports.get("ood"))
@@ -81,10 +73,9 @@ def _report(source: RewardSource, data: PreferenceDataModule, split: str, encode
     for start in range(0, len(rows), data.batch_size):
         chosen_rows = rows[start : start + data.batch_size]
         estimate = source.score(pair_responses(data, chosen_rows, encoders, device_of()))
-        bad = ~torch.isfinite(estimate.mean) if estimate.applies is None else ~estimate.applies
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0, 0])
-            got = "none" if estimate.applies is not None else float(estimate.mean[row])
+        if bool(estimate.missing.any()):
+            row = int(estimate.missing.nonzero()[0, 0])
+            got = float(estimate.mean[row]) if estimate.applies is None or bool(estimate.applies[row]) else "none"
             raise ValueError(f"{chosen_rows[row % len(chosen_rows)]['place']}: expected a finite score, got {got}")
         members = _members(source, estimate)
         chosen, rejected = (RewardEstimate(*x) for x in zip(*(y.cpu().chunk(2) for y in members), strict=True))
@@ -105,21 +96,3 @@ def _members(source: RewardSource, estimate: RewardEstimate) -> tuple[torch.Tens
             f"--reward: expected separate members, without which a margin has no variance, got {type(source).__name__}"
         )
     return estimate.mean, estimate.variance, estimate.members
-
-
-def _of(data: PreferenceDataModule, report: PreferenceReport) -> list[dict[str, Any]]:
-    """The rows of a report's pairs, in its order."""
-    rows = {row["example_id"]: row for row in data.preference_rows("test")}
-    return [rows[identity] for identity in report.example_ids.tolist()]
-
-
-def _lengths(data: PreferenceDataModule, report: PreferenceReport) -> torch.Tensor:
-    """Tokens of the chosen and the rejected response of each pair (N, 2), by the tokenizer of the data."""
-    rows = _of(data, report)
-    whole = torch.tensor([[len(r["chosen_ids"]), len(r["rejected_ids"])] for r in rows])
-    return whole - torch.tensor([[r["prompt_length"]] for r in rows])
-
-
-def _subsets(data: PreferenceDataModule, report: PreferenceReport) -> list[dict[str, Any]] | None:
-    names = [row["subset"] for row in _of(data, report)]
-    return subset_table(report, [name or "none" for name in names]) if any(names) else None

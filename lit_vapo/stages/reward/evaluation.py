@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from lit_vapo import figures
 from lit_vapo.data.collate import PreferenceBatch
 from lit_vapo.data.datamodule import PreferenceDataModule
-from lit_vapo.evaluation.preference_files import FIGURES, evaluation, write_report
+from lit_vapo.evaluation.preference_files import FIGURES, write_report
+from lit_vapo.evaluation.preference_record import said_of, tested
 from lit_vapo.evaluation.preference_report import PreferenceReport
-from lit_vapo.evaluation.preference_tables import ood_auroc, subset_table, temperature_report
-from lit_vapo.evaluation.verdict import find, verdict
 from lit_vapo.metrics import PreferenceMetrics
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.stages.base import TrainedWeightsModule
@@ -101,42 +100,32 @@ class EvaluatedRewards(TrainedWeightsModule):
     def on_train_end(self) -> None:
         """Say in plain words what the last validation found."""
         if self.validated is not None and self.validated.num_pairs:
-            self._tell(self._verdict(self.validated, "val"), "validation")
+            cut = self.cut_rewards("val")
+            found = said_of(self.validated, self._rows("val"), cut, bool(self.head.calibrated))
+            self._tell(found, "validation")
 
     def on_test_epoch_end(self) -> None:
         """Log the figures, and write them with their pictures and tables."""
         splits = self.pairs.test_splits() if self.pairs is not None else ["test"]
         reports = {split: self._report(split) for split in splits}
         report = reports["test"]
-        temperature = None
-        if "val" in reports and reports["val"].num_pairs and report.num_pairs:
-            temperature = temperature_report(reports["val"], report)
-        ood = float(ood_auroc(report, reports["ood"])) if "ood" in reports else None
-        figures_of_test = dict(report.summary())
-        if temperature is not None:
-            figures_of_test |= {k: temperature[k] for k in ("temperature", "nll_calibrated", "ece_calibrated")}
-        if ood is not None:
-            figures_of_test["ood_auroc"] = ood
-        self._log_figures("test", figures_of_test)
-        subsets = self._subsets(report)
-        found = self._verdict(report, "test") if report.num_pairs else None
-        self.evaluation = evaluation(report, temperature, ood, subsets, found)
+        cut = self.cut_rewards("test") if report.num_pairs else None
+        self.evaluation = tested(reports, self._rows("test"), cut, bool(self.head.calibrated))
+        fitted = self.evaluation.get("temperature", {})
+        shown = {k: fitted[k] for k in ("temperature", "nll_calibrated", "ece_calibrated") if k in fitted}
+        more = {"ood_auroc": self.evaluation["ood_auroc"]} if "ood_auroc" in self.evaluation else {}
+        self._log_figures("test", report.summary() | shown | more)
         if self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir) / TEST_FOLDER
             write_report(folder, report, self.evaluation)
             figures.preference_pictures(report, folder, self.head.unit, reports.get("ood"))
             self._log_tables(folder)
-            if found is not None:
-                self._tell(found, "test")
+            if "verdict" in self.evaluation:
+                self._tell(self.evaluation["verdict"], "test")
 
-    def _verdict(self, report: PreferenceReport, split: str) -> dict[str, Any]:
-        lengths = None
-        if self.pairs is not None:
-            rows = {row["example_id"]: row for row in self.pairs.preference_rows(split)}
-            found = [rows[identity] for identity in report.example_ids.tolist()]
-            sides = [[len(r["chosen_ids"]), len(r["rejected_ids"])] for r in found]
-            lengths = torch.tensor(sides) - torch.tensor([[r["prompt_length"]] for r in found])
-        return verdict(find(report, lengths, self.cut_rewards(split), bool(self.head.calibrated)))
+    def _rows(self, split: str) -> list[dict[str, Any]] | None:
+        """Tokenised pairs of a split; `None` with somebody's own loaders."""
+        return None if self.pairs is None else self.pairs.preference_rows(split)
 
     def _tell(self, found: dict[str, Any], name: str) -> None:
         self.print(f"\nWhat the {name} pairs say of this ensemble:")
@@ -153,11 +142,6 @@ class EvaluatedRewards(TrainedWeightsModule):
         for name, value in values.items():
             # The metric has already met all processes; the mean over them of equal numbers changes nothing.
             self.log(f"{prefix}/{name}", value, prog_bar=name in SHOWN, sync_dist=True)
-
-    def _subsets(self, report: PreferenceReport) -> list[dict[str, Any]] | None:
-        rows = {} if self.pairs is None else {r["example_id"]: r["subset"] for r in self.pairs.preference_rows("test")}
-        names = [rows.get(identity) for identity in report.example_ids.tolist()]
-        return subset_table(report, [name or "none" for name in names]) if any(names) else None
 
     def _log_tables(self, folder: Path) -> None:
         assert self.evaluation is not None
