@@ -56,8 +56,11 @@ def tiny_model(path, tokenizer, kind="llama", layers=2, seed=0, **overrides):
         pad_token_id=tokenizer.pad_token_id,
         **sizes,
     )
-    model = AutoModelForCausalLM.from_config(config)
-    # Larger than the usual initialisation, so that a tiny random model prefers some tokens to others.
+    return save_opinionated(AutoModelForCausalLM.from_config(config), tokenizer, path)
+
+
+def save_opinionated(model, tokenizer, path):
+    """Save a random model with its tokenizer, its weights larger than usual: it prefers some tokens to others."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(4)

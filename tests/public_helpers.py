@@ -36,13 +36,7 @@ def classifier(path, labels=1, kind="llama", seed=0, template=CHATML, pad=True, 
         pad_token_id=tokenizer.pad_token_id if pad_id is None else pad_id,
         **{"max_position_embeddings": 256, **helpers.SIZES.get(kind, {}), **overrides},
     )
-    model = AutoModelForSequenceClassification.from_config(config)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(4)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return helpers.save_opinionated(AutoModelForSequenceClassification.from_config(config), tokenizer, path)
 
 
 def responses(prompts=None, texts=None, finished=None, device="cpu"):
