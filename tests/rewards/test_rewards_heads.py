@@ -6,6 +6,7 @@ import torch
 from lit_vapo.functional import laplace_preference
 from lit_vapo.rewards.members.bayesian import BayesianLinear
 from lit_vapo.rewards.members.dropout import McDropout
+from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.types import FeaturePairs, PairLabels
 
 HIDDEN = 8
@@ -84,6 +85,18 @@ def test_dropout_training_uses_one_new_mask_for_both_sides_of_a_pair():
     torch.manual_seed(0)
     mean = torch.stack([head.training_rewards(torch.cat([x, x]))[:4, 0] for _ in range(4000)]).mean(0)
     torch.testing.assert_close(mean, x @ head.weight, atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize("centering", [0.0, 0.1])
+def test_a_bias_is_learned_where_something_tells_what_it_is(centering):
+    head = HeadEnsemble(3, centering=centering)
+    head.build(HIDDEN)
+    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        head.loss(features(5, 1) + 1, features(5, 2) + 1, labels(5)).backward()
+        optimizer.step()
+    assert bool(head.bias.any()) == (centering > 0)
 
 
 def test_dropout_of_a_hidden_layer():

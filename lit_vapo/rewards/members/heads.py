@@ -42,7 +42,8 @@ class HeadEnsemble(RewardHead):
         """Draw the members' weights."""
         width = self.hidden_width or hidden_size
         self.weight = nn.Parameter(self.draw((width,), width, stream=0))
-        self.bias = nn.Parameter(torch.zeros(self.num_members))
+        # A preference cannot tell what it is: its gradient would be nothing but rounding, which Adam turns into steps.
+        self.bias = nn.Parameter(torch.zeros(self.num_members), requires_grad=self.centering > 0)
         if self.hidden_width is not None:
             self.hidden_weight = nn.Parameter(self.draw((self.hidden_width, hidden_size), hidden_size, stream=1))
             self.hidden_bias = nn.Parameter(torch.zeros(self.num_members, self.hidden_width))
