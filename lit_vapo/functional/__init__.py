@@ -16,6 +16,7 @@ from lit_vapo.functional.covariance import PromptGains, covariance_optimal_polic
 from lit_vapo.functional.ensemble import (
     constant_share,
     ensemble_estimate,
+    example_uniforms,
     fit_normaliser,
     margin_estimate,
     normalise_members,
@@ -83,6 +84,7 @@ __all__ = [
     "covariance_optimal_policy",
     "disagreement",
     "ensemble_estimate",
+    "example_uniforms",
     "expected_calibration_error",
     "explained_variance",
     "fit_normaliser",

@@ -162,9 +162,8 @@ def poisson_bootstrap(example_ids: Tensor, num_members: int, seed: int) -> Tenso
     """Poisson(1) count of each example for each member, as a pure function of (seed, member, example id).
 
     An online bootstrap (Oza & Russell 2001): counts are independent between members and examples, and the
-    same example gets the same count in every epoch, batch order and process. Uniform integers come from the
-    finaliser of SplitMix64 (Steele, Lea & Flood 2014) and are inverted through the Poisson distribution
-    function, so there is no generator to save.
+    same example gets the same count in every epoch, batch order and process. Uniform integers (as in
+    `example_uniforms`) are inverted through the Poisson distribution function, so there is no generator to save.
 
     Args:
         example_ids: `(B,)` int64, distinct for distinct examples.
@@ -183,17 +182,46 @@ def poisson_bootstrap(example_ids: Tensor, num_members: int, seed: int) -> Tenso
         >>> bool((a == b.flip(0)).all())
         True
     """
+    if num_members < 1:
+        raise ValueError(f"expected num_members >= 1, got {num_members}")
+    uniform = _uniform_integers(example_ids, num_members, seed)
+    return torch.searchsorted(_poisson_thresholds(example_ids.device), uniform, right=True).float()
+
+
+def example_uniforms(example_ids: Tensor, count: int, seed: int) -> Tensor:
+    """Uniform numbers of each example, as a pure function of (seed, place, example id).
+
+    The finaliser of SplitMix64 (Steele, Lea & Flood 2014) makes them: an example gets the same ones in every batch,
+    order and process.
+
+    Args:
+        example_ids: `(B,)` int64, distinct for distinct examples.
+        count: How many for each example.
+        seed: any integer, taken modulo 2**64.
+
+    Returns:
+        `(B, count)` float32 in [0, 1).
+
+    Raises:
+        ValueError: if the ids are not a vector of int64.
+
+    Example:
+        >>> example_uniforms(torch.tensor([7]), 1000, seed=0).mean().round(decimals=1)
+        tensor(0.5000)
+    """
+    # As many bits as a float32 holds: more could round up to 1.
+    return _shift_right(_uniform_integers(example_ids, count, seed), 39).float() / 2**24
+
+
+def _uniform_integers(example_ids: Tensor, count: int, seed: int) -> Tensor:
+    """Uniform integers in [0, 2**63), (B, count)."""
     if example_ids.ndim != 1 or example_ids.dtype != torch.int64:
         got = f"{tuple(example_ids.shape)} of {example_ids.dtype}"
         raise ValueError(f"expected example_ids (B,) of torch.int64, got {got}")
-    if num_members < 1:
-        raise ValueError(f"expected num_members >= 1, got {num_members}")
-    device = example_ids.device
-    start = _splitmix64(torch.tensor(_signed(seed), dtype=torch.int64, device=device))
-    streams = _splitmix64(start + torch.arange(num_members, device=device))
-    # Hashing between the additions keeps (member, id) and (member + 1, id - 1) apart.
-    uniform = _shift_right(_splitmix64(streams[None, :] + _splitmix64(example_ids)[:, None]), 1)
-    return torch.searchsorted(_poisson_thresholds(device), uniform, right=True).float()
+    start = _splitmix64(torch.tensor(_signed(seed), dtype=torch.int64, device=example_ids.device))
+    streams = _splitmix64(start + torch.arange(count, device=example_ids.device))
+    # Hashing between the additions keeps (place, id) and (place + 1, id - 1) apart.
+    return _shift_right(_splitmix64(streams[None, :] + _splitmix64(example_ids)[:, None]), 1)
 
 
 def nuclear_diversity(matrices: Tensor) -> Tensor:

@@ -21,10 +21,14 @@ def seeded(*numbers: int) -> Iterator[None]:
         yield
 
 
-def seeded_batch(module: LightningModule) -> AbstractContextManager[None]:
+def seeded_batch(module: LightningModule, rank: int) -> AbstractContextManager[None]:
     """A block with the random numbers of this batch of the run.
 
-    They depend on the seed of the process, the number of the batch and the rank alone: a resumed run draws what the
+    They depend on the seed of the process, the number of the batch and `rank` alone: a resumed run draws what the
     uninterrupted one would have drawn, whatever else drew numbers before.
+
+    Args:
+        module: What is trained.
+        rank: Which process this is; 0 in all of them for numbers that all draw alike.
     """
-    return seeded(torch.initial_seed(), module.trainer.fit_loop.total_batch_idx, module.global_rank)
+    return seeded(torch.initial_seed(), module.trainer.fit_loop.total_batch_idx, rank)

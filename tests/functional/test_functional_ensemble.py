@@ -7,6 +7,7 @@ from scipy import stats
 
 from lit_vapo.functional import (
     ensemble_estimate,
+    example_uniforms,
     fit_normaliser,
     margin_estimate,
     normalise_members,
@@ -98,6 +99,25 @@ def test_splitmix64_gives_the_published_stream():
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     states = torch.tensor([_signed(1234567 + n * golden) for n in range(4)])
     assert [x % 2**64 for x in _splitmix64(states).tolist()] == expected
+
+
+UNIFORMS = example_uniforms(torch.arange(20_000), count=3, seed=0)
+
+
+def test_uniforms_are_uniform_and_independent_between_places_examples_and_seeds():
+    for column in UNIFORMS.T:
+        assert stats.kstest(column, "uniform").pvalue > 0.01
+    columns = [*UNIFORMS.T, UNIFORMS[:, 0].roll(1), example_uniforms(torch.arange(20_000), 1, seed=1)[:, 0]]
+    correlation = np.corrcoef(torch.stack(columns)) - np.eye(5)
+    assert abs(correlation).max() < 4 / 20_000**0.5
+    assert 0 <= UNIFORMS.min() < UNIFORMS.max() < 1
+
+
+def test_uniforms_belong_to_the_example():
+    order = torch.randperm(20_000)
+    torch.testing.assert_close(example_uniforms(order, 2, seed=2**64), UNIFORMS[order, :2], atol=0, rtol=0)
+    with pytest.raises(ValueError, match=r"expected example_ids \(B,\) of torch.int64, got \(2,\) of torch.int32"):
+        example_uniforms(torch.zeros(2, dtype=torch.int32), 2, 0)
 
 
 COUNTS = poisson_bootstrap(torch.arange(50_000), num_members=4, seed=0)

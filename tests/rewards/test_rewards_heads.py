@@ -78,13 +78,28 @@ def test_dropout_training_uses_one_new_mask_for_both_sides_of_a_pair():
     head = McDropout(5, dropout=0.5)
     head.build(HIDDEN)
     x = features(4)
-    scores = head.training_rewards(torch.cat([x, x]))
+    ids = torch.arange(4)
+    scores = head.training_rewards(torch.cat([x, x]), ids)
     torch.testing.assert_close(scores[:4], scores[4:])  # the same response on both sides
-    assert not torch.allclose(scores, head.training_rewards(torch.cat([x, x])))
+    assert not torch.allclose(scores, head.training_rewards(torch.cat([x, x]), ids))
     # Unbiased: the mean over many masks is the head without dropout.
     torch.manual_seed(0)
-    mean = torch.stack([head.training_rewards(torch.cat([x, x]))[:4, 0] for _ in range(4000)]).mean(0)
+    mean = torch.stack([head.training_rewards(torch.cat([x, x]), ids)[:4, 0] for _ in range(4000)]).mean(0)
     torch.testing.assert_close(mean, x @ head.weight, atol=0.06, rtol=0)
+
+
+def test_dropout_masks_do_not_depend_on_which_process_has_a_pair():
+    head = McDropout(5, dropout=0.5)
+    head.build(HIDDEN)
+    x, ids = features(6), torch.tensor([4, 9, 2])
+
+    def masked(index):
+        torch.manual_seed(0)
+        return head.training_rewards(x[[*index, *(i + 3 for i in index)]], ids[index])[:, 0]
+
+    whole = masked([0, 1, 2])
+    torch.testing.assert_close(masked([2, 0]), whole[[2, 0, 5, 3]])
+    torch.testing.assert_close(masked([1]), whole[[1, 4]])
 
 
 @pytest.mark.parametrize("centering", [0.0, 0.1])

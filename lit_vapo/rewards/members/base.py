@@ -99,8 +99,14 @@ class RewardHead(Normaliser, ABC):
     def rewards(self, features: Tensor) -> Tensor:
         """Raw rewards (B, K), in each member's own unit (a difference is a log-odds), float32."""
 
-    def training_rewards(self, features: Tensor) -> Tensor:
-        """What the loss sees: rewards (B, K') where training differs from scoring."""
+    def training_rewards(self, features: Tensor, example_ids: Tensor) -> Tensor:
+        """What the loss sees: rewards (2B, K') where training differs from scoring.
+
+        Args:
+            features: Features of B preferred responses, then of the B others.
+            example_ids: Identity of each pair (B,). What is drawn at random follows from it and from the step, and not
+                from which process has the pair.
+        """
         return self.rewards(features)
 
     def forward(self, features: Tensor) -> RewardEstimate:
@@ -125,7 +131,7 @@ class RewardHead(Normaliser, ABC):
             labels: Margins, soft labels, weights and identities of the pairs; bootstrap counts depend on the
                 identity alone.
         """
-        both = self.training_rewards(torch.cat([chosen, rejected]))
+        both = self.training_rewards(torch.cat([chosen, rejected]), labels.example_ids)
         weights = labels.weight[:, None].expand(-1, both.shape[1])
         if self.bootstrap:
             weights = weights * poisson_bootstrap(labels.example_ids, self.num_members, self.seed)[:, self.present]

@@ -62,8 +62,8 @@ class BayesianLinear(RewardHead):
         self.register_buffer("draws", torch.stack(drawn))
         self.register_buffer("centre", torch.zeros(hidden_size))
 
-    def training_rewards(self, features: Tensor) -> Tensor:
-        """Raw rewards (B, 1) of the weights under training."""
+    def training_rewards(self, features: Tensor, example_ids: Tensor) -> Tensor:
+        """Raw rewards (2B, 1) of the weights under training."""
         with torch.autocast(features.device.type, enabled=False):
             return features.float() @ self.weight[:, None]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lit_vapo.functional import example_uniforms
 from lit_vapo.ranges import OpenUnitInterval, PositiveInt, Smoothing, check_ranges
 from lit_vapo.rewards.members.base import RewardHead
 
@@ -13,9 +14,10 @@ class McDropout(RewardHead):
     """One head whose members are K dropout masks (Monte Carlo dropout, Gal and Ghahramani 1506.02142).
 
     Each training step draws a new mask for each pair, the same for both of its responses: a member is one network,
-    and compares two responses as one. Scoring uses K masks that depend on the seed alone. So scores are
-    reproducible, member k is the same network for all responses, and a margin's variance is well defined; the source
-    draws new masks at each pass instead. All passes share one pass of the backbone.
+    and compares two responses as one. A mask depends on the step and the pair, not on which process has the pair.
+    Scoring uses K masks that depend on the seed alone. So scores are reproducible, member k is the same network for all
+    responses, and a margin's variance is well defined; the source draws new masks at each pass instead. All passes
+    share one pass of the backbone.
 
     Args:
         num_members: Number of masks K.
@@ -62,11 +64,12 @@ class McDropout(RewardHead):
         with torch.autocast(features.device.type, enabled=False):
             return self._inputs(features) @ (self.masks * self.weight).T
 
-    def training_rewards(self, features: Tensor) -> Tensor:
-        """Raw rewards (B, 1) of pairs, chosen before rejected, under one new mask for each pair."""
+    def training_rewards(self, features: Tensor, example_ids: Tensor) -> Tensor:
+        """Raw rewards (2B, 1) of pairs, chosen before rejected, under one new mask for each pair."""
         inputs = self._inputs(features)
         with torch.autocast(features.device.type, enabled=False):
-            kept = torch.rand(len(inputs) // 2, inputs.shape[1], device=inputs.device) >= self.dropout
+            step = int(torch.randint(2**62, ()))
+            kept = example_uniforms(example_ids, inputs.shape[1], step) >= self.dropout
             return (inputs * kept.repeat(2, 1) / (1 - self.dropout)) @ self.weight[:, None]
 
     def _inputs(self, features: Tensor) -> Tensor:

@@ -196,7 +196,7 @@ class PPOModule(ScoredPolicy):
         """
         started = time.perf_counter()
         assert self.maker is not None
-        with named(self.iteration), seeded_batch(self):
+        with named(self.iteration), seeded_batch(self, self.global_rank):
             rollout = self.maker.make(batch, self.objective, values=self.advantage.needs_critic, all_sum=self._sum)
             kl = global_kl(rollout, self._sum)
             if self.kl.over_budget(kl, self.iteration):

@@ -107,7 +107,8 @@ class RewardModule(BuiltRewards):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of the ensemble, summed over members."""
-        with seeded_batch(self):
+        # Heads draw by pair, so that no process needs numbers of its own.
+        with seeded_batch(self, rank=0):
             chosen, rejected = self.encode(batch)
             loss = self.head.loss(chosen, rejected, batch.labels)
         if not torch.isfinite(loss):
