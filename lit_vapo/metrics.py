@@ -6,7 +6,7 @@ Every key is defined in docs/metrics.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,43 @@ from lit_vapo.functional import masked_mean
 from lit_vapo.functional.masked import check_same_shape
 from lit_vapo.rollout import Rollout
 from lit_vapo.types import PairLabels, RewardEstimate
+
+
+class TokenLoss(Metric):
+    """Mean loss over the response tokens of a split, over batches and processes.
+
+    Samplers repeat rows to give every process as many; so each example id counts once, by its first occurrence.
+    """
+
+    full_state_update = False
+    example_ids: list[Tensor]
+    columns: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("example_ids", default=[], dist_reduce_fx="cat")
+        self.add_state("columns", default=[], dist_reduce_fx="cat")
+
+    def update(self, loss: Tensor, tokens: Tensor, example_ids: Tensor) -> None:
+        """Add B responses.
+
+        Args:
+            loss: Sum of the loss over the tokens of each (B,).
+            tokens: Their number (B,).
+            example_ids: Stable identities (B,).
+
+        Raises:
+            ValueError: A shape does not fit.
+        """
+        check_same_shape(loss=loss, tokens=tokens, example_ids=example_ids)
+        self.columns.append(torch.stack([loss.detach().float(), tokens.float()], dim=1))
+        self.example_ids.append(example_ids)
+
+    def compute(self) -> Tensor:
+        """The mean, ()."""
+        _, columns = _each_once(self.example_ids, self.columns)
+        loss, tokens = columns.double().sum(0)
+        return (loss / tokens.clamp_min(1)).float()
 
 
 class PreferenceMetrics(Metric):
@@ -65,11 +102,7 @@ class PreferenceMetrics(Metric):
 
     def compute(self) -> PreferenceReport:
         """Report on all pairs seen, on the CPU."""
-        ids, columns = dim_zero_cat(self.example_ids).cpu(), dim_zero_cat(self.columns).cpu()
-        ids, order = ids.sort(stable=True)
-        first = torch.ones_like(ids, dtype=torch.bool)
-        first[1:] = ids[1:] != ids[:-1]
-        ids, columns = ids[first], columns[order[first]]
+        ids, columns = _each_once(self.example_ids, self.columns)
         tie = columns[:, 4] == 0.5
         ids, columns = ids[~tie], columns[~tie]
         # Margin, chosen and rejected by member, then the two means.
@@ -77,6 +110,15 @@ class PreferenceMetrics(Metric):
         margin = RewardEstimate(columns[:, 0], columns[:, 1], members[:, 0] if members.shape[2] else None)
         responses = torch.cat([members[:, 1:], means], dim=2)
         return PreferenceReport(ids, margin, columns[:, 2:4], int(tie.sum()), responses)
+
+
+def _each_once(example_ids: list[Tensor], columns: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Example ids in their order (N,) and the first row of each (N, C), on the CPU."""
+    ids, rows = dim_zero_cat(example_ids).cpu(), dim_zero_cat(columns).cpu()
+    ids, order = ids.sort(stable=True)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[1:] = ids[1:] != ids[:-1]
+    return ids[first], rows[order[first]]
 
 
 class ResponseMetrics(Metric):
@@ -108,6 +150,10 @@ class ResponseMetrics(Metric):
         return list(first.values())
 
 
+def _own_rows(x: Tensor) -> Tensor:
+    return x
+
+
 def response_columns(rollout: Rollout) -> dict[str, Tensor]:
     """The numbers of each response of a rollout, by the names of `evaluation.policy_report.COLUMNS`, and its parts.
 
@@ -135,9 +181,14 @@ def response_columns(rollout: Rollout) -> dict[str, Tensor]:
     return found
 
 
-def rollout_statistics(rollout: Rollout) -> dict[str, Tensor]:
-    """Means over the responses (or response tokens) of one rollout; each a scalar."""
-    return response_statistics(response_columns(rollout))
+def rollout_statistics(rollout: Rollout, all_rows: Callable[[Tensor], Tensor] = _own_rows) -> dict[str, Tensor]:
+    """Figures of the responses of a rollout; each a scalar.
+
+    Args:
+        rollout: Responses of this process.
+        all_rows: Gives the rows of all processes for those of this one; without it, figures are of this one's.
+    """
+    return response_statistics({name: all_rows(column) for name, column in response_columns(rollout).items()})
 
 
 def sample_rows(rollout: Rollout, policy: str, prompt_ids: Tensor) -> list[dict[str, Any]]:

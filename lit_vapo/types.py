@@ -58,12 +58,18 @@ class PairLabels(NamedTuple):
             preference, 0.5 for a tie, between them where annotators did not agree.
         weight: `(B,)`, how often the pair counts, >= 0.
         example_ids: `(B,)` int64, stable identity of each pair.
+        counts: `(B,)` bool, False where a pair only stands in to give every process as many; None where all count.
     """
 
     margin: Tensor
     probability: Tensor
     weight: Tensor
     example_ids: Tensor
+    counts: Tensor | None = None
+
+    def select(self, index: Tensor) -> PairLabels:
+        """Those of some pairs."""
+        return PairLabels(*(None if column is None else column[index] for column in self))  # type: ignore[arg-type]
 
 
 class FeaturePairs(NamedTuple):

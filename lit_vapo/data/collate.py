@@ -63,11 +63,15 @@ class SFTBatch(NamedTuple):
         input_ids: Token ids (B, L).
         lengths: Tokens of prompt and response (B,).
         prompt_lengths: Tokens of each prompt (B,); the loss starts after them.
+        example_ids: Stable identity of each pair that a response was taken from (B,), int64.
+        counts: False where a row only stands in to give every process as many (B,), bool.
     """
 
     input_ids: Tensor
     lengths: Tensor
     prompt_lengths: Tensor
+    example_ids: Tensor
+    counts: Tensor
 
 
 def pad(sequences: Sequence[Sequence[int]], left: bool = False) -> tuple[Tensor, Tensor]:
@@ -87,8 +91,13 @@ def pair_labels(rows: Sequence[dict[str, Any]]) -> PairLabels:
         torch.tensor([r["margin"] for r in rows], dtype=torch.float32),
         torch.tensor([r["probability"] for r in rows], dtype=torch.float32),
         torch.tensor([r["weight"] for r in rows], dtype=torch.float32),
-        torch.tensor([r["example_id"] for r in rows]),
+        *_dealt(rows),
     )
+
+
+def _dealt(rows: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Which rows these are, and which of them count."""
+    return torch.tensor([r["example_id"] for r in rows]), torch.tensor([r.get("counts", True) for r in rows])
 
 
 class Collator:
@@ -120,4 +129,4 @@ class Collator:
     def sft(self, rows: list[dict[str, Any]]) -> SFTBatch:
         """A batch of demonstrations: the preferred responses."""
         ids, lengths = pad([r["chosen_ids"] for r in rows])
-        return SFTBatch(ids, lengths, torch.tensor([r["prompt_length"] for r in rows]))
+        return SFTBatch(ids, lengths, torch.tensor([r["prompt_length"] for r in rows]), *_dealt(rows))

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lit_vapo.data.place import RowLoader, StreamLoader, TrainerCourse
 from lit_vapo.data.sampler import EpochSampler, LengthSampler
+from lit_vapo.data.splits import DealtRows, FeatureRows
 from lit_vapo.data.text_splits import TextSplits
 
 
@@ -33,14 +34,20 @@ class TextLoaders(TextSplits):
     def _shuffled(self, rows: Any, collate: Callable[..., Any], drop_last: bool = False) -> DataLoader[Any]:
         """Rows in another order in every epoch."""
         sampler = EpochSampler(len(rows), drop_last=drop_last, **self._order())
-        return RowLoader(rows, sampler=sampler, drop_last=drop_last, **self._options(collate))
+        return RowLoader(
+            rows if isinstance(rows, FeatureRows) else DealtRows(rows),
+            sampler=sampler,
+            drop_last=drop_last,
+            **self._options(collate),
+        )
 
     def _training_pairs(self, collate: Callable[..., Any]) -> DataLoader[Any]:
         """Pairs batched by length."""
         if not self.streams:
-            rows: Any = self.preference_rows("train")
+            rows = self.preference_rows("train")
             lengths = [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
-            return RowLoader(rows, sampler=LengthSampler(lengths, **self._order()), **self._options(collate))
+            sampler = LengthSampler(lengths, **self._order())
+            return RowLoader(DealtRows(rows), sampler=sampler, **self._options(collate))
         if self.trainer is not None and self.trainer.max_steps < 0:
             # Learning rates decay to the end of the run, which a stream does not tell.
             raise ValueError("trainer.max_steps: expected the steps of a run on data that streams, got -1")

@@ -29,8 +29,9 @@ class EpochSampler(DistributedSampler[Any]):
     one, each pass is the next epoch.
 
     It shares the rows out itself: Lightning leaves a `DistributedSampler` as it is, but would shuffle any other
-    sampler's order again. All processes get equally many rows; where they do not come out even, up to
-    `num_replicas - 1` rows come twice.
+    sampler's order again. All processes get equally many rows. Where they do not come out even, the last few processes
+    get a stand-in, which is not to be learned from: its number is `size` or more (`DealtRows`, `FeatureRows`). With
+    `drop_last` such rows are left out instead.
 
     Args:
         size: Number of rows.
@@ -52,7 +53,7 @@ class EpochSampler(DistributedSampler[Any]):
         course: Course | None = None,
         drop_last: bool = False,
     ) -> None:
-        super().__init__(range(size), num_replicas, rank, seed=seed)  # type: ignore[arg-type]
+        super().__init__(range(size), num_replicas, rank, seed=seed, drop_last=drop_last)  # type: ignore[arg-type]
         self.size = size
         self.batch_size = batch_size
         self.course = course
@@ -71,7 +72,9 @@ class EpochSampler(DistributedSampler[Any]):
         """The rows of this process that are left of the epoch."""
         epoch, place = self._place()
         order = self.order(torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63))
-        order += order[: self.total_size - len(order)]
+        # Rows of the last batch stand in, which are of similar length.
+        order += [self.size + order[-1 - i % self.size] for i in range(self.total_size - self.size)]
+        order = order[: self.total_size]
         # Every batch over all processes is dealt out, so that each process gets its share of it.
         yield from order[place * self.batch_size + self.rank :: self.num_replicas]
 

@@ -23,8 +23,27 @@ class Pairs(NamedTuple):
     rejected: list[TokenSequence]
 
 
+class DealtRows(Dataset[dict[str, Any]]):
+    """Rows as they are shared out to processes.
+
+    A number past the end asks for a row that stands in where rows do not come out even: it does not count.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        """Number of rows that count."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A row; `counts` is False in one that stands in."""
+        size = len(self.rows)
+        return self.rows[index] if index < size else {**self.rows[index - size], "counts": False}
+
+
 class FeatureRows(Dataset[FeaturePairs]):
-    """Pairs as features; whole batches are indexed at once."""
+    """Pairs as features; whole batches are indexed at once. Numbers past the end are as in `DealtRows`."""
 
     def __init__(self, chosen: Tensor, rejected: Tensor, labels: PairLabels) -> None:
         self.columns = FeaturePairs(chosen, rejected, labels)
@@ -39,9 +58,9 @@ class FeatureRows(Dataset[FeaturePairs]):
 
     def __getitems__(self, indices: list[int]) -> FeaturePairs:
         """A batch; DataLoader asks for it this way."""
-        index = torch.tensor(indices)
-        columns = self.columns
-        labels = PairLabels(*(column[index] for column in columns.labels))
+        dealt, size = torch.tensor(indices), len(self)
+        index, columns = dealt % size, self.columns
+        labels = columns.labels.select(index)._replace(counts=dealt < size)
         return FeaturePairs(columns.chosen[index], columns.rejected[index], labels)
 
 

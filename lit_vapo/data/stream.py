@@ -26,7 +26,7 @@ class Shard(NamedTuple):
         part: Which part.
         parts: How many there are.
         even: All parts have equally many rows, so that processes that wait for each other end together: the last
-            few rows of the stream are left out, and an invalid row is replaced by the one before with weight 0.
+            few rows of the stream are left out, and the row before an invalid one stands in for it and does not count.
     """
 
     part: int = 0
@@ -135,7 +135,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
                 yield pair
             while owed and last is not None:
                 owed -= 1
-                yield {**last[0], "weight": 0.0}, last[1]
+                yield {**last[0], "counts": False}, last[1]
             if whole and total == LOOK:
                 left_out.refuse(total)
         if last is None or (whole and total < LOOK):

@@ -134,7 +134,7 @@ class TestEveryHead:
         chosen, rejected = planted(head, 6)
         weighted = labels(6, weight=torch.tensor([1.0, 3.0, 0.0, 2.0, 1.0, 1.0]))
         index = torch.tensor([0, 1, 1, 1, 3, 3, 4, 5])
-        repeated = PairLabels(*(column[index] for column in labels(6)))
+        repeated = labels(6).select(index)
         losses = []
         for pairs in ((chosen, rejected, weighted), (chosen[index], rejected[index], repeated)):
             # What is drawn follows from the seed and the pair, and not from its place in the batch.

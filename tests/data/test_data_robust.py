@@ -6,9 +6,11 @@ from helpers import tiny_preferences, write_jsonl
 from lightning.pytorch import Trainer
 from torch.utils.data import DistributedSampler
 
+from lit_vapo.data.collate import pair_labels
 from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule
-from lit_vapo.data.sampler import LengthSampler
+from lit_vapo.data.sampler import EpochSampler, LengthSampler
 from lit_vapo.data.sources import load_rows
+from lit_vapo.data.splits import DealtRows, FeatureRows
 
 
 def test_a_data_set_that_the_hub_does_not_have_is_named():
@@ -68,11 +70,37 @@ def test_processes_share_the_batches_of_one(world):
     sizes = [(i * 37) % 101 + 5 for i in range(98)]
     shares = [list(LengthSampler(sizes, 4 * world, 1, world, rank)) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
-    assert {i for share in shares for i in share} == set(range(98))
     one = list(LengthSampler(sizes, 4 * world, 1))
-    for step in range(98 // (4 * world)):
-        together = {i for share in shares for i in share[4 * step : 4 * step + 4]}
-        assert together == set(one[4 * world * step : 4 * world * (step + 1)])
+    for step in range(-(-98 // (4 * world))):
+        # The last one too: of 98 rows three processes get 99, one of which stands in.
+        together = sorted(i for share in shares for i in share[4 * step : 4 * step + 4] if i < 98)
+        assert together == sorted(one[4 * world * step : 4 * world * (step + 1)])
+
+
+@pytest.mark.parametrize(("size", "world"), [(9, 2), (10, 4), (1, 4)])
+def test_rows_stand_in_where_they_do_not_come_out_even(size, world):
+    shares = [list(EpochSampler(size, 4, 1, world, rank)) for rank in range(world)]
+    assert {len(share) for share in shares} == {-(-size // world)}
+    dealt = [i for share in shares for i in share]
+    assert sorted(i for i in dealt if i < size) == list(range(size))
+    assert all(size <= i < 2 * size for i in dealt if i not in range(size))
+    # Where incomplete batches are left out, such rows are as well: as many batches as one process has.
+    left = [list(EpochSampler(size, 4, 1, world, rank, drop_last=True)) for rank in range(world)]
+    assert {len(share) for share in left} == {size // world}
+    assert len({i for share in left for i in share}) == size // world * world
+
+
+def test_a_row_that_stands_in_does_not_count(tiny_model_dir, tmp_path):
+    data = loaded(tiny_model_dir, tiny_preferences(tmp_path / "x.jsonl", 5))
+    rows = data.preference_rows("train")
+    dealt = [DealtRows(rows)[i] for i in (1, 6, 4)]
+    assert dealt == [rows[1], {**rows[1], "counts": False}, rows[4]]
+    one, two = torch.arange(5.0)[:, None], -torch.arange(5.0)[:, None]
+    features = FeatureRows(one, two, pair_labels(rows)).__getitems__([1, 6, 4])
+    assert (features.chosen.tolist(), features.rejected.tolist()) == ([[1.0], [1.0], [4.0]], [[-1.0], [-1.0], [-4.0]])
+    for found in (features.labels, data.collator.preferences(dealt).labels, data.collator.sft(dealt)):
+        assert found.counts.tolist() == [True, False, True]
+        assert found.example_ids.tolist() == [rows[i]["example_id"] for i in (1, 1, 4)]
 
 
 class ShareTrainer(Trainer):

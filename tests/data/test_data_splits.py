@@ -72,5 +72,5 @@ def test_features_are_indexed_by_whole_batches():
     assert [len(b.labels.margin) for b in batches] == [4, 4, 2]
     assert batches[1].chosen[:, 0].tolist() == [4, 5, 6, 7]
     assert batches[1].rejected[:, 0].tolist() == [-4, -5, -6, -7]
-    assert [column.tolist() for column in batches[2].labels[1:]] == [[0.75, 0.75], [16, 18], [8, 9]]
+    assert [column.tolist() for column in batches[2].labels[1:4]] == [[0.75, 0.75], [16, 18], [8, 9]]
     assert features[3].labels.example_ids.tolist() == [3]

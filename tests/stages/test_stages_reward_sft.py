@@ -158,20 +158,28 @@ def brute_loss(lm, rows):
     return total / count
 
 
+def demonstrations(ids, lengths, prompts):
+    every = torch.ones(len(ids), dtype=torch.bool)
+    return SFTBatch(ids, torch.tensor(lengths), torch.tensor(prompts), torch.arange(len(ids)), every)
+
+
 def test_loss_is_the_cross_entropy_of_response_tokens(tiny_model_dir):
     # One of the rows has no prompt.
     rows = [([5, 6, 7, 8, 0], 2), ([9, 10, 11], 0), ([12, 13, 14, 15], 3)]
     ids = torch.full((3, 5), 299)
     for i, (row, _) in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
-    batch = SFTBatch(ids, torch.tensor([len(r) for r, _ in rows]), torch.tensor([p for _, p in rows]))
+    batch = demonstrations(ids, [len(r) for r, _ in rows], [p for _, p in rows])
     module = SFTModule(Pretrained(tiny_model_dir))
     module.configure_model()
     module.log = lambda *args, **kwargs: None
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
     assert module.training_step(batch, 0).item() == pytest.approx(brute_loss(lm, rows), rel=1e-5)
-    one = SFTBatch(torch.tensor([[5]]), torch.tensor([1]), torch.tensor([0]))
-    assert module.training_step(one, 0).item() == 0
+    assert module.training_step(demonstrations(torch.tensor([[5]]), [1], [0]), 0).item() == 0
+    # A row that stands in is not learned from.
+    counted = batch._replace(counts=torch.tensor([True, False, True]))
+    assert module.training_step(counted, 0).item() == pytest.approx(brute_loss(lm, rows[::2]), rel=1e-5)
+    assert module.training_step(batch._replace(counts=torch.zeros(3, dtype=torch.bool)), 0).item() == 0
 
 
 @pytest.mark.parametrize("lora", [None, Lora(4)])
@@ -194,6 +202,21 @@ def test_fine_tuning_lowers_the_loss_and_exports_the_model(tiny_model_dir, tiny_
     with torch.no_grad():
         assert brute_loss(loaded, rows) == pytest.approx(brute_loss(module.policy.lm, rows), abs=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").eos_token == "<eos>"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_the_held_out_loss_is_that_of_all_tokens_in_whatever_batches(tiny_model_dir, tmp_path, batch_size):
+    # Responses of unequal length, and a row that is there twice.
+    rows = [{"prompt": f"{i}", "chosen": "good " * (1 + i * i % 7), "rejected": "bad"} for i in range(7)]
+    file = helpers.write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[4]])
+    options = {"validation_fraction": 0.0, "max_length": 64, "batch_size": batch_size}
+    data = SFTDataModule(tiny_model_dir, preferences=file, preferences_test=file, **options)
+    module = SFTModule(Pretrained(tiny_model_dir))
+    (found,) = ppo_helpers.trainer(tmp_path).test(module, data, verbose=False)
+    once = {row["example_id"]: (row["chosen_ids"], row["prompt_length"]) for row in data.preference_rows("test")}
+    assert len(once) == 7
+    with torch.no_grad():
+        assert found == {"test/loss": pytest.approx(brute_loss(module.policy.lm, once.values()), rel=1e-5)}
 
 
 def test_an_empty_prompt_can_be_learned_from(tiny_model_dir, tmp_path):

@@ -22,7 +22,8 @@ from lit_vapo.stages.reward.evaluation import Batch
 from lit_vapo.stages.schedule import linear_decay, total_steps
 from lit_vapo.stages.seeding import seeded_batch
 from lit_vapo.stages.settings import unpickled
-from lit_vapo.types import FeaturePairs
+from lit_vapo.stages.sharing import even_share, loss_of_all
+from lit_vapo.types import FeaturePairs, PairLabels
 
 
 class RewardModule(BuiltRewards):
@@ -106,15 +107,26 @@ class RewardModule(BuiltRewards):
         return features[: len(batch.chosen_ids)], features[len(batch.chosen_ids) :]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of the ensemble, summed over members."""
+        """Loss of the ensemble, summed over members: mean over the pairs of all processes.
+
+        Raises:
+            ValueError: It is not finite.
+        """
         # Heads draw by pair, so that no process needs numbers of its own.
         with seeded_batch(self, rank=0):
             chosen, rejected = self.encode(batch)
-            loss = self.head.loss(chosen, rejected, batch.labels)
-        if not torch.isfinite(loss):
-            raise ValueError(f"loss: expected a finite number, got {loss.item()} in batch {batch_idx}")
-        self.log("train/loss", loss.detach() / len(self.head.present_members), prog_bar=True, batch_size=len(chosen))
+            loss = self.head.loss(chosen, rejected, self._shared(batch.labels))
+        shown = loss_of_all(self, loss, batch_idx) / len(self.head.present_members)
+        self.log("train/loss", shown, prog_bar=True, batch_size=len(chosen))
         return loss
+
+    def _shared(self, labels: PairLabels) -> PairLabels:
+        """Labels whose weights make a mean over the pairs here this process's part of the mean over all that count.
+
+        By way of the weights, any head's loss is shared rightly, and what does not depend on pairs stays as it is.
+        """
+        counts = torch.ones_like(labels.weight, dtype=torch.bool) if labels.counts is None else labels.counts
+        return labels._replace(weight=labels.weight * counts * (len(counts) / even_share(self, counts.sum())))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Centre and scale the members as they are now, and save that with them."""

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_vapo.data.collate import SFTBatch
+from lit_vapo.metrics import TokenLoss
 from lit_vapo.models.digests import seal
 from lit_vapo.models.generation import Shaping
 from lit_vapo.models.policy import Policy
@@ -19,6 +20,7 @@ from lit_vapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, che
 from lit_vapo.stages.base import TrainedWeightsModule
 from lit_vapo.stages.guards import check_context
 from lit_vapo.stages.schedule import linear_decay, total_steps
+from lit_vapo.stages.sharing import even_share, loss_of_all
 
 
 class SFTModule(TrainedWeightsModule):
@@ -51,6 +53,7 @@ class SFTModule(TrainedWeightsModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.policy: Policy | None = None
+        self.losses = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
 
     def configure_model(self) -> None:
         """Load the language model."""
@@ -63,8 +66,8 @@ class SFTModule(TrainedWeightsModule):
             check_context(config, datamodule.longest_pair())
             check_embeddings(config, datamodule.text_tokenizer, *datamodule.largest_token())
 
-    def _step(self, batch: SFTBatch, prefix: str) -> Tensor:
-        """Mean negative log-likelihood per response token."""
+    def _nll(self, batch: SFTBatch) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of each response (B,), and its number of tokens (B,)."""
         assert self.policy is not None
         # Without a prompt nothing predicts the first token.
         prompts = batch.prompt_lengths.clamp_min(1)
@@ -72,25 +75,31 @@ class SFTModule(TrainedWeightsModule):
         mask = length_mask(sizes, int(sizes.max()))
         hidden = self.policy.hidden("actor", batch.input_ids, batch.lengths).last
         out = self.policy.logprobs("actor", hidden, batch.input_ids, prompts, mask, Shaping())
-        tokens = mask.sum().clamp_min(1)
-        loss = -out.logprobs.sum() / tokens
-        self.log(f"{prefix}/loss", loss.detach(), prog_bar=True, sync_dist=prefix != "train", batch_size=int(tokens))
-        return loss
+        return -out.logprobs.sum(1), mask.sum(1)
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
-        loss = self._step(batch, "train")
-        if not torch.isfinite(loss):
-            raise ValueError(f"loss: expected a finite number, got {loss.item()} in batch {batch_idx}")
+        """Loss of one batch: mean over the response tokens of all processes.
+
+        Raises:
+            ValueError: It is not finite.
+        """
+        nll, tokens = self._nll(batch)
+        loss = nll[batch.counts].sum() / even_share(self, tokens[batch.counts].sum())
+        self.log("train/loss", loss_of_all(self, loss, batch_idx), prog_bar=True, batch_size=len(nll))
         return loss
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
-        """Loss of one held-out batch."""
-        self._step(batch, "val")
+        """Collect the loss of one held-out batch."""
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: SFTBatch, batch_idx: int) -> None:
-        """Loss of one held-out batch."""
-        self._step(batch, "test")
+        """Collect the loss of one held-out batch."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: SFTBatch, split: str) -> None:
+        metric = cast("TokenLoss", self.losses[split])
+        metric.update(*self._nll(batch), batch.example_ids)
+        self.log(f"{split}/loss", metric, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and linear decay."""
