@@ -2,11 +2,13 @@
 
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import ppo_helpers
 import torch
 
+from lit_vapo.metrics import rollout_statistics
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Shaping
 from lit_vapo.models.pretrained import Lora, Pretrained
@@ -14,6 +16,7 @@ from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.rollout import Rollout
 from lit_vapo.stages.ppo.module import PPOModule
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, compute_advantages
+from lit_vapo.stages.sharing import rows_of_all
 from lit_vapo.types import RewardEstimate
 
 SETTINGS = UpdateSettings(epochs=2, minibatches=1, micro_batch_tokens=40, entropy_coef=0.01)
@@ -56,10 +59,8 @@ class FixedRollout(PPOModule):
         rollout = load_rollout(self.folder / "rollout.pt", trainer.global_rank, trainer.world_size)
         experience = compute_advantages(rollout, 0.05, self.advantage, self._sum)
         learned = PPOUpdate(self, self.networks, self.update, Shaping()).run(experience, self.optimizers())
+        report = {**rollout_statistics(rollout, partial(rows_of_all, self)), **learned}
         if trainer.is_global_zero:
-            names = ("policy_loss", "value_loss", "approx_kl", "ratio_max", "actor_grad_norm", "clip_fraction")
-            names += ("explained_variance", "value_mean", "return_mean")
-            report = {n: learned[n] for n in names}
             torch.save((ppo_helpers.state(self), report), self.folder / f"world_{trainer.world_size}.pt")
 
 

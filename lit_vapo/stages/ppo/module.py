@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, chosen_critic,
 from lit_vapo.stages.schedule import linear_decay, total_steps
 from lit_vapo.stages.seeding import seeded, seeded_batch
 from lit_vapo.stages.settings import unpickled
+from lit_vapo.stages.sharing import rows_of_all, sum_of_all
 from lit_vapo.types import TextReward
 
 
@@ -206,7 +208,11 @@ class PPOModule(ScoredPolicy):
                 update_started = time.perf_counter()
                 learned = self._learn(rollout)
                 rollout.seconds["update"] = time.perf_counter() - update_started
-        statistics = {**rollout_statistics(rollout), **self.objective.statistics(), **learned}
+        statistics = {
+            **rollout_statistics(rollout, partial(rows_of_all, self)),
+            **self.objective.statistics(),
+            **learned,
+        }
         self._log_iteration(rollout, statistics, time.perf_counter() - started)
         planned = self._planned_iterations()
         self.kl.adapt(kl, self.iteration, planned)
@@ -228,13 +234,13 @@ class PPOModule(ScoredPolicy):
 
     def _sum(self, x: Tensor) -> Tensor:
         """Sum over all processes."""
-        return cast("Tensor", self.trainer.strategy.reduce(x.clone(), reduce_op="sum"))
+        return sum_of_all(self, x)
 
     def _log_iteration(self, rollout: Rollout, values: dict[str, Tensor], total: float) -> None:
         tokens = float(rollout.response_mask.sum())
         values["iteration"] = torch.tensor(float(self.iteration))
         values["kl_coef"] = self.kl.coef.clone()
-        values["effective_kl_coef"] = self.kl.coef * rollout.kl_weight.mean()
+        values["effective_kl_coef"] = self.kl.coef * values["kl_weight_mean"]
         values["tokens_per_second"] = torch.tensor(tokens / total)
         for phase, time_spent in rollout.seconds.items():
             values[f"{phase}_tokens_per_second"] = torch.tensor(tokens / time_spent)
