@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+NO_SPACE = os.strerror(errno.ENOSPC)
 
 
 def check_new(folder: str | Path, name: str) -> Path:
@@ -47,8 +50,11 @@ def new_folder(folder: str | Path, name: str) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if NO_SPACE in str(error) and not isinstance(error, OSError):
+            # Writers of weights have errors of their own for what the system said.
+            raise OSError(errno.ENOSPC, NO_SPACE, str(target)) from error
         raise
     if target.exists():
         target.rmdir()
@@ -66,11 +72,16 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name that no other process has, on any machine that sees the folder, and that no pattern of results matches.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        # A write that fails does not say where.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def claim_folder(folder: str | Path, name: str, options: Mapping[str, Any]) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
+# What a digest reads of a large file: as many blocks spread over it. Weights that were trained further differ in all.
+BLOCK, BLOCKS = 1 << 16, 64
 LFS = b"version https://git-lfs.github.com/spec/"
 
 
@@ -29,3 +33,23 @@ def fault_of(path: str | Path) -> str:
         return f"it is a Git LFS pointer of {size} bytes; `git lfs pull` fetches what it stands for"
     # Every binary format that is read here has zero bytes in its first line.
     return "it is a text file" if b"\0" not in start and start.isascii() else "it is torn or damaged"
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """A digest of files: their names, lengths, and 4 MB of each, at the cost of reading these.
+
+    Args:
+        paths: The files.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            if size <= BLOCK * BLOCKS:
+                digest.update(file.read())
+            else:
+                for i in range(BLOCKS):
+                    file.seek((size - BLOCK) * i // (BLOCKS - 1))
+                    digest.update(file.read(BLOCK))
+    return digest.hexdigest()

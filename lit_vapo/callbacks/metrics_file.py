@@ -1,0 +1,90 @@
+"""The metrics of a run as one CSV file, which each row reaches at once and which a resumed run goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lit_vapo.callbacks.line_file import TableFile
+
+NAME = "metrics.csv"
+
+
+class MetricsFile(CSVLogger):
+    """Lightning's CSVLogger, whose `metrics.csv` is added to and never written over.
+
+    Lightning's own keeps a hundred rows in memory, writes over the file where a column is new, and removes the file of
+    a run that is resumed.
+
+    Args:
+        save_dir: Folder of the run.
+        name: Folder in it.
+        version: Folder in that; `None` for the next `version_N`.
+        prefix: What every name begins with.
+    """
+
+    def __init__(
+        self, save_dir: str | Path, name: str = "logs", version: int | str | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__(save_dir, name, version, prefix)
+        self._rows: _Rows | None = None
+
+    @classmethod
+    def like(cls, logger: CSVLogger, files: Iterable[Path] = ()) -> MetricsFile:
+        """One that writes where another would have written, or goes on with one of `files` that stands there."""
+        there = [path.parent for path in files if path.name == NAME and path.parent.parent == Path(logger.root_dir)]
+        version = there[0].name if there else logger._version
+        return cls(logger.save_dir, logger.name, version, logger._prefix)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(self.log_dir) / NAME
+
+    @property
+    def line_files(self) -> list[Path]:
+        """What grows by lines."""
+        return [self.path]
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """What writes."""
+        if self._rows is None:
+            self._rows = _Rows(self.path)
+        return self._rows
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:
+        """Add a row."""
+        prefix = f"{self._prefix}{self.LOGGER_JOIN_CHAR}" if self._prefix else ""
+        row = {f"{prefix}{name}": x.item() if isinstance(x, Tensor) else x for name, x in metrics.items()}
+        self.experiment.append({**row, "step": step or 0})
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what waits for room on the disk, if anything does."""
+        if self._rows is not None:
+            self._rows.flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what waits; of a run that failed as far as that can be."""
+        try:
+            self.save()
+        except OSError:
+            if status == "success":
+                raise
+
+
+class _Rows(TableFile):
+    """The table, as Lightning speaks to it."""
+
+    def log_hparams(self, params: Mapping[str, Any]) -> None:
+        """Nothing: the whole configuration stands beside the table, in `config.yaml`."""
