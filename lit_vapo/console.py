@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 DEBUG = "LIT_VAPO_DEBUG"
-USAGE_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+FAILED, USAGE_ERROR = 1, 2
+# 128 and the number of the signal, as shells have it: SIGINT, SIGUSR1, SIGTERM.
+INTERRUPTED, REQUEUED, TERMINATED = 130, 138, 143
 # Whose `raise` speaks to users: this package's, and that of the reader of options.
 SPEAKERS = {Path(__file__).parent.name, "jsonargparse"}
 

@@ -235,7 +235,7 @@ def test_a_folder_with_a_run_is_refused(stage_args, held, untrained):
     before = {p: p.stat().st_mtime_ns for p in held.rglob("*")}
     message = (
         rf"trainer.default_root_dir: expected a folder without a run, got {held}, which holds finished.json. "
-        rf"Resume with --ckpt_path={last(held)}, replace it with --overwrite=true, or choose another folder."
+        r"Go on with --resume, replace it with --overwrite=true, or choose another folder."
     )
     with pytest.raises(ValueError, match=message):
         main(stage_args("sft", "fit", held))

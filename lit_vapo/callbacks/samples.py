@@ -9,7 +9,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lit_vapo.callbacks.line_file import LineFile
 from lit_vapo.evaluation.policy_report import MEMBERS_SHOWN
+from lit_vapo.folders import write_whole
 from lit_vapo.ranges import PositiveInt, check_ranges
 
 
@@ -26,11 +28,22 @@ class SampleTable(Callback):
     def __init__(self, num_samples: PositiveInt = 32) -> None:
         check_ranges(SampleTable, locals(), "samples.")
         self.num_samples = num_samples
+        self._course: LineFile | None = None
+
+    @property
+    def line_files(self) -> list[Path]:
+        """What grows by lines in the course of a run."""
+        return [] if self._course is None else [self._course.path]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Know where samples go."""
+        if stage == "fit":
+            self._course = LineFile(Path(trainer.default_root_dir) / "samples_val.jsonl")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Append the samples of this evaluation."""
         if not trainer.sanity_checking:
-            self._write(trainer, pl_module, "val", "samples_val.jsonl", append=trainer.state.fn == "fit")
+            self._write(trainer, pl_module, "val", "samples_val.jsonl", self._course)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the responses that were asked for."""
@@ -40,15 +53,17 @@ class SampleTable(Callback):
         """Write the samples of the test."""
         self._write(trainer, pl_module, "test", "test/responses.jsonl")
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, split: str, name: str, append: bool = False) -> None:
+    def _write(
+        self, trainer: Trainer, pl_module: LightningModule, split: str, name: str, course: LineFile | None = None
+    ) -> None:
         records: list[dict[str, Any]] = getattr(pl_module, "samples", [])
         if not records or not trainer.is_global_zero:
             return
-        path = Path(trainer.default_root_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a" if append else "w") as file:
-            for record in records:
-                file.write(json.dumps({"step": trainer.global_step, **record}) + "\n")
+        lines = "".join(json.dumps({"step": trainer.global_step, **record}) + "\n" for record in records)
+        if course is not None:
+            course.append(lines)
+        else:
+            write_whole(Path(trainer.default_root_dir) / name, lines)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 self._log_table(logger, f"{split}/samples", records[: self.num_samples])

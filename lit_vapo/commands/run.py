@@ -8,34 +8,40 @@ import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from jsonargparse import ActionYesNo
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_vapo.callbacks.checkpoint import BestCheckpoint, RunCheckpoint
+from lit_vapo.callbacks.checkpoint import RunCheckpoint
+from lit_vapo.callbacks.metrics_file import MetricsFile
 from lit_vapo.callbacks.samples import SampleTable
 from lit_vapo.commands.options import StageParser, check_models
+from lit_vapo.commands.processes import lost_process
+from lit_vapo.commands.resume import WORDS, Found, NothingToDoError, checkpoint_meant, ends, found_to_resume, read
 from lit_vapo.commands.run_folder import (
     CHECKPOINTS,
+    CLAIM,
     FINISHED,
     Claim,
-    checkpoint_meant,
     held_by_run,
+    left_by_killed_run,
     refuse_foreign,
+    remove,
     replaced_by_run,
 )
-from lit_vapo.console import INTERRUPTED, TERMINATED
-from lit_vapo.folders import absolute
+from lit_vapo.commands.save_config import SaveConfig
+from lit_vapo.console import FAILED, INTERRUPTED, TERMINATED, complain
+from lit_vapo.folders import absolute, write_whole
 from lit_vapo.models.pretrained import quiet
-from lit_vapo.stages.checkpoint_file import check_checkpoint
 
-# What --ckpt_path takes in place of a file of the run's own folder.
-RESUME_WORDS = ("best", "last")
+# What the best checkpoint is kept by, where the stage has one figure for that.
+MONITOR = {"reward": "val/nll", "sft": "val/loss"}
 NOISE = (
     # Lightning is handed arguments while the command line has some: the stage's name, here.
     ".*LightningCLI's args parameter is intended to run from within.*",
@@ -46,17 +52,6 @@ NOISE = (
     # Frozen models belong in evaluation mode, and a policy has no dropout, so its mode does not matter.
     ".*module\\(s\\) in eval mode at the start of training.*",
 )
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes the full configuration beside the logs, and into W&B."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give W&B the whole configuration; Lightning alone would give it the model's only."""
-        config = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.config.update({"lit_vapo": config}, allow_val_change=True)
 
 
 class StageCLI(LightningCLI):
@@ -82,6 +77,8 @@ class StageCLI(LightningCLI):
     ) -> None:
         self.stage = stage
         self.replaced: list[Path] = []
+        self.resumed: Found | None = None
+        self.own = False
         self.claim: Claim | None = None
         self.trial = False
         quiet()
@@ -102,6 +99,14 @@ class StageCLI(LightningCLI):
             )
         except MisconfigurationException as error:
             raise ValueError(str(error)) from error
+        except RuntimeError as error:
+            lost = lost_process(getattr(self, "trainer", None))
+            if lost is None:
+                raise
+            complain(lost)
+            raise SystemExit(FAILED) from error
+        except NothingToDoError:
+            return
         except SystemExit as error:
             # Lightning ends with 0 or 1, which says too little to whoever waits for this run.
             if isinstance(error, SIGTERMException):
@@ -115,9 +120,16 @@ class StageCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of a run: checkpoints, sample tables, overwriting."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.enable_version_counter": False})
+        parser.set_defaults({"checkpoint.monitor": MONITOR.get(self.stage)})
         if self.stage == "ppo":
             parser.add_lightning_class_args(SampleTable, "samples")
+        parser.add_argument(
+            "--resume",
+            action=ActionYesNo(no_prefix="no_"),
+            default=False,
+            help="Go on from the newest whole checkpoint of the run's folder. Begin where there is none, and do "
+            "nothing where the run is finished.",
+        )
         parser.add_argument(
             "--overwrite",
             type=bool,
@@ -158,8 +170,6 @@ class StageCLI(LightningCLI):
                 config["model"][name] = absolute(config["model"][name])
         if self.subcommand == "fit" and not self.trial:
             self._guard(config)
-        # Said once, of one run: the saved configuration would say it for ever.
-        config["overwrite"] = False
 
     def _check_resumed(self, config: Any) -> None:
         """Find the checkpoint that is meant, and refuse one that cannot be.
@@ -168,36 +178,41 @@ class StageCLI(LightningCLI):
             ValueError: It is missing, no checkpoint, or none is given where random weights would be judged.
         """
         given = config["ckpt_path"]
-        if given in RESUME_WORDS:
-            config["ckpt_path"] = given = checkpoint_meant(given, self.checkpoints)
+        if config["resume"] and self.subcommand == "fit":
+            self.resumed = found_to_resume(config, self.root, self.checkpoints)
+        elif given in WORDS:
+            self.resumed = checkpoint_meant(given, self.checkpoints)
+        elif given is not None and given != "hpc" and "://" not in given:
+            if not Path(given).exists():
+                raise ValueError(f"--ckpt_path: expected a checkpoint, got {given!r}, which does not exist")
+            self.resumed = read(Path(given), "--ckpt_path")
+        if self.resumed is not None:
+            config["ckpt_path"] = given = str(self.resumed.path)
+            self.own = self.resumed.path.resolve().parent == self.checkpoints.resolve()
+        self.own = self.own or given == "hpc"
         if given is None and self.stage == "reward" and self.subcommand != "fit":
             raise ValueError(
                 f"--ckpt_path: expected the checkpoint of the ensemble to {self.subcommand}, got none: its members "
                 "would be random"
             )
-        if given is None or given == "hpc" or "://" in given:
-            return
-        if not Path(given).exists():
-            raise ValueError(f"--ckpt_path: expected a checkpoint, got {given!r}, which does not exist")
-        check_checkpoint(given, "--ckpt_path")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that always keeps a metrics.csv."""
         if self.config[self.subcommand]["trainer"]["logger"] in (None, True, False):
             kwargs["logger"] = False
-        self._get(self.config_init, "checkpoint").dirpath = str(self.checkpoints.resolve())
+        checkpoint = self._get(self.config_init, "checkpoint")
+        checkpoint.dirpath = str(self.checkpoints.resolve())
+        state = self.resumed.run_state if self.resumed is not None and self.own and self.subcommand == "fit" else {}
+        checkpoint.state.began_with = state.get("reads", {})
         trainer = super().instantiate_trainer(**kwargs)
         if self.trial:
             return trainer
         others: list[Logger] = list(trainer.loggers)
         csv = [x for x in others if isinstance(x, CSVLogger)] or [CSVLogger(str(self.root), name="logs")]
         # First, since the first logger's folder is where the configuration goes.
-        trainer.loggers = [*csv, *(x for x in others if not isinstance(x, CSVLogger))]
-        if self.stage == "reward":
-            # Before the other, whose checkpoint then knows the best one.
-            callbacks = cast("Any", trainer).callbacks
-            place = next(i for i, x in enumerate(callbacks) if isinstance(x, RunCheckpoint))
-            callbacks.insert(place, BestCheckpoint(str(self.checkpoints.resolve()), "val/nll"))
+        files = [self.root / name for name in state.get("files", {})]
+        metrics = [MetricsFile.like(logger, files) for logger in csv]
+        trainer.loggers = [*metrics, *(x for x in others if not isinstance(x, CSVLogger))]
         return trainer
 
     @rank_zero_only
@@ -207,19 +222,22 @@ class StageCLI(LightningCLI):
         Raises:
             ValueError: The folder holds a run, or another run holds the folder.
         """
-        resumed = config["ckpt_path"]
-        own = resumed is not None and (resumed == "hpc" or Path(resumed).resolve().parent == self.checkpoints.resolve())
-        refuse_foreign(self.root, self.checkpoints, own)
+        refuse_foreign(self.root, self.checkpoints, self.own)
+        killed = (self.root / CLAIM).exists()
         self.claim = Claim(self.root)
         held = held_by_run(self.root, self.checkpoints)
-        if own or not held:
+        if self.own:
+            # It is not finished any more.
+            self.replaced = [self.root / FINISHED]
+            return
+        if not held:
+            self.replaced = left_by_killed_run(self.root) if killed else []
             return
         if not config["overwrite"]:
             raise ValueError(
                 f"trainer.default_root_dir: expected a folder without a run, got {self.root}, which holds "
                 f"{held[0].relative_to(self.root)}. "
-                f"Resume with --ckpt_path={self.checkpoints}/last.ckpt, replace it with --overwrite=true, or choose "
-                "another folder."
+                "Go on with --resume, replace it with --overwrite=true, or choose another folder."
             )
         self.replaced = replaced_by_run(self.root, held)
 
@@ -233,8 +251,7 @@ class StageCLI(LightningCLI):
     @rank_zero_only
     def before_fit(self) -> None:
         """Remove the run that is replaced, now that the configuration of the new one is known to be sound."""
-        for path in self.replaced:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        remove(self.replaced)
 
     def after_fit(self) -> None:
         """Mark the run as finished.
@@ -242,7 +259,8 @@ class StageCLI(LightningCLI):
         Raises:
             ValueError: It had nothing to do.
         """
-        if not self._get(self.config_init, "checkpoint").trained and not self.trainer.interrupted:
+        config = self.config[self.subcommand]
+        if not self._get(self.config_init, "checkpoint").trained and not config["resume"]:
             raise ValueError(
                 f"fit: expected at least one batch to train on, got none at step {self.trainer.global_step} of "
                 f"trainer.max_steps={self.trainer.max_steps}, epoch {self.trainer.current_epoch} of "
@@ -253,9 +271,10 @@ class StageCLI(LightningCLI):
         record = {
             "stage": self.stage,
             "steps": self.trainer.global_step,
+            "ends": ends(config["trainer"]),
             "ended": datetime.now(UTC).isoformat(),
         }
-        (self.root / FINISHED).write_text(json.dumps(record, indent=2) + "\n")
+        write_whole(self.root / FINISHED, json.dumps(record, indent=2) + "\n")
 
     def after_validate(self) -> None:
         """Refuse to end as if something had been validated."""

@@ -1,22 +1,34 @@
-"""The folder of a run: who holds it, what it holds already, and which checkpoint a word means."""
+"""The folder of a run: who holds it, and what it holds already."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import shutil
 import socket
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
-
-from lit_vapo.stages.checkpoint_file import read_checkpoint
+from typing import IO
 
 FINISHED = "finished.json"
 CLAIM = "running.json"
 CHECKPOINTS = "checkpoints"
 # What a run writes besides its logs and checkpoints.
 WRITTEN = ("samples_*.jsonl", "evaluations.csv", "overoptimisation.png", "test")
+
+
+_held: set[Claim] = set()
+
+
+def _let_go_in_child() -> None:
+    """Close the files of locks: a process that prepares batches would keep them for some seconds after its parent."""
+    for claim in _held:
+        claim.file.close()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 class Claim:
@@ -41,6 +53,7 @@ class Claim:
         self.file.truncate(0)
         self.file.write(json.dumps(holder) + "\n")
         self.file.flush()
+        _held.add(self)
 
     def _lock(self) -> IO[str]:
         while True:
@@ -66,6 +79,7 @@ class Claim:
         """Let the folder go, and remove it if nothing came into it."""
         self.path.unlink(missing_ok=True)
         self.file.close()
+        _held.discard(self)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -100,24 +114,16 @@ def replaced_by_run(root: Path, held: list[Path]) -> list[Path]:
     return [*held, *(path for pattern in WRITTEN for path in root.glob(pattern))]
 
 
-def checkpoint_meant(word: str, checkpoints: Path) -> str:
-    """The file that `last` or `best` means in a folder of checkpoints.
+def left_by_killed_run(root: Path) -> list[Path]:
+    """What a run left that was killed before its first checkpoint: rows that the next one writes again."""
+    logs = sorted(root.glob("logs/version_*"), key=lambda path: int(path.name.partition("_")[2] or 0))
+    return [*logs[-1:], *replaced_by_run(root, [])]
 
-    Raises:
-        ValueError: There is none.
-    """
-    last = checkpoints / "last.ckpt"
-    if not last.is_file():
-        raise ValueError(f"--ckpt_path: expected a run with {last} for the word {word!r}, got none")
-    if word == "last":
-        return str(last)
-    states: dict[str, Any] = read_checkpoint(last, "--ckpt_path").get("callbacks", {})
-    best = [state.get("best_model_path") for state in states.values() if state.get("monitor")]
-    # The run may have been moved.
-    path = checkpoints / Path(best[0] or "none").name if best else None
-    if path is None or not path.is_file():
-        raise ValueError(
-            f"--ckpt_path: expected a run that kept its best checkpoint (checkpoint.monitor), got {checkpoints}; "
-            "give the file, or the word 'last'"
-        )
-    return str(path)
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files, links and folders."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -144,9 +144,7 @@ class LeftOut:
 
 
 def _read(source: str, key: str, lazily: bool) -> Iterator[Row]:
-    path = Path(source).expanduser()
-    # A file's own name may look like a pattern.
-    paths = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path)))]
+    path, paths = Path(source).expanduser(), local_files([source])
     if not paths:
         if path.suffix in FILE_LIKE or not HUB_NAME.fullmatch(source):
             raise ValueError(f"{key}: expected a file, got {source!r}, which does not exist")
@@ -155,6 +153,16 @@ def _read(source: str, key: str, lazily: bool) -> Iterator[Row]:
         if path.suffix not in FILES or not path.is_file():
             raise ValueError(f"{key}: expected a .jsonl, .json or .parquet file, got {str(path)!r}")
         yield from FILES[path.suffix](path)
+
+
+def local_files(sources: str | Iterable[str]) -> list[Path]:
+    """The files that sources mean; a data set of the hub means none."""
+    found = []
+    for source in [sources] if isinstance(sources, str) else sources:
+        path = Path(source).expanduser()
+        # A file's own name may look like a pattern.
+        found += [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path)))]
+    return found
 
 
 def _read_hub(source: str, key: str, lazily: bool) -> Iterator[Row]:

@@ -13,10 +13,13 @@ import torch
 from lit_vapo.data.collate import Collator, PromptBatch
 from lit_vapo.data.columns import Columns
 from lit_vapo.data.encoder import Encoder
+from lit_vapo.data.fingerprint import rows_fingerprint, tokenizer_fingerprint
 from lit_vapo.data.mixing import Sources
 from lit_vapo.data.readers import PairReader, PromptReader, first_prompts, read_all
+from lit_vapo.data.sources import local_files
 from lit_vapo.data.splits import Pairs, Rows, load_splits
 from lit_vapo.data.stream import PairStream
+from lit_vapo.integrity import fingerprint
 from lit_vapo.types import TokenSequence
 
 
@@ -105,6 +108,17 @@ class TextSplits:
             sequences = (row.get(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
             found.append((max(chain.from_iterable(ids or () for ids in sequences), default=-1), row["place"]))
         return max(found, key=lambda token: token[0])
+
+    def fingerprints(self) -> dict[str, str]:
+        """What tells the tokenizer and the rows that have been read from others, by key."""
+        found = {"data.tokenizer": tokenizer_fingerprint(self.encoder.tokenizer)}
+        for name, splits in self._rows.items():
+            found |= {f"data.{name} ({split})": rows_fingerprint(rows) for split, rows in splits.items() if rows}
+        sources = self.preference_sources["train"]
+        if self.streaming and sources is not None:
+            files = local_files(sources)
+            found |= {"data.preferences": fingerprint(files)} if files else {}
+        return found
 
     def place(self, example_id: int) -> str:
         """Where a pair stands (`file, line 7`), for messages that have to name it."""

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_vapo.models.fingerprint import model_fingerprints
 from lit_vapo.models.older import update_checkpoint
 from lit_vapo.models.settings import whole_paths
 from lit_vapo.stages.checkpoint_file import FIGURES_KEY, STAGE_KEY
@@ -39,6 +40,12 @@ class TrainedWeightsModule(LightningModule):
     def _is_own_state(self, name: str) -> bool:
         """Whether an untrained entry (a buffer, say) belongs to the run rather than to a frozen base."""
         return False
+
+    def fingerprints(self) -> dict[str, str]:
+        """What tells the models and folders that the settings name from others, by key."""
+        settings = plain(dict(self.hparams))
+        # Written by runs, not read from others.
+        return model_fingerprints({k: v for k, v in settings.items() if k != "feature_cache"}, "model")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drop frozen weights, note the stage and the latest figures.

@@ -29,7 +29,7 @@ def test_the_checkpoint_with_the_least_nll_is_kept_and_the_last_beside_it(stage_
     fit = stage_args("reward", "fit", tmp_path, *EPOCHS, f"--data.preferences_validation={turned}")
     main([*fit, "--model.learning_rate=0.1"])
     best, last = saved(tmp_path, "best"), saved(tmp_path, "last")
-    assert (best["epoch"], last["epoch"]) == (0, 3)  # an epoch that ended has been counted
+    assert (best["global_step"], last["global_step"]) == (6, 18)
     assert best[FIGURES_KEY]["val/nll"] < last[FIGURES_KEY]["val/nll"]
     told = capsys.readouterr().out
     assert "What the validation pairs say of this ensemble" in told
@@ -37,8 +37,8 @@ def test_the_checkpoint_with_the_least_nll_is_kept_and_the_last_beside_it(stage_
 
     # A run that goes on knows what was best.
     main([*fit, "--trainer.max_epochs=4", f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}"])
-    assert saved(tmp_path, "last")["epoch"] == 4
-    assert saved(tmp_path, "best")["epoch"] == 0
+    assert saved(tmp_path, "last")["global_step"] == 24
+    assert saved(tmp_path, "best")["global_step"] == 6
 
 
 @pytest.mark.parametrize("length", [EPOCHS, []])

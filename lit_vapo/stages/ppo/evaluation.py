@@ -36,6 +36,7 @@ class EvaluatedPolicy(TrainedWeightsModule):
     """
 
     objective: Objective
+    first_objective: Objective
     seed: int
 
     def __init__(self) -> None:
@@ -93,8 +94,11 @@ class EvaluatedPolicy(TrainedWeightsModule):
 
     def _answer(self, batch: PromptBatch, role: Role) -> list[dict[str, Any]]:
         assert self.maker is not None
+        # In a run the reference is judged once, and by what the run begins with, since that does not depend on when.
+        first = role == "reference" and self.trainer.state.fn == "fit"
+        objective = self.first_objective if first else self.objective
         with seeded((self.seed * 100_003 + int(batch.example_ids[0])) % 2**63):
-            rollout = self.maker.make(batch, self.objective, role, values=False)
+            rollout = self.maker.make(batch, objective, role, values=False)
         who = POLICY if role == "actor" else REFERENCE
         records = sample_rows(rollout, who, batch.example_ids)
         cast("ResponseMetrics", self.metrics[who]).update(records)

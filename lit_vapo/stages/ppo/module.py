@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from functools import partial
 from pathlib import Path
@@ -152,6 +153,7 @@ class PPOModule(ScoredPolicy):
         """Load actor, reference and critic: all that an export needs."""
         networks = self.networks = ActorCritic(self.base, self.lora, self.critic, self.policy, self.reward.reads())
         self.objective.prepare(self.reward.num_members)
+        self.first_objective = copy.deepcopy(self.objective)
         return networks
 
     def start(self) -> None:

@@ -1,0 +1,97 @@
+"""Where a run is, beside what Lightning's checkpoints hold: files, random numbers, counters, and what it reads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from lightning.pytorch import Trainer
+
+from lit_vapo.callbacks.line_file import position, rewind
+from lit_vapo.callbacks.random_numbers import random_states, set_random_states
+
+
+class RunState:
+    """Noted between two iterations, and taken up by a resumed run before its first one.
+
+    Attributes:
+        began_with: What the run read when it began, by key, where it is resumed in its own folder.
+        between: Whether a checkpoint is written between two iterations, rather than at the end.
+        resumed: What the checkpoint said, until the first iteration.
+    """
+
+    def __init__(self) -> None:
+        self.began_with: dict[str, str] = {}
+        self.between = False
+        self.resumed: dict[str, Any] | None = None
+        self._reads: dict[str, str] = {}
+        # Files that grow by lines, by their names in the run's folder.
+        self._line_files: dict[str, Path] = {}
+
+    def look(self, trainer: Any) -> None:
+        """Note what the run reads and writes, before any model is loaded.
+
+        Raises:
+            ValueError: Data, tokenizer, or a model has changed since the run began.
+        """
+        # The tokenizer may lie beside the base, and says more.
+        for reader in (trainer.datamodule, trainer.lightning_module):
+            self._reads |= getattr(reader, "fingerprints", dict)()
+        for name, now in self._reads.items():
+            then = self.began_with.get(name, now)
+            if then != now:
+                raise ValueError(
+                    f"{name}: expected what the run began with (digest {then[:16]}), got something else (digest "
+                    f"{now[:16]}). Resume with what it was, or begin a new run in another folder; a checkpoint of "
+                    "this run may be given to that by --ckpt_path."
+                )
+        for writer in (*trainer.loggers, *trainer.callbacks):
+            for path in getattr(writer, "line_files", ()):
+                self._line_files[os.path.relpath(path, trainer.default_root_dir)] = path
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of this; all processes must ask."""
+        return {
+            "reads": self._reads,
+            "files": {name: position(path) for name, path in self._line_files.items()},
+            "random": _of_all(random_states()),
+        }
+
+    def rewind(self) -> None:
+        """Take the files back to where they were."""
+        for name, place in (self.resumed or {}).get("files", {}).items():
+            if name in self._line_files:
+                rewind(self._line_files[name], place)
+
+    def count(self, trainer: Trainer, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
+        """Let the counters of a checkpoint say that the batch which is about to begin has not begun."""
+        own["between"] = self.between
+        own["batches_that_stepped"] = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if self.between:
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                counts["ready"] = counts["completed"]
+            progress["is_last_batch"] = False
+
+    def take_up(self, trainer: Trainer) -> None:
+        """Be where the run was when it was saved; asked before each iteration, done before the first."""
+        if self.resumed is None:
+            return
+        states = self.resumed.get("random", [])
+        if trainer.global_rank < len(states):
+            set_random_states(states[trainer.global_rank])
+        if self.resumed.get("between"):
+            # Lightning counts the batch before once more, or not, by where it takes the checkpoint to be from.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = self.resumed["batches_that_stepped"]
+        self.resumed = None
+
+
+def _of_all(value: Any) -> list[Any]:
+    """A value of every process, in all of them."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

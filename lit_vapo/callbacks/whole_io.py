@@ -1,0 +1,88 @@
+"""Checkpoint files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+PARTIAL = ".{}.partial"
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its destination and moves it there when it is complete.
+
+    Lightning's own goes through the folder for temporary files: one that is small ends the run, and from another file
+    system the last step is a copy that a full disk or a kill tears.
+
+    `torch.save` writes a checksum of each part, which `read_checkpoint` compares.
+
+    Attributes:
+        failure: Why the last checkpoint could not be written, for who asks (`keep_failure`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure: OSError | None = None
+        self.keep_failure = False
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save, whole or not at all; the checkpoint that was there before stays until then.
+
+        Raises:
+            OSError: It cannot be written. With `keep_failure` it is kept instead: of several processes one writes, and
+                the others wait for it.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        self.failure = None
+        try:
+            self._save(checkpoint, Path(path))
+        except OSError as error:
+            # A write that fails does not say where.
+            self.failure = OSError(error.errno, error.strerror, str(path))
+            if not self.keep_failure:
+                raise self.failure from error
+
+    def _save(self, checkpoint: dict[str, Any], target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(PARTIAL.format(target.name))
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+            sync_folder(target.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, not only the files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link(path: Path, name: str) -> None:
+    """Let a name in a file's folder mean that file, in one step; where links cannot be, a copy that is whole."""
+    target = path.with_name(name)
+    partial = path.with_name(PARTIAL.format(name))
+    partial.unlink(missing_ok=True)
+    try:
+        partial.symlink_to(path.name)
+    except OSError:
+        with path.open("rb") as source, partial.open("wb") as file:
+            for block in iter(lambda: source.read(1 << 24), b""):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+    partial.replace(target)
+    sync_folder(path.parent)
