@@ -54,10 +54,10 @@ def measure(kind: str, minutes: float) -> str:
         words = [word for word in world.words(kind, folder / "run") if "every_iterations" not in word]
         watch = Watch()
         started = time.perf_counter()
-        main([*words, "--trainer.max_epochs=100000", f"--trainer.max_time={{minutes: {minutes:g}}}"])
+        main([*words, "--trainer.max_epochs=100000", f"--trainer.max_time=00:00:00:{60 * minutes:.0f}"])
         total = time.perf_counter() - started
-    size = f"{watch.bytes / 2**20:.1f} MB"
-    return f"| {kind} | {total:.0f} s | {watch.count} | {size} | {watch.seconds:.2f} s | {100 * watch.seconds / total:.2f}% |"
+    size, share = watch.bytes / 2**20, 100 * watch.seconds / total
+    return f"| {kind} | {total:.0f} s | {watch.count} | {size:.1f} MB | {watch.seconds:.2f} s | {share:.2f}% |"
 
 
 if __name__ == "__main__":

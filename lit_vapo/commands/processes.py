@@ -23,6 +23,6 @@ def lost_process(trainer: Any) -> str | None:
         if code:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             lost = f"process {rank} of this run (PID {child.pid}) {how}"
-    if lost is None and children == () and os.environ.get("LOCAL_RANK", "0") != "0" and os.getppid() != _PARENT:
+    if lost is None and not children and os.environ.get("LOCAL_RANK", "0") != "0" and os.getppid() != _PARENT:
         lost = f"process 0 of this run (PID {_PARENT}) has died"
     return lost and f"{lost}; the others cannot go on without it. With --resume it goes on from its last checkpoint."

@@ -33,10 +33,12 @@ class Normaliser(nn.Module):
         super().__init__()
         # The members that are there: all, or the one that is trained by itself.
         self.present = slice(None)
-        self.register_buffer("reward_loc", torch.zeros(num_members))
-        self.register_buffer("reward_scale", torch.ones(num_members))
-        self.register_buffer("reference_variance", torch.ones(()))
-        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+        # Where the members begin, too, whatever device models are built on.
+        with torch.device("cpu"):
+            self.register_buffer("reward_loc", torch.zeros(num_members))
+            self.register_buffer("reward_scale", torch.ones(num_members))
+            self.register_buffer("reference_variance", torch.ones(()))
+            self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
 
     @property
     def unit(self) -> str:

@@ -270,3 +270,13 @@ def test_hidden_layer_is_a_loop_over_members():
 def test_another_class_in_a_folder_is_refused():
     with pytest.raises(ValueError, match="expected a subclass of RewardHead, got collections"):
         build_head(Component(class_path="collections.OrderedDict"), HIDDEN)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_begins_the_same_on_whatever_device_models_are_built(kind):
+    head = built(kind)
+    # Lightning builds models within such a block, for the device of the run.
+    with torch.device("meta"):
+        other = built(kind)
+    for name, value in head.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name

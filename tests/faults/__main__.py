@@ -48,14 +48,19 @@ if __name__ == "__main__":
     options.add_argument("--count", type=int, default=20)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--kinds", nargs="*", default=list(KINDS))
+    options.add_argument("--accelerator", default="cpu")
     options.add_argument("--folder", type=Path, default=None)
     given = options.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp())
     folder.mkdir(exist_ok=True)
-    server, world = Server(), World(folder)
+    server, world = Server(), World(folder, given.accelerator)
     world.make_ensemble(server, folder / "log.txt")
     wrong = {}
     for kind in given.kinds:
-        wrong[kind] = try_kind(kind, world, server, folder / kind, given.count, given.seed)
+        try:
+            wrong[kind] = try_kind(kind, world, server, folder / kind, given.count, given.seed)
+        except AssertionError as error:
+            print(f"{kind}: {str(error)[-3000:]}", flush=True)
+            wrong[kind] = given.count
     print(f"{sum(wrong.values())} of {given.count * len(wrong)} ended otherwise: {wrong}")
     sys.exit(bool(sum(wrong.values())))

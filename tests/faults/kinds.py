@@ -4,7 +4,6 @@ import helpers
 
 COMMON = ("seed_everything=3",)
 TRAINER = {
-    "trainer.accelerator": "cpu",
     "trainer.devices": "1",
     "trainer.max_epochs": "2",
     "trainer.log_every_n_steps": "1",
@@ -69,8 +68,9 @@ KINDS = {
 class World:
     """The files that all runs read."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, accelerator="cpu"):
         self.folder = folder
+        self.accelerator = accelerator
         self.model = helpers.tiny_model(folder / "model", helpers.tiny_tokenizer(folder / "model", chat_template=True))
         self.pairs = helpers.tiny_preferences(folder / "pairs.jsonl", 12)
         self.held_out = helpers.tiny_preferences(folder / "held.jsonl", 3)
@@ -83,6 +83,7 @@ class World:
         stage, options = KINDS[kind]
         given = {
             **TRAINER,
+            "trainer.accelerator": self.accelerator,
             "trainer.default_root_dir": folder,
             "model.base.path": self.model,
             "data.tokenizer": self.model,

@@ -23,13 +23,9 @@ SOME = dict(list(CASES.items())[: None if os.environ.get("LIT_VAPO_ALL_FAULTS") 
 
 def start(words, log):
     """A run in two processes, which Lightning starts."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "lit_vapo", *words],
-        stdout=log.open("ab"),
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **ENVIRONMENT},
-        cwd=ROOT,
-    )
+    command, environment = [sys.executable, "-m", "lit_vapo", *words], {**os.environ, **ENVIRONMENT}
+    with log.open("ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")

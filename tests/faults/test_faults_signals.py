@@ -105,8 +105,8 @@ def slurm(tmp_path):
 
     def start(words):
         command = ["bash", str(root / "deploy" / "train.slurm"), *words]
-        log = (tmp_path / "log.txt").open("a")
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        with (tmp_path / "log.txt").open("a") as log:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
     return start
 

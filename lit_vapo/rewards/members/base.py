@@ -70,7 +70,9 @@ class RewardHead(Normaliser, ABC):
     def build(self, hidden_size: int) -> None:
         """Create the parameters for features of width `hidden_size`; called once, before any use."""
         self.hidden_size = hidden_size
-        self.make_parameters(hidden_size)
+        # Lightning builds models on the device of the run. A head begins where its numbers are drawn, and moves later.
+        with torch.device("cpu"):
+            self.make_parameters(hidden_size)
 
     @property
     def present_members(self) -> range:
@@ -86,11 +88,12 @@ class RewardHead(Normaliser, ABC):
 
         Every member has a generator of its own, so that member k does not depend on K; `stream` tells its draws apart.
         """
-        members = [torch.randn(tuple(shape), generator=self.generator(k, stream)) for k in range(self.num_members)]
+        size = tuple(shape)
+        members = [torch.randn(size, generator=self.generator(k, stream), device="cpu") for k in range(self.num_members)]
         return torch.stack(members) / (fan_in + 1) ** 0.5
 
     def generator(self, member: int, stream: int) -> torch.Generator:
-        """Random numbers of one member for one purpose."""
+        """Random numbers of one member for one purpose, on the CPU."""
         return torch.Generator().manual_seed(((self.seed * 1_000_003 + member) * 1_000_003 + stream) % 2**63)
 
     # 1. Scores.
