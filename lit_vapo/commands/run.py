@@ -13,7 +13,6 @@ from typing import Any, cast
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -33,6 +32,7 @@ from lit_vapo.console import INTERRUPTED, TERMINATED
 from lit_vapo.folders import absolute
 from lit_vapo.models.pretrained import quiet
 from lit_vapo.stages.checkpoint_file import check_checkpoint
+from lit_vapo.trackers import lasting, log_configuration
 
 # What --ckpt_path takes in place of a file of the run's own folder.
 RESUME_WORDS = ("best", "last")
@@ -54,9 +54,7 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give W&B the whole configuration; Lightning alone would give it the model's only."""
         config = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.config.update({"lit_vapo": config}, allow_val_change=True)
+        log_configuration(trainer.loggers, config)
 
 
 class StageCLI(LightningCLI):
@@ -189,10 +187,7 @@ class StageCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if self.trial:
             return trainer
-        others: list[Logger] = list(trainer.loggers)
-        csv = [x for x in others if isinstance(x, CSVLogger)] or [CSVLogger(str(self.root), name="logs")]
-        # First, since the first logger's folder is where the configuration goes.
-        trainer.loggers = [*csv, *(x for x in others if not isinstance(x, CSVLogger))]
+        trainer.loggers = lasting(trainer.loggers, str(self.root))
         if self.stage == "reward":
             # Before the other, whose checkpoint then knows the best one.
             callbacks = cast("Any", trainer).callbacks
