@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_vapo.callbacks.checkpoint import BestCheckpoint, RunCheckpoint
 from lit_vapo.callbacks.samples import SampleTable
+from lit_vapo.commands.advice import is_out_of_memory, memory_advice
 from lit_vapo.commands.options import StageParser, check_models
 from lit_vapo.commands.run_folder import (
     CHECKPOINTS,
@@ -100,6 +101,10 @@ class StageCLI(LightningCLI):
             )
         except MisconfigurationException as error:
             raise ValueError(str(error)) from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or self.subcommand is None:
+                raise
+            raise ValueError(memory_advice(error, stage, self.subcommand, self.config[self.subcommand])) from error
         except SystemExit as error:
             # Lightning ends with 0 or 1, which says too little to whoever waits for this run.
             if isinstance(error, SIGTERMException):
