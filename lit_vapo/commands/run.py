@@ -24,6 +24,7 @@ from lit_vapo.commands.run_folder import (
     CHECKPOINTS,
     FINISHED,
     Claim,
+    check_folders,
     checkpoint_meant,
     held_by_run,
     refuse_foreign,
@@ -153,6 +154,8 @@ class StageCLI(LightningCLI):
         self.checkpoints = Path(config["checkpoint"]["dirpath"] or self.root / CHECKPOINTS)
         if "weights_only" in config and config["weights_only"] is None:
             config["weights_only"] = True
+        checkpoints = self.checkpoints if self.subcommand == "fit" and not self.trial else None
+        check_folders(self.root, checkpoints, config["model"].get("feature_cache"))
         self._check_resumed(config)
         check_models(config)
         for name in ("reward", "policy"):
