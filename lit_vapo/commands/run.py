@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_vapo.callbacks.checkpoint import BestCheckpoint, RunCheckpoint
 from lit_vapo.callbacks.samples import SampleTable
 from lit_vapo.commands.advice import is_out_of_memory, memory_advice
-from lit_vapo.commands.options import StageParser, check_models
+from lit_vapo.commands.options import StageParser, check_models, refuse_secrets
 from lit_vapo.commands.run_folder import (
     CHECKPOINTS,
     FINISHED,
@@ -137,6 +137,7 @@ class StageCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Say where the run lives, and refuse what can be refused before models are loaded."""
         config = self.config[self.subcommand]
+        refuse_secrets(config)
         if self.subcommand != "fit":
             # A checkpoint may be judged anywhere, and nothing is saved there.
             warnings.filterwarnings("ignore", message="The dirpath has changed from .*")
