@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export VENV PYTHON TORCH TORCH_INDEX
 
-.PHONY: help setup demo test faults lint format type bench clean
+.PHONY: help setup demo test faults lint format type audit bench clean
 
 help: ## List the targets
 	@echo 'make <target>'
@@ -40,6 +40,9 @@ format: setup ## Repair layout and what ruff can repair by itself
 
 type: setup ## Check types (mypy)
 	$(BIN)/mypy
+
+audit: setup ## Ask whether an installed package has a known vulnerability (pip-audit)
+	$(BIN)/python scripts/audit.py
 
 bench: setup ## Run every script of benchmarks/
 	@for script in benchmarks/*.py; do \

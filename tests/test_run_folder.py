@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from helpers import last
 
 from lit_vapo.callbacks.checkpoint import RunCheckpoint, WholeCheckpointIO
 from lit_vapo.cli import STAGES, main
-from lit_vapo.commands.run_folder import CLAIM, Claim
+from lit_vapo.commands.run_folder import CLAIM, Claim, check_folders
 from lit_vapo.stages.sft.module import SFTModule
 
 
@@ -144,6 +145,77 @@ def test_a_run_that_is_refused_leaves_no_folder(stage_args, tmp_path):
     with pytest.raises(ValueError, match="model.learning_rate"):
         main(stage_args("sft", "fit", tmp_path / "run", model__learning_rate=-1))
     assert not (tmp_path / "run").exists()
+
+
+# Folders that take nothing. Root may do everything, but not there.
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Fail if a model's folder is even looked at."""
+
+    def look(*args):
+        raise AssertionError("models were looked at")
+
+    monkeypatch.setattr("lit_vapo.commands.run.check_models", look)
+
+
+@pytest.mark.parametrize("where", ["/proc/run", "/proc/deep/run", "{tmp}/file/run", "{tmp}/file", "{tmp}/nowhere"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_models_load(stage_args, tmp_path, unloaded, where):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    folder, before = where.format(tmp=tmp_path), sorted(tmp_path.iterdir())
+    reason = "Not a directory" if "file" in where else "No such file or directory"
+    message = f"trainer.default_root_dir: expected a folder that can be written to, got {folder}: {reason}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        main(stage_args("sft", "fit", folder))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "option"),
+    [("sft", "checkpoint.dirpath"), ("ppo", "checkpoint.dirpath"), ("reward", "model.feature_cache")],
+)
+def test_other_folders_of_a_run_are_looked_at_too(stage_args, tmp_path, unloaded, stage, option):
+    more = {"model__reward": tmp_path} if stage == "ppo" else {}
+    with pytest.raises(ValueError, match=f"{option}: expected a folder that can be .* got /proc/there: No such file"):
+        main(stage_args(stage, "fit", tmp_path / "run", f"--{option}=/proc/there", **more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_features_that_are_there_may_be_read_only(tmp_path):
+    check_folders(tmp_path / "run", None, "/proc/self")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A small file system, mounted with the options that are asked for."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip("may not mount")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", folder], capture_output=True, check=False)
+
+
+def test_a_read_only_disk_is_refused(mounted):
+    folder = mounted("ro")
+    with pytest.raises(ValueError, match=f"got {folder}/run: Read-only file system"):
+        check_folders(folder / "run", None, None)
+
+
+def test_a_full_disk_is_refused(mounted):
+    folder = mounted("size=16k")
+    check_folders(folder / "run", folder / "checkpoints", None)
+    (folder / "much").write_bytes(bytes(2**14))
+    with pytest.raises(ValueError, match=f"checkpoint.dirpath: .* got {folder}/checkpoints: No space left on device"):
+        check_folders(folder.parent, folder / "checkpoints", None)
 
 
 @pytest.mark.parametrize("stage", STAGES)

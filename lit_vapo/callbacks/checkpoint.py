@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -52,6 +52,10 @@ class RunCheckpoint(Checkpoint):
         trained: Whether a batch was trained on in this process.
     """
 
+    # What trackers ask of a checkpoint callback, to keep the best and the newest file.
+    save_top_k = 1
+    best_k_models: Mapping[str, Any] = {}
+
     def __init__(
         self,
         dirpath: str | None = None,
@@ -85,6 +89,23 @@ class RunCheckpoint(Checkpoint):
         """Where checkpoints are."""
         assert self.dirpath is not None
         return Path(self.dirpath)
+
+    @property
+    def last_model_path(self) -> str:
+        """The newest checkpoint."""
+        return str((self.folder / LAST).resolve())
+
+    @property
+    def best_model_path(self) -> str:
+        """The best checkpoint, if there is one."""
+        return "" if self.best is None else str(self.folder / self.best["name"])
+
+    @property
+    def best_model_score(self) -> float | None:
+        """What the best one was judged by."""
+        return None if self.best is None else self.best["score"]
+
+    current_score = best_model_score
 
     # 1. Begin.
 

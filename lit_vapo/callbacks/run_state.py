@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 
 from lit_vapo.callbacks.line_file import position, rewind
 from lit_vapo.callbacks.random_numbers import random_states, set_random_states
+from lit_vapo.trackers import run_ids
 
 
 class RunState:
@@ -29,6 +30,7 @@ class RunState:
         self._reads: dict[str, str] = {}
         # Files that grow by lines, by their names in the run's folder.
         self._line_files: dict[str, Path] = {}
+        self._loggers: list[Any] = []
 
     def look(self, trainer: Any) -> None:
         """Note what the run reads and writes, before any model is loaded.
@@ -47,6 +49,7 @@ class RunState:
                     f"{now[:16]}). Resume with what it was, or begin a new run in another folder; a checkpoint of "
                     "this run may be given to that by --ckpt_path."
                 )
+        self._loggers = list(trainer.loggers)
         for writer in (*trainer.loggers, *trainer.callbacks):
             for path in getattr(writer, "line_files", ()):
                 self._line_files[os.path.relpath(path, trainer.default_root_dir)] = path
@@ -55,6 +58,7 @@ class RunState:
         """What a checkpoint holds of this; all processes must ask."""
         return {
             "reads": self._reads,
+            "trackers": run_ids(self._loggers),
             "files": {name: position(path) for name, path in self._line_files.items()},
             "random": _of_all(random_states()),
         }

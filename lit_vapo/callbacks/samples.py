@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 
 from lit_vapo.callbacks.line_file import LineFile
 from lit_vapo.evaluation.policy_report import MEMBERS_SHOWN
 from lit_vapo.folders import write_whole
 from lit_vapo.ranges import PositiveInt, check_ranges
+from lit_vapo.trackers import log_table
 
 
 class SampleTable(Callback):
@@ -64,17 +64,16 @@ class SampleTable(Callback):
             course.append(lines)
         else:
             write_whole(Path(trainer.default_root_dir) / name, lines)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                self._log_table(logger, f"{split}/samples", records[: self.num_samples])
+        columns, rows = _table(records[: self.num_samples])
+        log_table(trainer.loggers, f"{split}/samples", columns, rows)
 
-    @staticmethod
-    def _log_table(logger: WandbLogger, key: str, records: list[dict[str, Any]]) -> None:
-        names = [name for name in dict.fromkeys(key for record in records for key in record) if name != "members"]
-        count = len(records[0]["members"][:MEMBERS_SHOWN])
-        columns = names + [f"member_{k}" for k in range(count)]
-        rows = [[_cell(record.get(name)) for name in names] + record["members"][:count] for record in records]
-        logger.log_table(key, columns=columns, data=rows)
+
+def _table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Records as columns and rows, with a column for each of the first members."""
+    names = [name for name in dict.fromkeys(key for record in records for key in record) if name != "members"]
+    count = len(records[0].get("members", [])[:MEMBERS_SHOWN])
+    rows = [[_cell(record.get(name)) for name in names] + record.get("members", [])[:count] for record in records]
+    return names + [f"member_{k}" for k in range(count)], rows
 
 
 def _cell(value: Any) -> Any:

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from lit_vapo.commands.markdown import block, cell, code
 from lit_vapo.models.exported import is_adapter
 from lit_vapo.stages.ppo.module import PPOModule
 from lit_vapo.stages.reward.module import RewardModule
@@ -53,12 +54,12 @@ def policy_card(module: PPOModule, target: Path, folder: str) -> ModelCard:
         header,
         template_path=str(TEMPLATES / "policy.md.j2"),
         adapter=adapter,
-        base=module.base.path,
+        base=code(module.base.path),
         objective=objective,
         advantage=advantage,
         reward=_reward(settings["reward"]),
         loader="AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM",
-        folder=folder,
+        command=code(f"lit-vapo ppo test --config CONFIG --model.policy {folder}"),
         quoted=json.dumps(folder),
         critic=(target / "critic").is_dir(),
         how_made=_how_made(table, settings, module.figures),
@@ -92,7 +93,7 @@ def ensemble_card(module: RewardModule, folder: str, classifier: bool) -> ModelC
         template_path=str(TEMPLATES / "ensemble.md.j2"),
         members=module.head.num_members,
         head=head,
-        base=module.spec.base.path,
+        base=code(module.spec.base.path),
         classifier=classifier,
         quoted=json.dumps(folder),
         how_made=_how_made(table, plain(dict(module.hparams)), module.figures),
@@ -102,19 +103,21 @@ def ensemble_card(module: RewardModule, folder: str, classifier: bool) -> ModelC
 def _reward(setting: Any) -> str:
     """What a policy was trained against: a folder, or a source of rewards and the folder it was read from, if any."""
     if isinstance(setting, str):
-        return f"rewards from `{setting}`"
+        return f"rewards from {code(setting)}"
     name = setting["class_path"].rpartition(".")[2]
     folder = setting.get("init_args", {}).get("folder")
-    return f"rewards from `{name}`" + (f" in `{folder}`" if folder else "")
+    return f"rewards from {code(name)}" + (f" in {code(folder)}" if folder else "")
 
 
 def _how_made(table: dict[str, Any], settings: dict[str, Any], figures: dict[str, float]) -> str:
     """Settings, and the figures of the last evaluation; without one, those of training."""
     evaluated = {k: v for k, v in figures.items() if k.startswith("val/")}
+    shown = {k: v for k, v in settings.items() if not k.startswith("_")}
     templates = Environment(loader=PackageLoader("lit_vapo.commands"), undefined=StrictUndefined)
+    templates.filters["cell"] = cell
     return templates.get_template("how_made.md.j2").render(
         table=table,
-        settings=yaml.safe_dump({k: v for k, v in settings.items() if not k.startswith("_")}, sort_keys=False).strip(),
+        settings=block(yaml.safe_dump(shown, sort_keys=False).strip(), "yaml"),
         evaluated=bool(evaluated),
         figures={k: v for k, v in sorted((evaluated or figures).items()) if math.isfinite(v)},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from collections.abc import Iterator
 from dataclasses import fields
@@ -22,7 +23,8 @@ from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.weights import check_model
 
 MODEL = {field.name for field in fields(Pretrained)}
-
+# Names of options that would be secrets: none of ours are, and what others' classes take is known by its name alone.
+SECRET = re.compile("(^|_)(api_?key|password|passwd|secret|(access|api|auth|bearer|hf)_token)$", re.IGNORECASE)
 # Far more than anybody writes; what is above was made to exhaust whoever reads it.
 MAX_CHARACTERS, MAX_NODES, MAX_DEPTH = 1_000_000, 100_000, 100
 
@@ -98,6 +100,28 @@ def check_models(options: Namespace) -> None:
     for key, model in find_models(options):
         model.path = absolute(model.path)
         check_model(model.path, f"{key}.path", model.revision)
+
+
+def refuse_secrets(options: Any, key: str = "") -> None:
+    """Refuse what is secret by its name: options are saved with a run, and others see them in lists of processes.
+
+    Raises:
+        ValueError: An option with such a name has a text.
+    """
+    if isinstance(options, Namespace):
+        options = vars(options)
+    if isinstance(options, dict):
+        for name, value in options.items():
+            place = f"{key}.{name}" if key else str(name)
+            if isinstance(value, str) and value and SECRET.search(str(name)):
+                raise ValueError(
+                    f"{place}: expected no secret among the options, which are saved with the run, got one; put it "
+                    "into an environment variable"
+                )
+            refuse_secrets(value, place)
+    elif isinstance(options, list):
+        for number, value in enumerate(options):
+            refuse_secrets(value, f"{key}[{number}]")
 
 
 # YAML.

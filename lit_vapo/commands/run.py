@@ -11,24 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionYesNo
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_vapo.callbacks.checkpoint import RunCheckpoint
 from lit_vapo.callbacks.metrics_file import MetricsFile
 from lit_vapo.callbacks.samples import SampleTable
-from lit_vapo.commands.options import StageParser, check_models
-from lit_vapo.commands.processes import lost_process
-from lit_vapo.commands.resume import WORDS, Found, NothingToDoError, checkpoint_meant, ends, found_to_resume, read
+from lit_vapo.commands.endings import told
+from lit_vapo.commands.options import StageParser, check_models, refuse_secrets
+from lit_vapo.commands.resume import WORDS, Found, checkpoint_meant, ends, found_to_resume, read
 from lit_vapo.commands.run_folder import (
     CHECKPOINTS,
     CLAIM,
     FINISHED,
     Claim,
+    check_folders,
     held_by_run,
     left_by_killed_run,
     refuse_foreign,
@@ -36,9 +35,9 @@ from lit_vapo.commands.run_folder import (
     replaced_by_run,
 )
 from lit_vapo.commands.save_config import SaveConfig
-from lit_vapo.console import FAILED, INTERRUPTED, TERMINATED, complain
 from lit_vapo.folders import absolute, write_whole
 from lit_vapo.models.pretrained import quiet
+from lit_vapo.trackers import go_on, lasting
 
 # What the best checkpoint is kept by, where the stage has one figure for that.
 MONITOR = {"reward": "val/nll", "sft": "val/loss"}
@@ -85,35 +84,19 @@ class StageCLI(LightningCLI):
         for message in NOISE:
             warnings.filterwarnings("ignore", message=message)
         try:
-            super().__init__(
-                model_class,
-                datamodule_class,
-                save_config_callback=SaveConfig,
-                parser_class=StageParser,
-                # The modules make their own optimisers; options that do nothing would mislead.
-                auto_configure_optimizers=False,
-                seed_everything_default=0,
-                trainer_defaults={"default_root_dir": f"runs/{stage}"},
-                parser_kwargs={"prog": f"lit-vapo {stage}"},
-                args=list(args) if args is not None else None,
-            )
-        except MisconfigurationException as error:
-            raise ValueError(str(error)) from error
-        except RuntimeError as error:
-            lost = lost_process(getattr(self, "trainer", None))
-            if lost is None:
-                raise
-            complain(lost)
-            raise SystemExit(FAILED) from error
-        except NothingToDoError:
-            return
-        except SystemExit as error:
-            # Lightning ends with 0 or 1, which says too little to whoever waits for this run.
-            if isinstance(error, SIGTERMException):
-                raise SystemExit(TERMINATED) from error
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise SystemExit(INTERRUPTED) from error
-            raise
+            with told(self):
+                super().__init__(
+                    model_class,
+                    datamodule_class,
+                    save_config_callback=SaveConfig,
+                    parser_class=StageParser,
+                    # The modules make their own optimisers; options that do nothing would mislead.
+                    auto_configure_optimizers=False,
+                    seed_everything_default=0,
+                    trainer_defaults={"default_root_dir": f"runs/{stage}"},
+                    parser_kwargs={"prog": f"lit-vapo {stage}"},
+                    args=list(args) if args is not None else None,
+                )
         finally:
             self._leave()
 
@@ -145,6 +128,7 @@ class StageCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Say where the run lives, and refuse what can be refused before models are loaded."""
         config = self.config[self.subcommand]
+        refuse_secrets(config)
         if self.subcommand != "fit":
             # A checkpoint may be judged anywhere, and nothing is saved there.
             warnings.filterwarnings("ignore", message="The dirpath has changed from .*")
@@ -162,6 +146,8 @@ class StageCLI(LightningCLI):
         self.checkpoints = Path(config["checkpoint"]["dirpath"] or self.root / CHECKPOINTS)
         if "weights_only" in config and config["weights_only"] is None:
             config["weights_only"] = True
+        checkpoints = self.checkpoints if self.subcommand == "fit" and not self.trial else None
+        check_folders(self.root, checkpoints, config["model"].get("feature_cache"))
         self._check_resumed(config)
         check_models(config)
         for name in ("reward", "policy"):
@@ -207,12 +193,11 @@ class StageCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if self.trial:
             return trainer
-        others: list[Logger] = list(trainer.loggers)
-        csv = [x for x in others if isinstance(x, CSVLogger)] or [CSVLogger(str(self.root), name="logs")]
-        # First, since the first logger's folder is where the configuration goes.
+        go_on(trainer.loggers, state.get("trackers", []))
+        trainer.loggers = lasting(trainer.loggers, str(self.root))
+        # Their files go on where a resumed run's stand.
         files = [self.root / name for name in state.get("files", {})]
-        metrics = [MetricsFile.like(logger, files) for logger in csv]
-        trainer.loggers = [*metrics, *(x for x in others if not isinstance(x, CSVLogger))]
+        trainer.loggers = [MetricsFile.like(x, files) if isinstance(x, CSVLogger) else x for x in trainer.loggers]
         return trainer
 
     @rank_zero_only

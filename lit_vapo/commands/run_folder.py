@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import IO
 FINISHED = "finished.json"
 CLAIM = "running.json"
 CHECKPOINTS = "checkpoints"
+# Bytes that show whether a file system takes any more.
+BLOCK = 4096
 # What a run writes besides its logs and checkpoints.
 WRITTEN = ("samples_*.jsonl", "evaluations.csv", "overoptimisation.png", "test")
 
@@ -82,6 +85,42 @@ class Claim:
         _held.discard(self)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+
+def check_folders(root: Path, checkpoints: Path | None, features: str | None) -> None:
+    """Refuse folders that a run could not write to.
+
+    Args:
+        root: The run's own.
+        checkpoints: That of its checkpoints, if it saves any.
+        features: That of its features, if it has one of its own; one that holds some may be there to be read.
+
+    Raises:
+        ValueError: The system refuses one of them.
+    """
+    _check_writable(root, "trainer.default_root_dir")
+    if checkpoints is not None:
+        _check_writable(checkpoints, "checkpoint.dirpath")
+    if features and not (os.path.isdir(features) and os.listdir(features)):
+        _check_writable(Path(features), "model.feature_cache")
+
+
+def _check_writable(folder: Path, key: str) -> None:
+    """Refuse a folder in which nothing can be written, or nothing more: what a run finds out after hours else.
+
+    A block is written and taken away again, since neither permissions nor free space tell of quotas and mounts. The
+    folder need not exist, and is not made.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(BLOCK))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(
+            f"{key}: expected a folder that can be written to, got {folder}: {error.strerror or error}"
+        ) from error
 
 
 def held_by_run(root: Path, checkpoints: Path) -> list[Path]:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
 
 from lit_vapo.callbacks.checkpoint import RunCheckpoint
 from lit_vapo.folders import write_whole
+from lit_vapo.trackers import log_configuration
 
 
 class SaveConfig(SaveConfigCallback):
@@ -46,6 +46,4 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give W&B the whole configuration; Lightning alone would give it the model's only."""
         config = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.config.update({"lit_vapo": config}, allow_val_change=True)
+        log_configuration(trainer.loggers, config)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 # No pause is longer, in seconds.
 LONGEST_PAUSE = 30.0
 CHUNK = 2**16
+# Names of parameters in a URL, which is saved with a run and told in messages.
+SECRET = re.compile("key|token|secret|passw|auth|sig$|signature", re.IGNORECASE)
 
 
 class _Gone(Exception):  # noqa: N818
@@ -57,14 +60,15 @@ def check_url(url: str, key: str) -> None:
     """Refuse what is no address of a service.
 
     Raises:
-        ValueError: It is not of the form `http(s)://host…`, or carries a name and a password.
+        ValueError: It is not of the form `http(s)://host…`, or carries a password or a token.
     """
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
         raise ValueError(f"{key}: expected http(s)://host[:port]/…, got {url!r}") from None
-    if parts.username or parts.password:
+    secret = any(SECRET.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True))
+    if parts.username or parts.password or secret:
         raise ValueError(f"{key}: expected no password in it, got one; name a variable with a token (token_env)")
     if not valid:
         raise ValueError(f"{key}: expected http(s)://host[:port]/…, got {url!r}")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from lit_vapo.commands import markdown
 from lit_vapo.folders import write_whole
 from lit_vapo.study.execution import Results, Study
 from lit_vapo.study.figures import distributions, effects, mean_risk, return_against_kl
@@ -179,16 +180,19 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _markdown(title: str, sections: Sequence[Section]) -> str:
-    lines = [f"# Study: {title}", ""]
+    lines = [f"# Study: {markdown.cell(title)}", ""]
     for section in sections:
-        lines += [f"## {section.title}", "", *section.text, ""]
+        # What is indented is code, in which nothing acts.
+        text = [row if row.startswith("    ") else markdown.line(row) for row in section.text]
+        lines += [f"## {section.title}", "", *text, ""]
         if section.table:
-            header, *body = section.table
+            header, *body = ([markdown.cell(value) for value in row] for row in section.table)
             lines += [f"| {' | '.join(header)} |", f"| {' | '.join('---' for _ in header)} |"]
             lines += [f"| {' | '.join(row)} |" for row in body]
             lines.append("")
         for caption, path in section.pictures.items():
-            lines += [f"{caption}:", "", f"![{caption}](pictures/{path.name})", ""]
+            shown = markdown.cell(caption)
+            lines += [f"{shown}:", "", f"![{shown}](pictures/{path.name})", ""]
     return "\n".join(lines)
 
 

@@ -89,7 +89,9 @@ class RewardHead(Normaliser, ABC):
         Every member has a generator of its own, so that member k does not depend on K; `stream` tells its draws apart.
         """
         size = tuple(shape)
-        members = [torch.randn(size, generator=self.generator(k, stream), device="cpu") for k in range(self.num_members)]
+        members = [
+            torch.randn(size, generator=self.generator(k, stream), device="cpu") for k in range(self.num_members)
+        ]
         return torch.stack(members) / (fan_in + 1) ** 0.5
 
     def generator(self, member: int, stream: int) -> torch.Generator:

@@ -6,7 +6,6 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
 from lit_vapo import figures
@@ -20,6 +19,7 @@ from lit_vapo.objectives.base import Objective
 from lit_vapo.rollout import RolloutMaker
 from lit_vapo.stages.base import TrainedWeightsModule
 from lit_vapo.stages.seeding import seeded
+from lit_vapo.trackers import log_picture
 
 TEST_FOLDER = "test"
 COURSE = "evaluations.csv"
@@ -176,6 +176,4 @@ class EvaluatedPolicy(TrainedWeightsModule):
     def _draw(self, name: str, split: str, course: Any, test: Any = (), best_of_n: Any = None) -> None:
         path = self._root / name
         figures.overoptimisation(path, course, test, best_of_n)
-        for logger in self.trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(f"{split}/overoptimisation", [str(path)])
+        log_picture(self.trainer.loggers, f"{split}/overoptimisation", path)

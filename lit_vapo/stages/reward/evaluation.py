@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 
 from lit_vapo import figures
@@ -19,6 +18,7 @@ from lit_vapo.evaluation.preference_report import PreferenceReport
 from lit_vapo.metrics import PreferenceMetrics
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.stages.base import TrainedWeightsModule
+from lit_vapo.trackers import log_picture, log_table
 from lit_vapo.types import FeaturePairs
 
 Batch = PreferenceBatch | FeaturePairs
@@ -148,12 +148,10 @@ class EvaluatedRewards(TrainedWeightsModule):
         rows = [[k, *row.values()] for k, row in enumerate(self.evaluation["members"])]
         rows.append(["mean", *self.evaluation["mean"].values()])
         subsets = self.evaluation.get("subsets")
-        for logger in self.trainer.loggers:
-            if not isinstance(logger, WandbLogger):
-                continue
-            logger.log_table("test/members", columns=["member", *FIGURES], data=[[str(r[0]), *r[1:]] for r in rows])
-            if subsets:
-                logger.log_table("test/subsets", columns=list(subsets[0]), data=[list(row.values()) for row in subsets])
-            for picture in ("reliability", "risk_coverage", "sigma"):
-                if (folder / f"{picture}.png").is_file():
-                    logger.log_image(f"test/{picture}", [str(folder / f"{picture}.png")])
+        loggers = self.trainer.loggers
+        log_table(loggers, "test/members", ["member", *FIGURES], [[str(row[0]), *row[1:]] for row in rows])
+        if subsets:
+            log_table(loggers, "test/subsets", list(subsets[0]), [list(row.values()) for row in subsets])
+        for picture in ("reliability", "risk_coverage", "sigma"):
+            if (folder / f"{picture}.png").is_file():
+                log_picture(loggers, f"test/{picture}", folder / f"{picture}.png")
