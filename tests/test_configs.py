@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers import CONFIGS
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from transformers import AutoModelForCausalLM
 
 from lit_vapo.cli import STAGES, main
@@ -127,7 +127,7 @@ def test_logger_configs_combine_with_a_stage(stage, file, build, tmp_path):
     where = f"--trainer.logger.init_args.save_dir={tmp_path}"
     cli = build(stage, f"--config={CONFIGS / stage / 'tiny.yaml'}", f"--config={file}", where, *offline)
     kinds = [type(getattr(logger, "tracker", logger)) for logger in cli.trainer.loggers]
-    assert kinds == ([CSVLogger, WandbLogger] if file.stem == "wandb" else [CSVLogger])
+    assert kinds == ([MetricsFile, WandbLogger] if file.stem == "wandb" else [MetricsFile])
 
 
 @pytest.mark.parametrize("file", named("estimator"))

@@ -141,6 +141,7 @@ def module_with(records):
 
 def test_samples_of_all_evaluations_stay_on_disk(tmp_path):
     table = SampleTable()
+    table.setup(trainer_at(tmp_path, 0), module_with([]), "fit")
     for step in (4, 8):
         table.on_validation_end(trainer_at(tmp_path, step), module_with([{"response": f"at {step}", "members": []}]))
     table.on_validation_end(trainer_at(tmp_path, 8, sanity_checking=True), module_with([{"response": "no"}]))

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lit_vapo.callbacks.random_numbers import random_states, set_random_states
 from lit_vapo.callbacks.run_state import RunState
-from lit_vapo.callbacks.stopping import Signals, Stopped
+from lit_vapo.callbacks.stopping import Signals, end_children, stopped
 from lit_vapo.callbacks.whole_io import PARTIAL, WholeCheckpointIO, link
 from lit_vapo.ranges import PositiveFloat, PositiveInt, check_ranges
 
@@ -134,7 +134,7 @@ class RunCheckpoint(Checkpoint):
         elif trainer.is_global_zero:
             self.state.rewind()
         self._saved_at, self._cost = time.monotonic(), 0.0
-        self._signals = Signals(self.grace_seconds, lambda: _end_children(trainer))
+        self._signals = Signals(self.grace_seconds, lambda: end_children(trainer))
         self._signals.watch()
 
     # 2. Between two iterations: all that was logged of the one before is on the disk.
@@ -152,7 +152,7 @@ class RunCheckpoint(Checkpoint):
         if self.trained and (number or due or better is not None):
             self._save(trainer, better, strict=bool(number))
         if number:
-            raise self._stopped(trainer, number)
+            raise stopped(trainer, number)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Take notice that something was learned."""
@@ -273,12 +273,6 @@ class RunCheckpoint(Checkpoint):
             if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _stopped(self, trainer: Trainer, number: int) -> Stopped:
-        """How this process ends. One that Lightning started must not look failed, or it would be taken for a crash."""
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        by_lightning = environment is not None and not environment.creates_processes_externally
-        return Stopped(number, 0 if by_lightning and not trainer.is_global_zero else None)
-
     # 5. State.
 
     def state_dict(self) -> dict[str, Any]:
@@ -293,10 +287,3 @@ class RunCheckpoint(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the counters say where the run is."""
         self.state.count(trainer, checkpoint, checkpoint["callbacks"][self.state_key])
-
-
-def _end_children(trainer: Trainer) -> None:
-    """End the processes that Lightning started from this one."""
-    children: Iterable[Any] = getattr(trainer.strategy.launcher, "procs", ())
-    for child in children:
-        child.kill()

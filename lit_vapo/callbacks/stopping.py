@@ -79,3 +79,19 @@ class Signals:
         os.write(STANDARD_ERROR, message.encode())
         self.before_end()
         os._exit(128 + self.received)
+
+
+def stopped(trainer: Any, number: int) -> Stopped:
+    """How this process of a run ends after a signal.
+
+    One that Lightning has started must not look failed: Lightning would take it for a crash and kill the others.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    by_lightning = environment is not None and not environment.creates_processes_externally
+    return Stopped(number, 0 if by_lightning and not trainer.is_global_zero else None)
+
+
+def end_children(trainer: Any) -> None:
+    """End the processes that Lightning has started from this one."""
+    for child in getattr(trainer.strategy.launcher, "procs", ()):
+        child.kill()

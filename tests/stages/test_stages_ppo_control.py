@@ -79,7 +79,7 @@ class Tamper(Objective):
 
 
 def checkpointed(folder, **kwargs):
-    return {"callbacks": [RunCheckpoint(folder, save_last=True, **kwargs)], "enable_checkpointing": True}
+    return {"callbacks": [RunCheckpoint(folder, every_iterations=1, **kwargs)], "enable_checkpointing": True}
 
 
 def weights(path):

@@ -41,7 +41,7 @@ def test_a_run_without_a_critic_has_no_trace_of_one(tiny_model_dir, reward, tmp_
     asked = []
     monkeypatch.setattr("lit_vapo.models.actor_critic.ActorCritic.values", lambda *args: asked.append(args))
     data = prompt_data(tiny_model_dir, tmp_path)
-    keep = RunCheckpoint(tmp_path / "ckpt", save_last=True)
+    keep = RunCheckpoint(tmp_path / "ckpt")
     rows = fit_ppo(module, data, tmp_path, limit_train_batches=2, callbacks=[keep], enable_checkpointing=True)
     assert asked == []
     assert module.networks.critic is None
