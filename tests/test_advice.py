@@ -42,7 +42,7 @@ def message(words, capsys):
 def test_every_kind_of_it_ends_in_one_message(stage_args, tmp_path, monkeypatch, capsys, raised):
     from lit_vapo.stages.sft import module
 
-    monkeypatch.setattr(module.SFTModule, "_step", raised)
+    monkeypatch.setattr(module.SFTModule, "_nll", raised)
     lines = message(stage_args("sft", "fit", tmp_path / "run", "--trainer.num_sanity_val_steps=0"), capsys)
     (start,) = [i for i, line in enumerate(lines) if line.startswith("lit-vapo: error:")]
     assert lines[start].startswith("lit-vapo: error: lit-vapo sft fit: out of memory in a training step (")
@@ -140,6 +140,6 @@ def test_a_bug_keeps_its_traceback(stage_args, tmp_path, monkeypatch):
     def step(*args):
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(module.SFTModule, "_step", step)
+    monkeypatch.setattr(module.SFTModule, "_nll", step)
     with pytest.raises(RuntimeError, match="shapes do not fit"), reported():
         main(stage_args("sft", "fit", tmp_path / "run"))

@@ -13,6 +13,7 @@ from helpers import CONFIGS
 from lightning.pytorch.loggers import WandbLogger
 from transformers import AutoModelForCausalLM
 
+from lit_vapo.callbacks.metrics_file import MetricsFile
 from lit_vapo.cli import STAGES, main
 from lit_vapo.commands.run import StageCLI
 from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule, SFTDataModule

@@ -64,6 +64,8 @@ def older(tiny_ensemble_dir, reward_run, ppo_run, tmp_path):
         state[key.replace("reward.model.", "networks.reward_model.")] = value
     assert "networks.reward_model.head.weight" in state
     checkpoint["state_dict"] = state
+    # Nothing was noted of what a run reads.
+    checkpoint["callbacks"] = {}
     torch.save(checkpoint, last(tmp_path / "ppo"))
     return tmp_path
 

@@ -3,7 +3,6 @@
 import csv
 import shutil
 import sys
-from types import SimpleNamespace
 
 import helpers
 import hostile_helpers
@@ -12,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lit_vapo.callbacks.samples import SampleTable
+from lit_vapo.callbacks.samples import _table
 from lit_vapo.cli import main
 from lit_vapo.stages.ppo import module as ppo
 from lit_vapo.stages.ppo.module import PPOModule
@@ -260,9 +259,7 @@ def test_the_module_is_made_without_the_function(tiny_model_dir):
 
 
 def test_tables_have_a_cell_for_each_column_of_any_row():
-    logged = {}
-    logger = SimpleNamespace(log_table=lambda key, columns, data: logged.update(columns=columns, data=data))
     records = [{"response": "one", "members": [1.0]}, {"response": "two", "columns": {"answer": [4]}, "members": [2.0]}]
-    SampleTable._log_table(logger, "val/samples", records)
-    assert logged["columns"] == ["response", "columns", "member_0"]
-    assert logged["data"] == [["one", None, 1.0], ["two", '{"answer": [4]}', 2.0]]
+    columns, rows = _table(records)
+    assert columns == ["response", "columns", "member_0"]
+    assert rows == [["one", None, 1.0], ["two", '{"answer": [4]}', 2.0]]

@@ -8,6 +8,15 @@ from torch import Tensor, nn
 from lit_vapo.functional import ensemble_estimate, fit_normaliser, normalise_members
 
 
+def birthplace() -> torch.device:
+    """Where members begin: on the CPU, on which their numbers are drawn, so that they are the same everywhere.
+
+    Lightning builds models within a block for the device of the run; they move there later. Who asks for shapes alone
+    (`meta`) gets no more.
+    """
+    return torch.device("meta" if torch.get_default_device().type == "meta" else "cpu")
+
+
 class Normaliser(nn.Module):
     """What makes members comparable: each is centred and scaled on responses of the reference policy.
 
@@ -33,8 +42,7 @@ class Normaliser(nn.Module):
         super().__init__()
         # The members that are there: all, or the one that is trained by itself.
         self.present = slice(None)
-        # Where the members begin, too, whatever device models are built on.
-        with torch.device("cpu"):
+        with birthplace():
             self.register_buffer("reward_loc", torch.zeros(num_members))
             self.register_buffer("reward_scale", torch.ones(num_members))
             self.register_buffer("reference_variance", torch.ones(()))

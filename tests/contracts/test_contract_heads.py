@@ -5,6 +5,8 @@ import inspect
 import pytest
 import torch
 from helpers import concrete_subclasses, tiny_model, tiny_tokenizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 import lit_vapo.rewards.members
 from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, hidden_size, load_backbone
@@ -272,11 +274,22 @@ def test_another_class_in_a_folder_is_refused():
         build_head(Component(class_path="collections.OrderedDict"), HIDDEN)
 
 
+class DeviceOfTheRun(TorchFunctionMode):
+    """Stands for the block of a GPU, in which Lightning builds models: nothing of a head may begin there."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert func not in _device_constructors() or kwargs.get("device") is not None, func
+        return func(*args, **kwargs)
+
+
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_head_begins_the_same_on_whatever_device_models_are_built(kind):
+def test_a_head_begins_on_the_cpu_wherever_models_are_built(kind):
     head = built(kind)
-    # Lightning builds models within such a block, for the device of the run.
-    with torch.device("meta"):
+    with DeviceOfTheRun():
         other = built(kind)
     for name, value in head.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
+    # Who asks for shapes alone gets no more.
+    with torch.device("meta"):
+        assert {parameter.device.type for parameter in built(kind).state_dict().values()} == {"meta"}

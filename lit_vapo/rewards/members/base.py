@@ -19,7 +19,7 @@ from lit_vapo.functional import (
 )
 from lit_vapo.models.pretrained import keep_differentiable
 from lit_vapo.ranges import PositiveInt, Smoothing, check_ranges
-from lit_vapo.rewards.normaliser import Normaliser
+from lit_vapo.rewards.normaliser import Normaliser, birthplace
 from lit_vapo.types import Adapter, FeaturePairs, PairLabels, RewardEstimate
 
 
@@ -70,8 +70,7 @@ class RewardHead(Normaliser, ABC):
     def build(self, hidden_size: int) -> None:
         """Create the parameters for features of width `hidden_size`; called once, before any use."""
         self.hidden_size = hidden_size
-        # Lightning builds models on the device of the run. A head begins where its numbers are drawn, and moves later.
-        with torch.device("cpu"):
+        with birthplace():
             self.make_parameters(hidden_size)
 
     @property
@@ -88,10 +87,8 @@ class RewardHead(Normaliser, ABC):
 
         Every member has a generator of its own, so that member k does not depend on K; `stream` tells its draws apart.
         """
-        size = tuple(shape)
-        members = [
-            torch.randn(size, generator=self.generator(k, stream), device="cpu") for k in range(self.num_members)
-        ]
+        with birthplace():
+            members = [torch.randn(tuple(shape), generator=self.generator(k, stream)) for k in range(self.num_members)]
         return torch.stack(members) / (fan_in + 1) ** 0.5
 
     def generator(self, member: int, stream: int) -> torch.Generator:
