@@ -51,7 +51,8 @@ class RunState:
                 )
         self._loggers = list(trainer.loggers)
         for writer in (*trainer.loggers, *trainer.callbacks):
-            for path in getattr(writer, "line_files", ()):
+            # By its class: a tracker that has failed answers to any name.
+            for path in writer.line_files if hasattr(type(writer), "line_files") else ():
                 self._line_files[os.path.relpath(path, trainer.default_root_dir)] = path
 
     def state(self) -> dict[str, Any]:
