@@ -25,7 +25,7 @@ demo: setup ## Train a reward ensemble, align a real model with variance-aware P
 test: setup ## Run all tests, offline, with line coverage (at least 90%)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --cov=lit_vapo
 
-faults: setup ## Kill each kind of run 20 times, resume it, compare; and all other faults (an hour)
+faults: setup ## Kill each kind of run 20 times, resume it, compare; and all other faults (half an hour)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LIT_VAPO_ALL_FAULTS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m faults
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --count 20
 

@@ -302,9 +302,16 @@ def test_checkpoints_need_no_other_disk(request, stage_args, tmp_path, monkeypat
     monkeypatch.setattr(WholeCheckpointIO, "save_checkpoint", save)
     torn = tmp_path / "run" / "checkpoints" / ".iteration=000002.ckpt.partial"
     torn.parent.mkdir(parents=True)
-    torn.write_text("what a killed process left")
+    others = [
+        tmp_path / "run" / ".evaluations.csv.0a1b.partial",
+        tmp_path / "run/logs/version_0/.metrics.csv.2c.partial",
+    ]
+    others[1].parent.mkdir(parents=True)
+    for path in (torn, *others):
+        path.write_text("what a killed process left")
     main(stage_args(stage, "fit", tmp_path / "run", **reward))
     names = {p.name for p in torn.parent.iterdir()}
+    assert not any(path.exists() for path in others)
     assert last(tmp_path / "run").resolve().name == written[-1] == "iteration=000002.ckpt"
     assert names == {*written, "last.ckpt", *(["best.ckpt"] if stage == "sft" else [])}
 

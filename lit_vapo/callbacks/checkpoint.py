@@ -121,7 +121,9 @@ class RunCheckpoint(Checkpoint):
         if stage != "fit":
             return
         if trainer.is_global_zero:
-            for path in self.folder.glob(PARTIAL.format("*")):
+            root = Path(trainer.default_root_dir)
+            left = (self.folder, root, *root.glob("logs/*"))
+            for path in (path for folder in left for path in folder.glob(PARTIAL.format("*"))):
                 path.unlink()
         self.state.look(trainer)
 

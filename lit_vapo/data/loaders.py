@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from lit_vapo.data.place import RowLoader, StreamLoader, TrainerCourse
@@ -25,7 +26,9 @@ class TextLoaders(TextSplits):
 
     def _options(self, collate: Callable[..., Any]) -> dict[str, Any]:
         workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
-        return {"batch_size": self.batch_size, "collate_fn": collate, **workers}
+        # Numbers of its own: how often a loader is begun must not show in what the run draws.
+        generator = torch.Generator().manual_seed(self.order_seed % 2**63)
+        return {"batch_size": self.batch_size, "collate_fn": collate, "generator": generator, **workers}
 
     def _held_out(self, rows: Any, collate: Callable[..., Any]) -> DataLoader[Any]:
         """Rows in their order."""
