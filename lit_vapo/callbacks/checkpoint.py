@@ -127,17 +127,25 @@ class RunCheckpoint(Checkpoint):
                 path.unlink()
         self.state.look(trainer)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take files back to where the checkpoint stood, and take note of signals from now on."""
-        own = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().parent == self.folder.resolve()
-        if not own:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish what a killed process may have left half done of the checkpoint that is resumed."""
+        if not self._own(trainer):
             # Another run's: what was best of it stays with it.
             self.best = None
         elif trainer.is_global_zero:
+            self._point_to(Path(str(trainer.ckpt_path)).resolve().name)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take files back to where the checkpoint stood, and take note of signals from now on."""
+        if trainer.is_global_zero and self._own(trainer):
             self.state.rewind()
         self._saved_at, self._cost = time.monotonic(), 0.0
         self._signals = Signals(self.grace_seconds, lambda: end_children(trainer))
         self._signals.watch()
+
+    def _own(self, trainer: Trainer) -> bool:
+        """Whether a checkpoint of this run is resumed."""
+        return trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().parent == self.folder.resolve()
 
     # 2. Between two iterations: all that was logged of the one before is on the disk.
 
@@ -235,10 +243,7 @@ class RunCheckpoint(Checkpoint):
         if failure is not None:
             self.best = before
         elif trainer.is_global_zero:
-            link(self.folder / name, LAST)
-            if self.best is not None and self.best["name"] == name:
-                link(self.folder / name, BEST)
-            self._remove_older(name)
+            self._point_to(name)
         trainer.strategy.barrier("checkpoint")
         for logger in trainer.loggers:
             logger.after_save_checkpoint(cast("Any", self))
@@ -267,10 +272,13 @@ class RunCheckpoint(Checkpoint):
         self._io.keep_failure = False
         return trainer.strategy.broadcast(self._io.failure)
 
-    def _remove_older(self, newest: str) -> None:
-        kept = {path.name for path in sorted(self.folder.glob(PATTERN))[-self.keep_last :]} | {newest}
-        if self.best is not None:
-            kept.add(self.best["name"])
+    def _point_to(self, newest: str) -> None:
+        """Let `last` and `best` mean what they should, and remove what is neither, nor new."""
+        link(self.folder / newest, LAST)
+        best = "" if self.best is None else self.best["name"]
+        if best and (self.folder / best).exists() and (self.folder / BEST).resolve().name != best:
+            link(self.folder / best, BEST)
+        kept = {path.name for path in sorted(self.folder.glob(PATTERN))[-self.keep_last :]} | {newest, best}
         for path in self.folder.glob(PATTERN):
             if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -71,12 +71,13 @@ def read(path: Path, option: str) -> Found:
 
 
 def _newest_first(checkpoints: Path) -> Iterator[Path]:
-    """The files that names and links mean, each once."""
+    """The files that names and links mean, each once: what `last` means, and then by number."""
     found = {path.resolve() for path in checkpoints.glob("*.ckpt") if path.exists()}
+    last = (checkpoints / LAST).resolve()
 
-    def age(path: Path) -> tuple[int, float]:
+    def age(path: Path) -> tuple[bool, int, float]:
         number = re.fullmatch(r"iteration=(\d+)\.ckpt", path.name)
-        return int(number[1]) if number else -1, path.stat().st_mtime
+        return path == last, int(number[1]) if number else -1, path.stat().st_mtime
 
     return iter(sorted(found, key=age, reverse=True))
 

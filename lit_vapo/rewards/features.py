@@ -14,7 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_vapo.folders import write_whole
 from lit_vapo.models.batching import TOKENS_PER_BATCH, length_batches, right_pad
+from lit_vapo.models.fingerprint import model_fingerprints
+from lit_vapo.models.generation import Sampling
+from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.tensors import check_finite, read_metadata, read_tensors
 from lit_vapo.models.trunk import pooled
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
@@ -110,6 +114,35 @@ def load_features(folder: Path, key: str) -> Tensor | None:
         )
     check_finite(tensors, path)
     return tensors[FEATURES]
+
+
+def sampling_key(reference: Pretrained, sampling: Sampling, seed: int, prompts: Sequence[Tensor]) -> str:
+    """Key of a reference's responses: changes with the model, how it responds, and what it responds to."""
+    settings = {"reference": asdict(reference), "sampling": asdict(sampling), "seed": seed}
+    told = [settings, model_fingerprints(settings, ""), [ids.tolist() for ids in prompts]]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def save_responses(folder: Path, key: str, sequences: Sequence[TokenSequence]) -> None:
+    """Write what a reference responded, so that a resumed run need not ask it again."""
+    said = json.dumps(sequences)
+    write_whole(folder / f"{key}.responses.json", json.dumps({DIGEST: _text_digest(said), "sequences": said}))
+
+
+def load_responses(folder: Path, key: str) -> list[TokenSequence] | None:
+    """What a reference responded before, or `None`; a file that was changed or damaged is taken for none."""
+    path = folder / f"{key}.responses.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found[DIGEST] != _text_digest(found["sequences"]):
+            return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return [TokenSequence(*sequence) for sequence in json.loads(found["sequences"])]
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(features: Tensor) -> str:

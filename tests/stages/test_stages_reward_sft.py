@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lit_vapo.cli import main
 from lit_vapo.commands.export import export
 from lit_vapo.data.collate import SFTBatch
 from lit_vapo.data.datamodule import PreferenceDataModule, SFTDataModule
@@ -239,3 +240,23 @@ def test_a_loss_that_is_not_finite_is_refused(tiny_model_dir, tiny_preferences_f
     with pytest.raises(ValueError, match=r"loss: expected a finite number, got nan in batch 0"):
         fit(module, data, tmp_path, num_sanity_val_steps=0)
     assert TokenSequence([1], 1).prompt_length == 1
+
+
+def test_a_reference_is_asked_once(tiny_model_dir, stage_args, tmp_path, monkeypatch):
+    words = ("--model.num_reference=4", "--model.reference_sampling.max_new_tokens=4")
+    options = {"model__reference__path": tiny_model_dir, "model__feature_cache": tmp_path / "cache"}
+    main(stage_args("reward", "fit", tmp_path / "first", *words, **options))
+    (kept,) = (tmp_path / "cache").glob("*.responses.json")
+
+    def asked(*args):
+        raise AssertionError("the reference was asked again")
+
+    monkeypatch.setattr("lit_vapo.stages.reward.building.sample_references", asked)
+    main(stage_args("reward", "fit", tmp_path / "again", *words, **options))
+    first, again = (torch.load(helpers.last(tmp_path / name), weights_only=True) for name in ("first", "again"))
+    assert torch.equal(again["state_dict"]["head.reward_loc"], first["state_dict"]["head.reward_loc"])
+    # Another seed is another sample; and what was damaged is as good as none.
+    kept.write_text(kept.read_text().replace("[[", "[[1, ", 1))
+    for run, other in (("other", ["--model.seed=1"]), ("damaged", [])):
+        with pytest.raises(AssertionError, match="asked again"):
+            main(stage_args("reward", "fit", tmp_path / run, *words, *other, **options))

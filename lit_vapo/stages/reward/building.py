@@ -35,7 +35,10 @@ from lit_vapo.rewards.features import (
     feature_key,
     feature_path,
     load_features,
+    load_responses,
+    sampling_key,
     save_features,
+    save_responses,
 )
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rollout import sample_references
@@ -254,7 +257,7 @@ class BuiltRewards(EvaluatedRewards):
 
     def _layer_features(self, sequences: list[TokenSequence], name: str, layers: Sequence[int | None]) -> list[Tensor]:
         """Features of each layer from the cache; the first process computes what is missing, in one pass."""
-        folder = Path(self.feature_cache or Path(self.trainer.default_root_dir) / "features")
+        folder = self._cache
         keys = {layer: feature_key(replace(self.spec, layer=layer), sequences) for layer in layers}
         missing = [layer for layer in layers if not feature_path(folder, keys[layer]).is_file()]
         if self.trainer.is_global_zero and missing:
@@ -271,8 +274,20 @@ class BuiltRewards(EvaluatedRewards):
         """Responses of the reference policy, the same in every process."""
         assert self.reference is not None
         check_tokenizer(datamodule.text_tokenizer, self.reference, "model.reference")
-        self.print(f"reference: sampling {self.num_reference} responses to calibrate the ensemble on")
-        lm = place(load_causal_lm(self.reference, "model.reference.path"), self.device_of_run)
         batches = datamodule.prompt_batches("train", self.num_reference)
-        with seeded(self.seed):
-            return sample_references(lm, datamodule.text_tokenizer, batches, self.reference_sampling)
+        key = sampling_key(self.reference, self.reference_sampling, self.seed, [b.input_ids for b in batches])
+        # Processes that look at different times find different things, so the first one looks.
+        found = self.trainer.strategy.broadcast(load_responses(self._cache, key))
+        if found is None:
+            self.print(f"reference: sampling {self.num_reference} responses to calibrate the ensemble on")
+            lm = place(load_causal_lm(self.reference, "model.reference.path"), self.device_of_run)
+            with seeded(self.seed):
+                found = sample_references(lm, datamodule.text_tokenizer, batches, self.reference_sampling)
+            if self.trainer.is_global_zero:
+                save_responses(self._cache, key, found)
+        return found
+
+    @property
+    def _cache(self) -> Path:
+        """Where features and the reference's responses are kept."""
+        return Path(self.feature_cache or Path(self.trainer.default_root_dir) / "features")
