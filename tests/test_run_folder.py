@@ -399,3 +399,18 @@ def test_nothing_to_learn_is_an_error(request, stage_args, tmp_path, stage):
     with pytest.raises(ValueError, match="fit: expected at least one batch to train on, got none at step "):
         main(stage_args(stage, "fit", tmp_path / "run", ckpt_path=last(run), **reward))
     assert not (tmp_path / "run" / "finished.json").exists()
+
+
+def test_rows_of_a_run_that_was_killed_before_its_first_checkpoint_are_written_again(stage_args, tmp_path):
+    run = tmp_path / "run"
+    for name in ("version_0", "version_1", "version_2"):
+        (run / "logs" / name).mkdir(parents=True)
+        (run / "logs" / name / "metrics.csv").write_text("of another time\n")
+    # The killed run wrote the one in the middle; another command came later.
+    (run / CLAIM).write_text(json.dumps({"process": 1, "logs": ["logs/version_1", "../outside", "logs/.."]}))
+    (run / "samples_val.jsonl").write_text("of the killed run\n")
+    (tmp_path / "outside").mkdir()
+    main(stage_args("sft", "fit", run, "--resume"))
+    assert sorted(path.name for path in (run / "logs").iterdir()) == ["version_0", "version_2", "version_3"]
+    assert (tmp_path / "outside").is_dir()
+    assert not (run / "samples_val.jsonl").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -24,7 +25,6 @@ from lit_vapo.commands.options import StageParser, check_models, refuse_secrets
 from lit_vapo.commands.resume import WORDS, Found, checkpoint_meant, ends, found_to_resume, read
 from lit_vapo.commands.run_folder import (
     CHECKPOINTS,
-    CLAIM,
     FINISHED,
     Claim,
     check_folders,
@@ -208,7 +208,7 @@ class StageCLI(LightningCLI):
             ValueError: The folder holds a run, or another run holds the folder.
         """
         refuse_foreign(self.root, self.checkpoints, self.own)
-        killed = (self.root / CLAIM).exists()
+        left = left_by_killed_run(self.root)
         self.claim = Claim(self.root)
         held = held_by_run(self.root, self.checkpoints)
         if self.own:
@@ -216,7 +216,7 @@ class StageCLI(LightningCLI):
             self.replaced = [self.root / FINISHED]
             return
         if not held:
-            self.replaced = left_by_killed_run(self.root) if killed else []
+            self.replaced = left
             return
         if not config["overwrite"]:
             raise ValueError(
@@ -237,6 +237,10 @@ class StageCLI(LightningCLI):
     def before_fit(self) -> None:
         """Remove the run that is replaced, now that the configuration of the new one is known to be sound."""
         remove(self.replaced)
+        if self.claim is not None:
+            # For whoever comes after a kill.
+            logs = [os.path.relpath(x.log_dir, self.root) for x in self.trainer.loggers if isinstance(x, MetricsFile)]
+            self.claim.note(logs=logs)
 
     def after_fit(self) -> None:
         """Mark the run as finished.

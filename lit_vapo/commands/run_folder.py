@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 FINISHED = "finished.json"
 CLAIM = "running.json"
@@ -52,11 +52,15 @@ class Claim:
         self.path = folder / CLAIM
         folder.mkdir(parents=True, exist_ok=True)
         self.file = self._lock()
-        holder = {"host": socket.gethostname(), "process": os.getpid(), "started": datetime.now(UTC).isoformat()}
-        self.file.truncate(0)
-        self.file.write(json.dumps(holder) + "\n")
-        self.file.flush()
+        self._holder = {"host": socket.gethostname(), "process": os.getpid(), "started": datetime.now(UTC).isoformat()}
+        self.note()
         _held.add(self)
+
+    def note(self, **more: Any) -> None:
+        """Say who holds the folder, and more, to whoever looks into the file."""
+        self.file.truncate(0)
+        self.file.write(json.dumps({**self._holder, **more}) + "\n")
+        self.file.flush()
 
     def _lock(self) -> IO[str]:
         while True:
@@ -155,8 +159,15 @@ def replaced_by_run(root: Path, held: list[Path]) -> list[Path]:
 
 def left_by_killed_run(root: Path) -> list[Path]:
     """What a run left that was killed before its first checkpoint: rows that the next one writes again."""
-    logs = sorted(root.glob("logs/version_*"), key=lambda path: int(path.name.partition("_")[2] or 0))
-    return [*logs[-1:], *replaced_by_run(root, [])]
+    try:
+        logs = [root / name for name in json.loads((root / CLAIM).read_text(encoding="utf-8"))["logs"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        # No run was killed here, or before it knew.
+        logs = []
+    # What the file says decides what is removed, and somebody else may have written it.
+    home = (root / "logs").resolve()
+    ours = [path for path in logs if path.resolve().parent == home and path.is_dir() and not path.is_symlink()]
+    return [*ours, *replaced_by_run(root, [])] if (root / CLAIM).exists() else []
 
 
 def remove(paths: Iterable[Path]) -> None:
