@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -16,14 +15,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lit_vapo.callbacks.checkpoint_files import LAST, NAME, keep
 from lit_vapo.callbacks.random_numbers import random_states, set_random_states
 from lit_vapo.callbacks.run_state import RunState
-from lit_vapo.callbacks.stopping import Signals, end_children, stopped
-from lit_vapo.callbacks.whole_io import PARTIAL, WholeCheckpointIO, link
+from lit_vapo.callbacks.stopping import Signals, Stopped, end_children, stopped
+from lit_vapo.callbacks.whole_io import PARTIAL, WholeCheckpointIO, tried
 from lit_vapo.ranges import PositiveFloat, PositiveInt, check_ranges
 
-NAME, PATTERN = "iteration={:06d}.ckpt", "iteration=*.ckpt"
-LAST, BEST = "last.ckpt", "best.ckpt"
 # Saving takes at most this share of a run's time, where nothing else is asked for; and no more often than this.
 SHARE, SECONDS = 0.01, 15.0
 
@@ -188,8 +186,10 @@ class RunCheckpoint(Checkpoint):
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Give the signals back; processes that Lightning started would wait for this one."""
         self._release()
+        if trainer.is_global_zero and not isinstance(exception, Stopped):
+            end_children(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
@@ -240,11 +240,11 @@ class RunCheckpoint(Checkpoint):
             # Of a run without a validation the end is the best there is.
             self.best = {"score": score, "name": name}
         failure = self._write(trainer, self.folder / name, between=not at_end)
+        if failure is None:
+            pointed = tried(lambda: self._point_to(name)) if trainer.is_global_zero else None
+            failure = trainer.strategy.broadcast(pointed)
         if failure is not None:
             self.best = before
-        elif trainer.is_global_zero:
-            self._point_to(name)
-        trainer.strategy.barrier("checkpoint")
         for logger in trainer.loggers:
             logger.after_save_checkpoint(cast("Any", self))
         self._saved_at = time.monotonic()
@@ -260,6 +260,9 @@ class RunCheckpoint(Checkpoint):
 
     def _write(self, trainer: Trainer, path: Path, between: bool) -> OSError | None:
         """Write a checkpoint; why it could not be written, in all processes."""
+        failure = trainer.strategy.broadcast(tried(self.state.flush) if trainer.is_global_zero else None)
+        if failure is not None:
+            return failure
         if self._io is not None:
             self._io.keep_failure, self._io.failure = True, None
         self.state.between = between
@@ -267,21 +270,15 @@ class RunCheckpoint(Checkpoint):
         before = random_states()
         trainer.save_checkpoint(path, weights_only=False)
         set_random_states(before)
+        # Others save, too, at other moments.
+        self.state.between = False
         if self._io is None:
             return None
         self._io.keep_failure = False
         return trainer.strategy.broadcast(self._io.failure)
 
     def _point_to(self, newest: str) -> None:
-        """Let `last` and `best` mean what they should, and remove what is neither, nor new."""
-        link(self.folder / newest, LAST)
-        best = "" if self.best is None else self.best["name"]
-        if best and (self.folder / best).exists() and (self.folder / BEST).resolve().name != best:
-            link(self.folder / best, BEST)
-        kept = {path.name for path in sorted(self.folder.glob(PATTERN))[-self.keep_last :]} | {newest, best}
-        for path in self.folder.glob(PATTERN):
-            if path.name not in kept:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        keep(self.folder, newest, "" if self.best is None else self.best["name"], self.keep_last)
 
     # 5. State.
 

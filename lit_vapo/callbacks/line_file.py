@@ -115,15 +115,16 @@ def rewind(path: Path, place: Mapping[str, Any]) -> None:
             "lost after it was written",
             stacklevel=2,
         )
+        # The next line must not be joined with half of one.
+        write_whole(path, "".join(_lines(path, now["lines"])))
     elif count == 0:
         path.unlink(missing_ok=True)
     elif now["header"] == place["header"]:
-        with path.open(encoding="utf-8", newline="") as file:
-            text = "".join(islice(file, count))
+        text = "".join(_lines(path, count))
         if len(text.encode()) < path.stat().st_size:
             write_whole(path, text)
-    else:
-        columns = place["header"].rstrip("\n").split(",")
+    elif path.suffix == ".csv":
+        columns = next(csv.reader([place["header"]]))
         write_whole(path, as_csv(columns, _read_table(path)[1][: count - 1]))
 
 
@@ -135,6 +136,13 @@ def as_csv(columns: list[str], rows: list[dict[str, Any]], header: bool = True) 
         writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _lines(path: Path, count: int) -> list[str]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(islice(file, count))
 
 
 def _read_table(path: Path) -> tuple[list[str], list[dict[str, Any]]]:

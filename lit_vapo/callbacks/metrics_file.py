@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ class MetricsFile(CSVLogger):
     @classmethod
     def like(cls, logger: CSVLogger, files: Iterable[Path] = ()) -> MetricsFile:
         """One that writes where another would have written, or goes on with one of `files` that stands there."""
-        there = [path.parent for path in files if path.name == NAME and path.parent.parent == Path(logger.root_dir)]
+        there = [
+            path.parent
+            for path in files
+            if path.name == NAME and path.resolve().parents[1] == Path(logger.root_dir).resolve()
+        ]
         version = there[0].name if there else logger._version
         return cls(logger.save_dir, logger.name, version, logger._prefix)
 
@@ -68,19 +73,25 @@ class MetricsFile(CSVLogger):
         self.experiment.append({**row, "step": step or 0})
 
     @rank_zero_only
-    def save(self) -> None:
-        """Write what waits for room on the disk, if anything does."""
+    def flush_lines(self) -> None:
+        """Write what waits for room on the disk.
+
+        Raises:
+            OSError: There is none.
+        """
         if self._rows is not None:
             self._rows.flush()
 
     @rank_zero_only
+    def save(self) -> None:
+        """Write what waits, as far as that can be: Lightning asks for it after each row, which has warned already."""
+        with suppress(OSError):
+            self.flush_lines()
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what waits; of a run that failed as far as that can be."""
-        try:
-            self.save()
-        except OSError:
-            if status == "success":
-                raise
+        self.flush_lines() if status == "success" else self.save()
 
 
 class _Rows(TableFile):

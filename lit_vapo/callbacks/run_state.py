@@ -31,6 +31,7 @@ class RunState:
         # Files that grow by lines, by their names in the run's folder.
         self._line_files: dict[str, Path] = {}
         self._loggers: list[Any] = []
+        self._writers: list[Any] = []
 
     def look(self, trainer: Any) -> None:
         """Note what the run reads and writes, before any model is loaded.
@@ -50,10 +51,19 @@ class RunState:
                     "this run may be given to that by --ckpt_path."
                 )
         self._loggers = list(trainer.loggers)
-        for writer in (*trainer.loggers, *trainer.callbacks):
-            # By its class: a tracker that has failed answers to any name.
-            for path in writer.line_files if hasattr(type(writer), "line_files") else ():
-                self._line_files[os.path.relpath(path, trainer.default_root_dir)] = path
+        # By their class: a tracker that has failed answers to any name.
+        self._writers = [x for x in (*trainer.loggers, *trainer.callbacks) if hasattr(type(x), "line_files")]
+        for path in (path for writer in self._writers for path in writer.line_files):
+            self._line_files[os.path.relpath(path, trainer.default_root_dir)] = path
+
+    def flush(self) -> None:
+        """Have all lines on the disk that a checkpoint counts on.
+
+        Raises:
+            OSError: There is no room for them.
+        """
+        for writer in self._writers:
+            writer.flush_lines()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of this; all processes must ask."""

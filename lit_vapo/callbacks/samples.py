@@ -35,6 +35,15 @@ class SampleTable(Callback):
         """What grows by lines in the course of a run."""
         return [] if self._course is None else [self._course.path]
 
+    def flush_lines(self) -> None:
+        """Write what waits for room on the disk.
+
+        Raises:
+            OSError: There is none.
+        """
+        if self._course is not None:
+            self._course.flush()
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Know where samples go."""
         if stage == "fit":

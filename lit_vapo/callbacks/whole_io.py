@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 PARTIAL = ".{}.partial"
+# What a file system says that has no links.
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -77,12 +82,25 @@ def link(path: Path, name: str) -> None:
     partial = path.with_name(PARTIAL.format(name))
     partial.unlink(missing_ok=True)
     try:
-        partial.symlink_to(path.name)
-    except OSError:
-        with path.open("rb") as source, partial.open("wb") as file:
-            for block in iter(lambda: source.read(1 << 24), b""):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-    partial.replace(target)
+        try:
+            partial.symlink_to(path.name)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            with path.open("rb") as source, partial.open("wb") as file:
+                shutil.copyfileobj(source, file, 1 << 24)
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def tried(act: Callable[[], object]) -> OSError | None:
+    """Why something could not be written, if it could not."""
+    try:
+        act()
+    except OSError as error:
+        return error
+    return None

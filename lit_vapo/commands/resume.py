@@ -134,6 +134,11 @@ def found_to_resume(config: Any, root: Path, checkpoints: Path) -> Found | None:
         rank_zero_info(f"resume: the run in {root} is finished; there is nothing left to do")
         raise NothingToDoError
     found = newest_whole(checkpoints, "--resume")
+    if found is None and any(checkpoints.glob("*.ckpt")):
+        raise ValueError(
+            f"--resume: expected a checkpoint that can be read in {checkpoints}, got none; begin anew with "
+            "--overwrite=true, or in another folder"
+        )
     if found is None:
         rank_zero_info(f"resume: there is no checkpoint in {checkpoints} yet; the run begins")
     else:

@@ -77,7 +77,7 @@ class StageCLI(LightningCLI):
         self.stage = stage
         self.replaced: list[Path] = []
         self.resumed: Found | None = None
-        self.own = False
+        self.own = self.began = False
         self.claim: Claim | None = None
         self.trial = False
         quiet()
@@ -229,7 +229,7 @@ class StageCLI(LightningCLI):
     def _leave(self) -> None:
         """Let the folder of the run go."""
         if self.claim is not None:
-            self.claim.release()
+            self.claim.release(keep=self.began and not held_by_run(self.root, self.checkpoints))
         if self.trial:
             rank_zero_only(shutil.rmtree)(self.root, ignore_errors=True)
 
@@ -241,6 +241,7 @@ class StageCLI(LightningCLI):
             # For whoever comes after a kill.
             logs = [os.path.relpath(x.log_dir, self.root) for x in self.trainer.loggers if isinstance(x, MetricsFile)]
             self.claim.note(logs=logs)
+            self.began = True
 
     def after_fit(self) -> None:
         """Mark the run as finished.

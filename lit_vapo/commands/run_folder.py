@@ -82,9 +82,14 @@ class Claim:
                 return file
             file.close()
 
-    def release(self) -> None:
-        """Let the folder go, and remove it if nothing came into it."""
-        self.path.unlink(missing_ok=True)
+    def release(self, keep: bool = False) -> None:
+        """Let the folder go, and remove it if nothing came into it.
+
+        Args:
+            keep: Leave the mark of a run that did not come to its first checkpoint.
+        """
+        if not keep:
+            self.path.unlink(missing_ok=True)
         self.file.close()
         _held.discard(self)
         if not any(self.folder.iterdir()):
@@ -167,7 +172,9 @@ def left_by_killed_run(root: Path) -> list[Path]:
     # What the file says decides what is removed, and somebody else may have written it.
     home = (root / "logs").resolve()
     ours = [path for path in logs if path.resolve().parent == home and path.is_dir() and not path.is_symlink()]
-    return [*ours, *replaced_by_run(root, [])] if (root / CLAIM).exists() else []
+    # What a test wrote is of another run.
+    written = [path for path in replaced_by_run(root, []) if path.name != "test"]
+    return [*ours, *written] if (root / CLAIM).exists() else []
 
 
 def remove(paths: Iterable[Path]) -> None:

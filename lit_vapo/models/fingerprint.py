@@ -11,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from lit_vapo.integrity import fingerprint
 
 # What a model, an adapter, an ensemble or a tokenizer is read from.
+RUN = ("running.json", "finished.json")
 READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".bin", ".py")
 
 
@@ -28,6 +29,7 @@ def model_fingerprints(settings: Any, key: str) -> dict[str, str]:
         folder = Path(value)
         if len(value) < 4096 and folder.is_dir():
             files = [path for path in folder.rglob("*") if path.suffix in READ and path.is_file()]
+            files = [path for path in files if not _in_run(path, folder)]
             if files:
                 found[name] = fingerprint(files)
         elif name.endswith(".path") and value.count("/") <= 1:
@@ -35,6 +37,12 @@ def model_fingerprints(settings: Any, key: str) -> dict[str, str]:
             if commit is not None:
                 found[name] = f"commit {commit}"
     return found
+
+
+def _in_run(path: Path, folder: Path) -> bool:
+    """Whether a run that lives inside of a model's folder wrote the file."""
+    inside = [folder / part for part in path.relative_to(folder).parents]
+    return any((place / mark).exists() for place in inside if place != folder for mark in RUN)
 
 
 def _texts(value: Any, key: str, beside: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -82,7 +82,7 @@ def slurm(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     scripts = {
-        "srun": 'exec "$@"',
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
         "scontrol": f'echo "{{\\"words\\": \\"$*\\"}}" >>{tmp_path}/scontrol.jsonl',
         "lit-vapo": f'exec {sys.executable} -m lit_vapo "$@"',
     }

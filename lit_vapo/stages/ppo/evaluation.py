@@ -6,6 +6,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, cast
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lit_vapo import figures
@@ -170,8 +171,13 @@ class EvaluatedPolicy(TrainedWeightsModule):
         former = [row for row in self.evaluations if row["policy"] == POLICY and row["iteration"] != self.iteration]
         row = evaluation_row(POLICY, self.iteration, self.trainer.global_step, policy)
         self.evaluations = [evaluation_row(REFERENCE, 0, 0, reference), *former, row]
-        write_evaluations(self._root / COURSE, self.evaluations)
-        self._draw(PICTURE, "val", self.evaluations)
+        try:
+            write_evaluations(self._root / COURSE, self.evaluations)
+            self._draw(PICTURE, "val", self.evaluations)
+        except OSError as error:
+            # The next evaluation writes all of them again.
+            told = f"{error.filename}: {error.strerror}"
+            rank_zero_warn(f"{told}. The run goes on, and writes this with the next evaluation.")
 
     def _draw(self, name: str, split: str, course: Any, test: Any = (), best_of_n: Any = None) -> None:
         path = self._root / name
