@@ -1,5 +1,7 @@
 """What share of a run's time saving it takes, at the defaults: one run of each stage that lasts some minutes.
 
+Nothing is validated: what is the best so far is saved besides, as often as there is a better one.
+
 python benchmarks/checkpoints.py
 """
 
@@ -54,7 +56,14 @@ def measure(kind: str, minutes: float) -> str:
         words = [word for word in world.words(kind, folder / "run") if "every_iterations" not in word]
         watch = Watch()
         started = time.perf_counter()
-        main([*words, "--trainer.max_epochs=100000", f"--trainer.max_time=00:00:00:{60 * minutes:.0f}"])
+        main(
+            [
+                *words,
+                "--trainer.limit_val_batches=0",
+                "--trainer.max_epochs=100000",
+                f"--trainer.max_time=00:00:00:{60 * minutes:.0f}",
+            ]
+        )
         total = time.perf_counter() - started
     size, share = watch.bytes / 2**20, 100 * watch.seconds / total
     return f"| {kind} | {total:.0f} s | {watch.count} | {size:.1f} MB | {watch.seconds:.2f} s | {share:.2f}% |"

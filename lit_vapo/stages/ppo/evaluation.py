@@ -47,6 +47,7 @@ class EvaluatedPolicy(TrainedWeightsModule):
         self.metrics = nn.ModuleDict({POLICY: ResponseMetrics(), REFERENCE: ResponseMetrics()})
         self.evaluations: list[dict[str, Any]] = []
         self._answered: set[int] = set()
+        self._unwritten = False
 
     @abstractmethod
     def start(self) -> None:
@@ -171,13 +172,19 @@ class EvaluatedPolicy(TrainedWeightsModule):
         former = [row for row in self.evaluations if row["policy"] == POLICY and row["iteration"] != self.iteration]
         row = evaluation_row(POLICY, self.iteration, self.trainer.global_step, policy)
         self.evaluations = [evaluation_row(REFERENCE, 0, 0, reference), *former, row]
+        self._unwritten = True
         try:
+            self.on_train_end()
+        except OSError as error:
+            told = f"{error.filename}: {error.strerror}"
+            rank_zero_warn(f"{told}. The run goes on, and writes this with the next evaluation, or at its end.")
+
+    def on_train_end(self) -> None:
+        """Write the course of the run, if there was no room for it before."""
+        if self._unwritten:
             write_evaluations(self._root / COURSE, self.evaluations)
             self._draw(PICTURE, "val", self.evaluations)
-        except OSError as error:
-            # The next evaluation writes all of them again.
-            told = f"{error.filename}: {error.strerror}"
-            rank_zero_warn(f"{told}. The run goes on, and writes this with the next evaluation.")
+        self._unwritten = False
 
     def _draw(self, name: str, split: str, course: Any, test: Any = (), best_of_n: Any = None) -> None:
         path = self._root / name
