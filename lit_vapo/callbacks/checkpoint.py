@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from lit_vapo.callbacks.checkpoint_files import LAST, NAME, keep
+from lit_vapo.callbacks.checkpoint_files import LAST, NAME, PATTERN, keep
 from lit_vapo.callbacks.random_numbers import random_states, set_random_states
 from lit_vapo.callbacks.run_state import RunState
 from lit_vapo.callbacks.stopping import Signals, Stopped, end_children, stopped
@@ -130,8 +130,8 @@ class RunCheckpoint(Checkpoint):
         if not self._own(trainer):
             # Another run's: what was best of it stays with it.
             self.best = None
-        elif trainer.is_global_zero:
-            self._point_to(Path(str(trainer.ckpt_path)).resolve().name)
+        elif trainer.is_global_zero and (path := Path(str(trainer.ckpt_path)).resolve()).match(PATTERN):
+            self._point_to(path.name)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take files back to where the checkpoint stood, and take note of signals from now on."""
