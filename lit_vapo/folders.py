@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 NO_SPACE = os.strerror(errno.ENOSPC)
 
@@ -61,6 +61,29 @@ def new_folder(folder: str | Path, name: str) -> Iterator[Path]:
     partial.replace(target)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which others see when the block ends: whole, in place of one that is there, or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    # A name that no other process has, on any machine that sees the folder, and that no pattern of results matches.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        # A write that fails does not say where.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_whole(path: str | Path, content: str | bytes) -> None:
     """Write a file that others see whole or not at all, in place of one that is there.
 
@@ -68,20 +91,8 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         path: The file; its folder is made if need be.
         content: What it says, a text in UTF-8.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name that no other process has, on any machine that sees the folder, and that no pattern of results matches.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        # A write that fails does not say where.
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with whole_file(Path(path)) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def claim_folder(folder: str | Path, name: str, options: Mapping[str, Any]) -> None:

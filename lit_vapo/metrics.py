@@ -22,10 +22,11 @@ from lit_vapo.rollout import Rollout
 from lit_vapo.types import PairLabels, RewardEstimate
 
 
-class TokenLoss(Metric):
-    """Mean loss over the response tokens of a split, over batches and processes.
+class ExampleMetric(Metric):
+    """Collects numbers of examples over batches and processes.
 
-    Samplers repeat rows to give every process as many; so each example id counts once, by its first occurrence.
+    Samplers repeat rows to give every process as many; so each example id counts once, by its first occurrence, and
+    rows are ordered by id, whatever the order and number of processes.
     """
 
     full_state_update = False
@@ -35,7 +36,25 @@ class TokenLoss(Metric):
     def __init__(self) -> None:
         super().__init__()
         self.add_state("example_ids", default=[], dist_reduce_fx="cat")
+        # One table for all numbers of an example, so that processes exchange two tensors and not six.
         self.add_state("columns", default=[], dist_reduce_fx="cat")
+
+    def _add(self, example_ids: Tensor, columns: Tensor) -> None:
+        """Take the numbers (B, C) of B examples."""
+        self.example_ids.append(example_ids)
+        self.columns.append(columns.detach())
+
+    def _each_once(self) -> tuple[Tensor, Tensor]:
+        """Example ids in their order (N,) and the first row of each (N, C), on the CPU."""
+        ids, rows = dim_zero_cat(self.example_ids).cpu(), dim_zero_cat(self.columns).cpu()
+        ids, order = ids.sort(stable=True)
+        first = torch.ones_like(ids, dtype=torch.bool)
+        first[1:] = ids[1:] != ids[:-1]
+        return ids[first], rows[order[first]]
+
+
+class TokenLoss(ExampleMetric):
+    """Mean loss over the response tokens of a split, over batches and processes."""
 
     def update(self, loss: Tensor, tokens: Tensor, example_ids: Tensor) -> None:
         """Add B responses.
@@ -49,34 +68,21 @@ class TokenLoss(Metric):
             ValueError: A shape does not fit.
         """
         check_same_shape(loss=loss, tokens=tokens, example_ids=example_ids)
-        self.columns.append(torch.stack([loss.detach().float(), tokens.float()], dim=1))
-        self.example_ids.append(example_ids)
+        self._add(example_ids, torch.stack([loss.float(), tokens.float()], dim=1))
 
     def compute(self) -> Tensor:
         """The mean, ()."""
-        _, columns = _each_once(self.example_ids, self.columns)
+        _, columns = self._each_once()
         loss, tokens = columns.double().sum(0)
         return (loss / tokens.clamp_min(1)).float()
 
 
-class PreferenceMetrics(Metric):
+class PreferenceMetrics(ExampleMetric):
     """Collects the margins of a split over batches and processes; `compute` gives a `PreferenceReport`.
 
     Pairs that are ties (probability 0.5) have no right answer: they are counted and otherwise left out. Pairs with a
-    probability between 0.5 and 1 count as preferences for the chosen response; weights are not used. Samplers repeat
-    rows to give every process as many; so each example id counts once, by its first occurrence, and rows are ordered by
-    id, whatever the order and number of processes.
+    probability between 0.5 and 1 count as preferences for the chosen response; weights are not used.
     """
-
-    full_state_update = False
-    example_ids: list[Tensor]
-    columns: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("example_ids", default=[], dist_reduce_fx="cat")
-        # One table for all numbers of a pair, so that processes exchange two tensors and not six.
-        self.add_state("columns", default=[], dist_reduce_fx="cat")
 
     def update(
         self, margin: RewardEstimate, chosen: RewardEstimate, rejected: RewardEstimate, labels: PairLabels
@@ -97,12 +103,11 @@ class PreferenceMetrics(Metric):
         parts = [torch.stack([x.float() for x in numbers], dim=1)]
         parts += [x for x in (margin.members, chosen.members, rejected.members) if x is not None]
         parts += [chosen.mean[:, None], rejected.mean[:, None]]
-        self.columns.append(torch.cat([part.detach().float() for part in parts], dim=1))
-        self.example_ids.append(labels.example_ids)
+        self._add(labels.example_ids, torch.cat([part.float() for part in parts], dim=1))
 
     def compute(self) -> PreferenceReport:
         """Report on all pairs seen, on the CPU."""
-        ids, columns = _each_once(self.example_ids, self.columns)
+        ids, columns = self._each_once()
         tie = columns[:, 4] == 0.5
         ids, columns = ids[~tie], columns[~tie]
         # Margin, chosen and rejected by member, then the two means.
@@ -110,15 +115,6 @@ class PreferenceMetrics(Metric):
         margin = RewardEstimate(columns[:, 0], columns[:, 1], members[:, 0] if members.shape[2] else None)
         responses = torch.cat([members[:, 1:], means], dim=2)
         return PreferenceReport(ids, margin, columns[:, 2:4], int(tie.sum()), responses)
-
-
-def _each_once(example_ids: list[Tensor], columns: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Example ids in their order (N,) and the first row of each (N, C), on the CPU."""
-    ids, rows = dim_zero_cat(example_ids).cpu(), dim_zero_cat(columns).cpu()
-    ids, order = ids.sort(stable=True)
-    first = torch.ones_like(ids, dtype=torch.bool)
-    first[1:] = ids[1:] != ids[:-1]
-    return ids[first], rows[order[first]]
 
 
 class ResponseMetrics(Metric):

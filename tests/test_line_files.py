@@ -106,11 +106,11 @@ def test_lines_that_are_lost_are_told(tmp_path):
 def test_the_metrics_of_a_resumed_run_stand_in_the_same_file(tmp_path):
     first = MetricsFile.like(CSVLogger(tmp_path, "logs", prefix="p"))
     first.log_metrics({"loss": torch.tensor(0.5)}, step=3)
-    assert first.path == tmp_path / "logs" / "version_0" / "metrics.csv"
-    assert read(first.path) == [{"p-loss": "0.5", "step": "3"}]
-    again = MetricsFile.like(CSVLogger(tmp_path, "logs"), [first.path])
+    assert first.rows.path == tmp_path / "logs" / "version_0" / "metrics.csv"
+    assert read(first.rows.path) == [{"p-loss": "0.5", "step": "3"}]
+    again = MetricsFile.like(CSVLogger(tmp_path, "logs"), [first.rows.path])
     again.log_metrics({"p-loss": 0.25}, step=4)
-    assert [row["p-loss"] for row in read(first.path)] == ["0.5", "0.25"]
+    assert [row["p-loss"] for row in read(first.rows.path)] == ["0.5", "0.25"]
     # Anything else has a file of its own.
     other = MetricsFile.like(CSVLogger(tmp_path, "logs"), [tmp_path / "elsewhere" / "version_0" / "metrics.csv"])
-    assert other.path == tmp_path / "logs" / "version_1" / "metrics.csv"
+    assert other.rows.path == tmp_path / "logs" / "version_1" / "metrics.csv"

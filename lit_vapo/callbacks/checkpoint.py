@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from lit_vapo.callbacks.checkpoint_files import LAST, NAME, PATTERN, keep
+from lit_vapo.callbacks.checkpoint_files import LAST, NAME, iteration_of, keep
 from lit_vapo.callbacks.random_numbers import random_states, set_random_states
 from lit_vapo.callbacks.run_state import RunState
 from lit_vapo.callbacks.stopping import Signals, Stopped, end_children, stopped
@@ -127,23 +127,23 @@ class RunCheckpoint(Checkpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish what a killed process may have left half done of the checkpoint that is resumed."""
-        if not self._own(trainer):
+        if not self.owns(trainer.ckpt_path):
             # Another run's: what was best of it stays with it.
             self.best = None
-        elif trainer.is_global_zero and (path := Path(str(trainer.ckpt_path)).resolve()).match(PATTERN):
+        elif trainer.is_global_zero and iteration_of(path := Path(str(trainer.ckpt_path)).resolve()) is not None:
             self._point_to(path.name)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take files back to where the checkpoint stood, and take note of signals from now on."""
-        if trainer.is_global_zero and self._own(trainer):
+        if trainer.is_global_zero and self.owns(trainer.ckpt_path):
             self.state.rewind()
         self._saved_at, self._cost = time.monotonic(), 0.0
         self._signals = Signals(self.grace_seconds, lambda: end_children(trainer))
         self._signals.watch()
 
-    def _own(self, trainer: Trainer) -> bool:
-        """Whether a checkpoint of this run is resumed."""
-        return trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().parent == self.folder.resolve()
+    def owns(self, path: str | Path | None) -> bool:
+        """Whether a checkpoint is one of this run."""
+        return path is not None and Path(path).resolve().parent == self.folder.resolve()
 
     # 2. Between two iterations: all that was logged of the one before is on the disk.
 

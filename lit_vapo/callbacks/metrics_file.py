@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lit_vapo.callbacks.line_file import TableFile
+from lit_vapo.callbacks.line_file import LineFile, TableFile
 
 NAME = "metrics.csv"
 
@@ -34,7 +35,6 @@ class MetricsFile(CSVLogger):
         self, save_dir: str | Path, name: str = "logs", version: int | str | None = None, prefix: str = ""
     ) -> None:
         super().__init__(save_dir, name, version, prefix)
-        self._rows: _Rows | None = None
 
     @classmethod
     def like(cls, logger: CSVLogger, files: Iterable[Path] = ()) -> MetricsFile:
@@ -47,23 +47,21 @@ class MetricsFile(CSVLogger):
         version = there[0].name if there else logger._version
         return cls(logger.save_dir, logger.name, version, logger._prefix)
 
-    @property
-    def path(self) -> Path:
+    @cached_property
+    def rows(self) -> TableFile:
         """The file."""
-        return Path(self.log_dir) / NAME
+        return _Rows(Path(self.log_dir) / NAME)
 
     @property
-    def line_files(self) -> list[Path]:
+    def line_files(self) -> list[LineFile]:
         """What grows by lines."""
-        return [self.path]
+        return [self.rows]
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """What writes."""
-        if self._rows is None:
-            self._rows = _Rows(self.path)
-        return self._rows
+        return self.rows
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:
@@ -73,25 +71,15 @@ class MetricsFile(CSVLogger):
         self.experiment.append({**row, "step": step or 0})
 
     @rank_zero_only
-    def flush_lines(self) -> None:
-        """Write what waits for room on the disk.
-
-        Raises:
-            OSError: There is none.
-        """
-        if self._rows is not None:
-            self._rows.flush()
-
-    @rank_zero_only
     def save(self) -> None:
         """Write what waits, as far as that can be: Lightning asks for it after each row, which has warned already."""
         with suppress(OSError):
-            self.flush_lines()
+            self.rows.flush()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what waits; of a run that failed as far as that can be."""
-        self.flush_lines() if status == "success" else self.save()
+        self.rows.flush() if status == "success" else self.save()
 
 
 class _Rows(TableFile):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch.distributed
 from lightning.pytorch import Trainer
 
-from lit_vapo.callbacks.line_file import position, rewind
+from lit_vapo.callbacks.line_file import LineFile, position, rewind
 from lit_vapo.callbacks.random_numbers import random_states, set_random_states
 from lit_vapo.trackers import run_ids
 
@@ -29,9 +28,8 @@ class RunState:
         self.resumed: dict[str, Any] | None = None
         self._reads: dict[str, str] = {}
         # Files that grow by lines, by their names in the run's folder.
-        self._line_files: dict[str, Path] = {}
+        self._line_files: dict[str, LineFile] = {}
         self._loggers: list[Any] = []
-        self._writers: list[Any] = []
 
     def look(self, trainer: Any) -> None:
         """Note what the run reads and writes, before any model is loaded.
@@ -52,9 +50,9 @@ class RunState:
                 )
         self._loggers = list(trainer.loggers)
         # By their class: a tracker that has failed answers to any name.
-        self._writers = [x for x in (*trainer.loggers, *trainer.callbacks) if hasattr(type(x), "line_files")]
-        for path in (path for writer in self._writers for path in writer.line_files):
-            self._line_files[os.path.relpath(path, trainer.default_root_dir)] = path
+        writers = [x for x in (*trainer.loggers, *trainer.callbacks) if hasattr(type(x), "line_files")]
+        for file in (file for writer in writers for file in writer.line_files):
+            self._line_files[os.path.relpath(file.path, trainer.default_root_dir)] = file
 
     def flush(self) -> None:
         """Have all lines on the disk that a checkpoint counts on.
@@ -62,15 +60,15 @@ class RunState:
         Raises:
             OSError: There is no room for them.
         """
-        for writer in self._writers:
-            writer.flush_lines()
+        for file in self._line_files.values():
+            file.flush()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of this; all processes must ask."""
         return {
             "reads": self._reads,
             "trackers": run_ids(self._loggers),
-            "files": {name: position(path) for name, path in self._line_files.items()},
+            "files": {name: position(file.path) for name, file in self._line_files.items()},
             "random": _of_all(random_states()),
         }
 
@@ -78,7 +76,7 @@ class RunState:
         """Take the files back to where they were."""
         for name, place in (self.resumed or {}).get("files", {}).items():
             if name in self._line_files:
-                rewind(self._line_files[name], place)
+                rewind(self._line_files[name].path, place)
 
     def count(self, trainer: Trainer, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
         """Let the counters of a checkpoint say that the batch which is about to begin has not begun."""

@@ -31,18 +31,9 @@ class SampleTable(Callback):
         self._course: LineFile | None = None
 
     @property
-    def line_files(self) -> list[Path]:
+    def line_files(self) -> list[LineFile]:
         """What grows by lines in the course of a run."""
-        return [] if self._course is None else [self._course.path]
-
-    def flush_lines(self) -> None:
-        """Write what waits for room on the disk.
-
-        Raises:
-            OSError: There is none.
-        """
-        if self._course is not None:
-            self._course.flush()
+        return [] if self._course is None else [self._course]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Know where samples go."""

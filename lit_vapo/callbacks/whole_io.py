@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from lit_vapo.folders import whole_file
+
 PARTIAL = ".{}.partial"
 # What a file system says that has no links.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
@@ -46,25 +48,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
             return
         self.failure = None
         try:
-            self._save(checkpoint, Path(path))
-        except OSError as error:
-            # A write that fails does not say where.
-            self.failure = OSError(error.errno, error.strerror, str(path))
-            if not self.keep_failure:
-                raise self.failure from error
-
-    def _save(self, checkpoint: dict[str, Any], target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(PARTIAL.format(target.name))
-        try:
-            with partial.open("wb") as file:
+            with whole_file(Path(path)) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-            sync_folder(target.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+            sync_folder(Path(path).parent)
+        except OSError as error:
+            self.failure = error
+            if not self.keep_failure:
+                raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -82,16 +72,13 @@ def link(path: Path, name: str) -> None:
     partial = path.with_name(PARTIAL.format(name))
     partial.unlink(missing_ok=True)
     try:
-        try:
-            partial.symlink_to(path.name)
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            with path.open("rb") as source, partial.open("wb") as file:
-                shutil.copyfileobj(source, file, 1 << 24)
-                file.flush()
-                os.fsync(file.fileno())
+        partial.symlink_to(path.name)
         partial.replace(target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with path.open("rb") as source, whole_file(target) as file:
+            shutil.copyfileobj(source, file, 1 << 24)
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_vapo.callbacks.checkpoint_files import BEST, LAST, iteration_of
+from lit_vapo.commands.run_folder import FINISHED
 from lit_vapo.stages.checkpoint_file import SHARDED, read_checkpoint
 
-LAST, BEST, WORDS = "last.ckpt", "best.ckpt", ("best", "last")
+WORDS = ("best", "last")
 # What says when a run is over.
 ENDS = ("max_epochs", "max_steps", "max_time")
 
@@ -76,8 +77,8 @@ def _newest_first(checkpoints: Path) -> Iterator[Path]:
     last = (checkpoints / LAST).resolve()
 
     def age(path: Path) -> tuple[bool, int, float]:
-        number = re.fullmatch(r"iteration=(\d+)\.ckpt", path.name)
-        return path == last, int(number[1]) if number else -1, path.stat().st_mtime
+        number = iteration_of(path)
+        return path == last, -1 if number is None else number, path.stat().st_mtime
 
     return iter(sorted(found, key=age, reverse=True))
 
@@ -130,7 +131,7 @@ def found_to_resume(config: Any, root: Path, checkpoints: Path) -> Found | None:
     for name in ("ckpt_path", "overwrite"):
         if config[name]:
             raise ValueError(f"--resume: expected neither ckpt_path nor overwrite beside it, got {name}")
-    if is_finished(root / "finished.json", config["trainer"]):
+    if is_finished(root / FINISHED, config["trainer"]):
         rank_zero_info(f"resume: the run in {root} is finished; there is nothing left to do")
         raise NothingToDoError
     found = newest_whole(checkpoints, "--resume")

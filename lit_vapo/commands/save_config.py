@@ -38,8 +38,7 @@ class SaveConfig(SaveConfigCallback):
         for name in ("overwrite", "resume"):
             config[name] = False
         checkpoint = next((x for x in trainer.callbacks if isinstance(x, RunCheckpoint)), None)  # type: ignore[attr-defined]
-        given = config.get("ckpt_path")
-        if given is not None and checkpoint is not None and Path(given).resolve().parent == checkpoint.folder.resolve():
+        if checkpoint is not None and checkpoint.owns(config.get("ckpt_path")):
             config["ckpt_path"] = None
         return config
 

@@ -70,16 +70,6 @@ def read_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
     return checkpoint
 
 
-def check_checkpoint(path: str | Path, option: str) -> None:
-    """Refuse what cannot be read as a checkpoint; one of several parts, a folder, is left to its strategy.
-
-    Raises:
-        ValueError: As `read_checkpoint`.
-    """
-    if not (Path(path) / SHARDED).is_file():
-        read_checkpoint(path, option)
-
-
 def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:

@@ -115,8 +115,6 @@ def left(folder):
                 **{k: saved[k] for k in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")},
                 **{k: state[k] for k in ("best", "random", "files")},
             }
-            for place in found[name]["files"].values():
-                place.pop("bytes", None)
     return found
 
 

@@ -9,7 +9,8 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from lit_vapo.stages.checkpoint_file import check_checkpoint, read_checkpoint
+from lit_vapo.commands.resume import read
+from lit_vapo.stages.checkpoint_file import read_checkpoint
 
 ADVICE = ("weights_only", "torch.load", "miniz", "internal")
 
@@ -51,7 +52,7 @@ def file(tmp_path):
 def refusal(path):
     """The one sentence that refuses a file."""
     with pytest.raises(ValueError, match="--ckpt_path: expected a checkpoint, got ") as caught:
-        check_checkpoint(path, "--ckpt_path")
+        read(path, "--ckpt_path")
     message = str(caught.value)
     assert str(path) in message
     assert "\n" not in message
@@ -88,7 +89,7 @@ def test_a_folder_and_a_missing_file_are_named(tmp_path):
 
 def test_a_checkpoint_in_parts_is_left_to_its_strategy(tmp_path):
     (tmp_path / "meta.pt").touch()
-    check_checkpoint(tmp_path, "--ckpt_path")
+    read(tmp_path, "--ckpt_path")
     with pytest.raises(ValueError, match="--checkpoint: expected a checkpoint, .*it is a folder"):
         read_checkpoint(tmp_path, "--checkpoint")
 
