@@ -60,10 +60,12 @@ def test_trackers_find_the_newest_and_the_best(stage_args, tmp_path, monkeypatch
     told = []
     monkeypatch.setattr(Lasting, "after_save_checkpoint", lambda self, callback: told.append(callback))
     offline = ("--trainer.logger=WandbLogger", "--trainer.logger.offline=true", f"--trainer.logger.save_dir={tmp_path}")
-    main(stage_args("sft", "fit", tmp_path / "run", *VALIDATED, *offline))
+    # By this measure the first is the best, so that it is not the newest, too.
+    main(stage_args("sft", "fit", tmp_path / "run", *VALIDATED, *offline, "--checkpoint.mode=max"))
     found = {path: tag for _, path, _, tag in _scan_checkpoints(told[-1], {})}
     folder = (tmp_path / "run" / "checkpoints").resolve()
     assert set(found) == {str((folder / f"{name}.ckpt").resolve()) for name in ("last", "best")}
+    assert len(found) == 2
     # The name of the run is kept, for a run that is resumed.
     state = torch.load(last(tmp_path / "run"), weights_only=True)["callbacks"]["RunCheckpoint"]
     assert len(state["trackers"]) == 1

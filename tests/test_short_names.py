@@ -87,3 +87,17 @@ print(parser.parse_args(["--objective=Halved"]).objective.class_path)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent, capture_output=True, text=True, check=True)
     assert done.stdout == "lit_vapo.objectives.halved.Halved\n"
+
+
+def test_every_folder_of_classes_to_choose_looks_for_new_files():
+    """In another process, since this one has imported them."""
+    code = """
+import lit_vapo.plugins as plugins
+found, plugins.import_all = [], lambda package, path: found.append(package)
+import lit_vapo.advantages, lit_vapo.objectives, lit_vapo.rewards
+print(*sorted(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [
+        f"lit_vapo.{name}" for name in ("advantages", "objectives", "rewards", "rewards.members")
+    ]

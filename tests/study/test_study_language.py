@@ -29,7 +29,7 @@ from lit_vapo.study.experiments.learned import LearnedEnsemble, draw_pairs
 from lit_vapo.study.experiments.noise import KnownNoise
 from lit_vapo.study.experiments.planted import PlantedOptima
 from lit_vapo.study.experiments.reference_responses import feature_model, reference_responses
-from lit_vapo.study.experiments.truth import PromptValues, TrueReward
+from lit_vapo.study.experiments.truth import PromptValues, TrueReward, Truth
 from lit_vapo.types import TextReward
 
 METHODS = {"single": SingleReward(), "mean": MeanReward(), "aware": VarianceAware()}
@@ -422,3 +422,11 @@ def test_planted_noise_has_optima_over_the_references_responses(prepared):
     assert again[3:] == [single, mean, aware]
     with pytest.raises(ValueError, match="responses: expected at least 2, got 1"):
         PlantedOptima(str(prepared), METHODS, **options | {"responses": 1})
+
+
+def test_one_of_a_reward_and_a_judge_knows_the_truth(tmp_path):
+    spec = FeatureSpec(Pretrained("nowhere"))
+    reward = TrueReward(torch.ones(2), torch.zeros(()), torch.zeros(3, 2))
+    for known in ({}, {"reward": reward, "judge": len}):
+        with pytest.raises(ValueError, match="truth: expected a reward or a judge, got "):
+            Truth(spec, tmp_path / "prompts.jsonl", torch.zeros(3, 2), **known)
