@@ -70,8 +70,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     # A name that no other process has, on any machine that sees the folder, and that no pattern of results matches.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             yield file
             file.flush()
