@@ -101,6 +101,8 @@ class ActorCritic(nn.Module):
         trunk = None
         if spec.trunk == "own":
             saved = saved_trunk(folder, self.reads) if folder is not None else None
+            if saved is not None:
+                saved.gradient_checkpointing = (spec.base or self.base).gradient_checkpointing
             # A saved one is cut off already.
             trunk = (
                 own_trunk(spec, self.base, self.value_layer)

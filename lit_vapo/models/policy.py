@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, cast
@@ -116,8 +117,9 @@ class Policy(nn.Module):
             finally:
                 self._train_adapters()
         else:
-            self.lm.set_adapter(role)
-            self._train_adapters()
+            if self.lm.active_adapter != role:
+                self.lm.set_adapter(role)
+                self._train_adapters()
             yield self.causal_lm
 
     @contextmanager
@@ -148,8 +150,9 @@ class Policy(nn.Module):
 
     def layers(self, role: Role, input_ids: Tensor, lengths: Tensor, layers: Sequence[int | None]) -> list[Tensor]:
         """Hidden states of right-padded sequences (B, L) in a role, after each of some blocks, from one pass."""
+        again = partial(self.acting_as, role)
         with self.acting_as(role) as lm:
-            return run_layers(cast("PreTrainedModel", lm.base_model), input_ids, lengths, layers)
+            return run_layers(cast("PreTrainedModel", lm.base_model), input_ids, lengths, layers, again)
 
     def logprobs(
         self,

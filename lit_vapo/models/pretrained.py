@@ -31,6 +31,7 @@ from lit_vapo.ranges import PositiveFloat, PositiveInt, check_ranges
 
 # The option that names a model, where who loads it says nothing else.
 KEY = "model.base.path"
+RECOMPUTES = "recomputes_blocks"
 
 
 @dataclass
@@ -46,6 +47,8 @@ class Pretrained:
         attn_implementation: Attention kernel, such as `sdpa` or `flash_attention_2`; `null` lets transformers choose.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run Python code that comes with the model. Leave it off for models you do not trust.
+        gradient_checkpointing: Where weights are trained, keep of each block what goes into it alone, and compute the
+            rest again on the way back: a small part of the memory for activations, for one more forward pass.
     """
 
     path: str
@@ -54,6 +57,7 @@ class Pretrained:
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         """Know a folder by its absolute path, so that what is trained on it loads from elsewhere."""
@@ -129,7 +133,8 @@ def load_causal_lm(spec: Pretrained, key: str = KEY) -> PreTrainedModel:
         ValueError: There is no such model.
     """
     with _read(spec, key):
-        return cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(spec.path, **load_kwargs(spec)))
+        lm = cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(spec.path, **load_kwargs(spec)))
+    return _marked(lm, spec)
 
 
 def load_backbone(spec: Pretrained, num_layers: int | None = None, key: str = KEY) -> PreTrainedModel:
@@ -152,7 +157,18 @@ def load_backbone(spec: Pretrained, num_layers: int | None = None, key: str = KE
         if not 1 <= num_layers <= len(layers):
             raise ValueError(f"layer: expected 1 … {len(layers)} for {spec.path!r}, got {num_layers}")
         cut_off(backbone, num_layers)
-    return backbone
+    return _marked(backbone, spec)
+
+
+def _marked(model: PreTrainedModel, spec: Pretrained) -> PreTrainedModel:
+    """A model whose backbone knows whether its blocks are to be computed again."""
+    setattr(model.base_model, RECOMPUTES, spec.gradient_checkpointing)
+    return model
+
+
+def recomputes_blocks(backbone: nn.Module) -> bool:
+    """Whether a backbone was loaded to compute its blocks again on the way back (`gradient_checkpointing`)."""
+    return bool(getattr(backbone, RECOMPUTES, False))
 
 
 def cut_off(backbone: PreTrainedModel, num_layers: int) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lit_vapo.functional import TokenLogprobs, token_logprobs
 from lit_vapo.models.generation import Shaping
 from lit_vapo.models.pretrained import decoder_layers, final_norm
+from lit_vapo.models.recompute import Again, recomputed
 
 Pooling = Literal["last", "mean"]
 
@@ -116,7 +117,11 @@ def run_trunk(backbone: PreTrainedModel, input_ids: Tensor, lengths: Tensor, lay
 
 
 def run_layers(
-    backbone: PreTrainedModel, input_ids: Tensor, lengths: Tensor, layers: Sequence[int | None]
+    backbone: PreTrainedModel,
+    input_ids: Tensor,
+    lengths: Tensor,
+    layers: Sequence[int | None],
+    again: Again = nullcontext,
 ) -> list[Tensor]:
     """Hidden states (B, L, H) after each of some blocks and the final normalisation, from one pass.
 
@@ -125,11 +130,13 @@ def run_layers(
         input_ids: Token ids (B, L), right-padded with anything.
         lengths: Real tokens of each row (B,).
         layers: Read after so many blocks each; `None` after the last.
+        again: Where blocks are computed again, a block to do that in (see `recomputed`).
     """
     mask = length_mask(lengths, input_ids.shape[1]).long()
     count = len(decoder_layers(backbone))
     store: dict[int, Tensor] = {}
-    with _tap(backbone, {layer for layer in layers if layer not in (None, count)}, store):
+    tapped = {layer for layer in layers if layer not in (None, count)}
+    with _tap(backbone, tapped, store), recomputed(backbone, again):
         last = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
     normed = {layer: final_norm(backbone)(states) for layer, states in store.items()}
     return [last if layer in (None, count) else normed[layer] for layer in layers]
@@ -195,6 +202,7 @@ def pooled(
     pooling: Pooling,
     ends: Sequence[int] = (),
     layers: Sequence[int | None] = (None,),
+    again: Again = nullcontext,
 ) -> list[Tensor]:
     """Features of right-padded sequences (B, L), one tensor for each of `layers`, from one pass.
 
@@ -203,7 +211,7 @@ def pooled(
     """
     lengths = content_lengths(input_ids, lengths, prompt_lengths, ends)
     with last_rows_only(backbone, lengths) if pooling == "last" else nullcontext():
-        states = run_layers(backbone, input_ids, lengths, layers)
+        states = run_layers(backbone, input_ids, lengths, layers, again)
     copies = states[0].shape[0] // len(lengths)
     rows = (lengths.repeat(copies), prompt_lengths.repeat(copies), pooling)
     features = [pool(hidden, *rows) for hidden in states]

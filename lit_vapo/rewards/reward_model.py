@@ -55,8 +55,8 @@ class RewardModel(nn.Module):
 
     def encode(self, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> Tensor:
         """Features (B, H) of right-padded sequences (B, L), or (B, K, H) where members differ in them."""
-        rows = (input_ids, lengths, prompt_lengths)
-        return self.head.join([pooled(x, *rows, self.spec.pooling, self.spec.ends)[0] for x in self.passes()])
+        rows = (input_ids, lengths, prompt_lengths, self.spec.pooling, self.spec.ends)
+        return self.head.join([pooled(x, *rows, again=self.head.in_place)[0] for x in self.passes()])
 
     def passes(self) -> Iterator[PreTrainedModel]:
         """The models to run, one after another."""

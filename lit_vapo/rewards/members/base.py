@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -234,6 +235,11 @@ class RewardHead(Normaliser, ABC):
     def passes(self, backbone: Any) -> Iterator[Any]:
         """The models to run one after another over a batch, or over all batches. A row may come back K-fold."""
         yield backbone
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """A block in which the backbone's own passes are the members': within `passes`, and on the way back."""
+        yield
 
     def join(self, outputs: list[Tensor]) -> Tensor:
         """Features from the pooled states of all passes, each (B, H) or (B, K, H)."""

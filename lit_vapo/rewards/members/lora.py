@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -117,9 +118,15 @@ class LoraEnsemble(RewardHead):
 
     def passes(self, backbone: nn.Module) -> Iterator[nn.Module]:
         """The backbone, once, with all members' adapters in place."""
+        with self.in_place():
+            yield backbone
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """A block in which all members' adapters are in place."""
         self.active = True
         try:
-            yield backbone
+            yield
         finally:
             self.active = False
 
