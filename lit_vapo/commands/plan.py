@@ -7,7 +7,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lit_vapo.commands.plan_settings import Settings, chosen_stage, read_settings
 from lit_vapo.models.pretrained import quiet
@@ -18,6 +18,7 @@ from lit_vapo.plan.ppo import PPOJob
 from lit_vapo.plan.report import figures, table
 
 SMALLER, ROWS, DEVICES = 1024, 8, (2, 4, 8, 16)
+BITS = "model.base.quantization"
 
 
 def plan(words: Sequence[str]) -> None:
@@ -120,7 +121,7 @@ def changes(settings: Settings) -> Iterator[Change]:
     if not trains_base:
         for bits in ("8bit", "4bit"):
             if base.quantization is None or (base.quantization, bits) == ("8bit", "4bit"):
-                yield Change(f"{bits[0]} bits a weight", {"model.base.quantization": bits})
+                yield Change(f"{bits[0]} bits a weight", {BITS: bits})
     for devices in DEVICES:
         if devices > settings.setup.devices:
             yield Change(f"{devices} devices with FSDP2", {}, devices)
@@ -134,9 +135,9 @@ def _better(stage: str, words: list[str], own: argparse.Namespace, settings: Set
         options = {name: value for change in chosen for name, value in change.options.items()}
         devices = max((change.devices or 0 for change in chosen), default=0) or own.devices
         strategy = "fsdp2" if any(change.devices for change in chosen) else own.strategy
-        if strategy == "fsdp2" and settings.job.base.quantization == "8bit" and "model.base.quantization" not in options:
+        if strategy == "fsdp2" and options.get(BITS, settings.job.base.quantization) == "8bit":
             # FSDP2 cannot divide 8-bit weights.
-            options["model.base.quantization"] = "4bit"
+            options[BITS] = "4bit"
         added = [f"--{name}={value}" for name, value in options.items()]
         made = read_settings(stage, [*words, *added], devices, strategy).plan()
         if fits(made.peak, gpu.memory):
@@ -148,7 +149,7 @@ def _better(stage: str, words: list[str], own: argparse.Namespace, settings: Set
 
 def _advice(better: Better | None, gpu: Gpu) -> str:
     if better is None:
-        return f"It does not fit the {gpu.name}, and nothing that was tried makes it: take a smaller model or a larger GPU."
+        return f"It does not fit the {gpu.name}, nor with all that was tried: take a smaller model or a larger GPU."
     taken = sum(better.plan.seconds(gpu).values())
     return (
         f"It does not fit the {gpu.name}. With {', '.join(better.names)} it does: {better.plan.peak / GB:.1f} GB, "

@@ -5,18 +5,17 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 
+from lit_vapo.advantages.gae import Gae
 from lit_vapo.commands.run import StageCLI
 from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule, SFTDataModule
 from lit_vapo.models.exported import check_policy, is_adapter
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.weightless import weightless
 from lit_vapo.plan.draft import Draft, Plan, Setup, planned
 from lit_vapo.plan.ppo import PPOJob, draft_ppo
 from lit_vapo.plan.reward import RewardJob, draft_reward
@@ -42,6 +41,7 @@ STAGES = {
     "sft": _Stage("lit_vapo.stages.sft.module:SFTModule", SFTDataModule),
 }
 SHARDED = ("fsdp2", "modelparallel")
+EVERY = "every prompt and response is taken to be as long as it may be: most runs take less"
 
 
 def chosen_stage(words: list[str]) -> tuple[str, list[str]]:
@@ -94,8 +94,10 @@ class _Reader(StageCLI):
         """Make what the model's options name, and none of the rest."""
         config, parser = self.config["fit"], self._parser("fit")
         self.trainer_settings = config.pop("trainer")
-        if "gold" in config.get("model", {}):
+        self.notes = [EVERY]
+        if config["model"].get("gold") is not None:
             config["model"]["gold"] = None
+            self.notes.append("the gold judge is not counted")
         for kind in (self._model_class, self._datamodule_class):
             parser.add_instantiator(_arguments, kind, subclasses=False, prepend=True)
         made = parser.instantiate_classes(config)
@@ -130,7 +132,9 @@ class Settings:
         """What it takes of one device that has all to itself."""
         if isinstance(self.job, PPOJob):
             return draft_ppo(self.job, self.setup)
-        return draft_reward(self.job, self.setup) if isinstance(self.job, RewardJob) else draft_sft(self.job, self.setup)
+        if isinstance(self.job, RewardJob):
+            return draft_reward(self.job, self.setup)
+        return draft_sft(self.job, self.setup)
 
     def plan(self) -> Plan:
         """What each device takes."""
@@ -169,9 +173,10 @@ def read_settings(
     named = str(strategy or _name(trainer.get("strategy"))).lower()
     sharded = any(word in named for word in SHARDED) and count > 1
     setup = Setup(count, sharded, str(trainer.get("precision") or "32-true"), on_cpu)
-    notes = ["every prompt and response is taken to be as long as it may be: most runs take less"]
-    job = JOBS[stage](read.model_settings, read.data_settings, notes)
-    return Settings(stage, job, setup, notes)
+    job = JOBS[stage](read.model_settings, read.data_settings, read.notes)
+    if sharded and job.base.quantization == "8bit":
+        raise ValueError("model.base.quantization: expected null or 4bit under FSDP2, which cannot divide it, got 8bit")
+    return Settings(stage, job, setup, read.notes)
 
 
 def _name(strategy: Any) -> str:
@@ -199,12 +204,8 @@ def _ppo(model: dict[str, Any], data: dict[str, Any], notes: list[str]) -> PPOJo
         try:
             reward = load_reward(reward, model["trust"])
         except ValueError:
-            notes.append(f"no rewards in {reward} yet: taken for heads on the policy's base, which take next to nothing")
+            notes.append(f"no rewards in {reward} yet: taken for heads on the policy's base, which take little")
             reward = None
-    if model.get("gold") is not None:
-        notes.append("the gold judge is not counted")
-    from lit_vapo.advantages.gae import Gae
-
     critic = chosen_critic(model["critic"], model["advantage"] or Gae(), update)
     return PPOJob(
         base=base,

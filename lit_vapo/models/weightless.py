@@ -46,7 +46,9 @@ def is_weightless() -> bool:
 
 def reader(kind: Any) -> Callable[..., PreTrainedModel]:
     """What makes models of an auto class: its `from_pretrained`, or within `weightless` the same without weights."""
-    return cast("Callable[..., PreTrainedModel]", partial(_from_config, kind) if is_weightless() else kind.from_pretrained)
+    return cast(
+        "Callable[..., PreTrainedModel]", partial(_from_config, kind) if is_weightless() else kind.from_pretrained
+    )
 
 
 def _from_config(kind: Any, path: str, **kwargs: Any) -> PreTrainedModel:

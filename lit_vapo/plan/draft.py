@@ -79,6 +79,7 @@ class Draft:
         phases: What comes on top.
         half: Whether most products are in half precision.
         notes: What a reader should know.
+        divided: Whether FSDP2 divides all this. Backbones that nothing trains are whole on each device.
     """
 
     weights: float
@@ -87,6 +88,7 @@ class Draft:
     phases: list[Phase]
     half: bool
     notes: list[str] = field(default_factory=list)
+    divided: bool = True
 
     def stretched(self, other: Draft, by: float) -> Draft:
         """This draft and `by` times what another one has more than it: both with fewer blocks than are wanted.
@@ -141,7 +143,7 @@ class Plan:
 
 def planned(draft: Draft, setup: Setup) -> Plan:
     """What a draft comes to on each device of a setup."""
-    devices = setup.devices if setup.sharded else 1
+    devices = setup.devices if setup.sharded and draft.divided else 1
     weights = sharded(draft.weights, devices, draft.gathered)
     trained = sharded(draft.trained, devices, 0.0)
     # DistributedDataParallel sends gradients from buckets of its own.

@@ -74,9 +74,9 @@ class DryRun:
                 with meter.part("gradients"):
                     parameter.grad = torch.zeros_like(parameter)
             meter.start_over()
-            with torch.autocast("cpu", dtype=self.mixed or torch.bfloat16, enabled=self.mixed is not None):
-                with self._as_on_a_gpu():
-                    yield meter
+            mixed = torch.autocast("cpu", dtype=self.mixed or torch.bfloat16, enabled=self.mixed is not None)
+            with mixed, self._as_on_a_gpu():
+                yield meter
         for parameter in trained:
             parameter.grad = None
         torch.clear_autocast_cache()
@@ -131,9 +131,7 @@ class DryRun:
         ids = torch.zeros(rows, length, dtype=torch.long)
         return lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
 
-    def score(
-        self, networks: ActorCritic, rows: int, prompt_length: int, new: int, taps: Sequence[Tap] = ()
-    ) -> list[Found]:
+    def score(self, networks: ActorCritic, rows: int, prompt_length: int, new: int, taps: Sequence[Tap] = ()) -> Found:
         """A pass of the reference, with the heads that read it, then one of the actor, and one of the critic."""
         with torch.no_grad(), self._metered() as meter:
             batch = _rows(rows, prompt_length, new)
@@ -153,7 +151,7 @@ class DryRun:
             if networks.critic is not None:
                 with meter.part("activations"):
                     networks.values(batch, states)
-            return [Found(dict(meter.at_peak), meter.flops)]
+            return Found(dict(meter.at_peak), meter.flops)
 
     def learn(self, networks: ActorCritic, rows: int, prompt_length: int, new: int) -> Found:
         """A microbatch of the update: policy and value loss, and the way back, beside gradients of earlier ones."""

@@ -1,4 +1,4 @@
-"""Bytes and seconds by arithmetic: what needs no model to be worked out. Sizes are in bytes, rates in bytes/s or FLOP/s."""
+"""Bytes and seconds by arithmetic: what needs no model to be worked out. Rates are in bytes/s or FLOP/s."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ def _gpu(name: str, memory: float, half: float, single: float, bandwidth: float,
     return Gpu(name, memory * GB, half * TERA, single * TERA, bandwidth * GB, link * GB)
 
 
-# GB, TFLOP/s bfloat16, TFLOP/s float32, GB/s memory, GB/s link. NVIDIA's data sheets and architecture papers: T4 (PB-
-# 09256-001), V100 (WP-08608-001), A10G (of AWS G5: the A10 with fewer matrix units), L4, L40S, A100 (tensor core GPU data
-# sheet), H100 SXM, H200 SXM, HGX B200 (per GPU), GA102, Ada and RTX Blackwell architecture papers, RTX A6000.
+# GB, TFLOP/s bfloat16, TFLOP/s float32, GB/s memory, GB/s link. From NVIDIA's data sheets and architecture papers: T4,
+# V100 SXM2, A10G (of AWS G5: an A10 with fewer matrix units), L4, L40S, A100 SXM, H100 SXM, H200 SXM, HGX B200 (one of
+# its GPUs), GeForce RTX by the papers on GA102, Ada and RTX Blackwell, RTX A6000.
 GPUS = {
     gpu.name: gpu
     for gpu in (

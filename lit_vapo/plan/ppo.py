@@ -58,23 +58,19 @@ class PPOJob:
 
 def draft_ppo(job: PPOJob, setup: Setup) -> Draft:
     """What an iteration takes if all prompts and responses are as long as they may be."""
-    uniform = (
-        (job.lora is None or job.lora.top_layers is None)
-        and (job.critic is None or job.critic.base is None)
-        and (job.reward is None or (job.reward.reads() is None or job.reward.reads().layer is None))  # type: ignore[union-attr]
-        and not _scores_itself(job)
-    )
+    one = (job.lora is None or job.lora.top_layers is None) and (job.critic is None or job.critic.base is None)
+    uniform = one and job.policy is None and _reads_the_end(job)
     return stretched(job.base, uniform, lambda depth: _draft(job, setup, depth))
 
 
-def _scores_itself(job: PPOJob) -> bool:
-    """Whether the source of rewards runs models of its own."""
+def _reads_the_end(job: PPOJob) -> bool:
+    """Whether rewards come from the last block of the policy's base, or from no model at all."""
     if job.reward is None:
-        return False
+        return True
+    reads = job.reward.reads()
     with weightless():
-        networks = _networks(job)
-        job.reward.prepare(networks.policy)
-        return bool(job.reward.scorers())
+        job.reward.prepare(_networks(job).policy)
+    return not job.reward.scorers() and (reads is None or reads.layer is None)
 
 
 def _networks(job: PPOJob) -> ActorCritic:
@@ -114,7 +110,8 @@ def _draft(job: PPOJob, setup: Setup, depth: int) -> Draft:
         states = float(rows * job.new * networks.policy.hidden_size * item)
     batch = microbatch(rows, width, TOKENS_PER_BATCH)
     passes = -(-rows // batch)
-    (scored,) = run.score(networks, batch, job.prompt_length, job.new, job.reward.taps if job.reward is not None else ())
+    taps = () if job.reward is None else job.reward.taps
+    scored = run.score(networks, batch, job.prompt_length, job.new, taps)
     casts = max(scored.parts.get("casts", 0.0), drawing.parts.get("casts", 0.0))
     scoring = [{**scored.parts, "casts": casts, "workspace": scored.parts.get("workspace", 0.0) + states + kept}]
     # What the passes kept for the critic, put side by side and then in order.

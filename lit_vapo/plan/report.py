@@ -34,7 +34,8 @@ def table(plan: Plan, gpus: Sequence[Gpu]) -> str:
     return "\n\n".join(
         [
             f"GB (10^9 bytes) on each device at the peak of each phase:\n{memory_table(plan)}",
-            f"Peak {plan.peak / GB:.1f} GB. A GPU fits if {MARGIN:.0%} of its memory stay free.\n{gpu_table(plan, gpus)}",
+            f"Peak {plan.peak / GB:.1f} GB. A GPU fits if {MARGIN:.0%} of its memory stay free.\n"
+            + gpu_table(plan, gpus),
             "\n".join(
                 f"- {note}"
                 for note in (

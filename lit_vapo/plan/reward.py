@@ -8,10 +8,17 @@ import torch
 from torch import nn
 
 from lit_vapo.models.batching import TOKENS_PER_BATCH
-from lit_vapo.models.critic import HiddenStates
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.policy import Policy
-from lit_vapo.models.pretrained import Lora, Pretrained, decoder_layers, freeze, hidden_size, load_backbone, model_config
+from lit_vapo.models.pretrained import (
+    Lora,
+    Pretrained,
+    decoder_layers,
+    freeze,
+    hidden_size,
+    load_backbone,
+    model_config,
+)
 from lit_vapo.models.trunk import Pooling
 from lit_vapo.models.vocabulary import vocabulary_size
 from lit_vapo.models.weightless import weightless
@@ -94,8 +101,7 @@ def _features(job: RewardJob, setup: Setup, depth: int) -> Draft:
     phases = [Phase("features", found.parts, found.flops * passes), Phase("training", step)]
     half = setup.mixed is not None or backbone.dtype != torch.float32
     note = "features are computed once for each pair; `features` is the time for those of a batch"
-    gathered = held_bytes(model)
-    return Draft(held_bytes(model), parameter_bytes(heads), gathered, phases, half, [note])
+    return Draft(held_bytes(model), parameter_bytes(heads), 0.0, phases, half, [note], divided=False)
 
 
 def _training(job: RewardJob, setup: Setup, depth: int) -> Draft:
@@ -107,7 +113,9 @@ def _training(job: RewardJob, setup: Setup, depth: int) -> Draft:
     step = {"workspace": step_bytes(trained, setup)}
     # Gradients of the step before are gone when a step begins.
     alone = sum(parts.values()) > parameter_bytes(trained) + sum(step.values())
-    phase = Phase("training", parts if alone else step, found.flops, exchanges=1.0, gathers=2.0, without_gradients=alone)
+    phase = Phase(
+        "training", parts if alone else step, found.flops, exchanges=1.0, gathers=2.0, without_gradients=alone
+    )
     half = setup.mixed is not None or backbone.dtype != torch.float32
     return Draft(held_bytes(model), parameter_bytes(trained), gathered_bytes(backbone), [phase], half)
 
@@ -141,8 +149,3 @@ def _with_reference(draft: Draft, reference: Pretrained, job: RewardJob, setup: 
     draft.phases.insert(0, phase)
     draft.notes.append(note)
     return draft
-
-
-def reads_of(job: RewardJob) -> HiddenStates | None:
-    """What heads read that need no pass of their own beside a policy on the same base."""
-    return HiddenStates(job.base, job.layer) if job.head.has_fixed_features(job.frozen) else None

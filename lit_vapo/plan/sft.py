@@ -48,6 +48,8 @@ def _draft(job: SFTJob, setup: Setup, depth: int) -> Draft:
     parts.pop("gradients", None)
     step = {"workspace": step_bytes(trained, setup)}
     alone = sum(parts.values()) > parameter_bytes(trained) + sum(step.values())
-    phase = Phase("training", parts if alone else step, found.flops, exchanges=1.0, gathers=2.0, without_gradients=alone)
+    phase = Phase(
+        "training", parts if alone else step, found.flops, exchanges=1.0, gathers=2.0, without_gradients=alone
+    )
     half = setup.mixed is not None or lm.dtype != torch.float32
     return Draft(held_bytes(policy), parameter_bytes(trained), gathered_bytes(lm), [phase], half)
