@@ -7,7 +7,7 @@ def config_only(folder, kind="llama", **sizes):
     given = {
         "hidden_size": 64,
         "intermediate_size": 192,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 5,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,

@@ -105,16 +105,10 @@ class DryRun:
                 with meter.part("activations"):
                     out: Any = self._read(lm, prompts, prompt_length)
                 out.logits[:, -1].float().softmax(-1)
-                cached = _cached(out.past_key_values)
-                parts = dict(meter.at_peak)
-                held = sum(x.untyped_storage().nbytes() for x in cached)
-                parts["activations"] = max(0, parts.get("activations", 0) - held)
-                reading = Found(parts | {"cache": held}, meter.flops)
-            del out, cached
+                reading = Found(_with_cache(meter.at_peak, out.past_key_values), meter.flops)
+            del out
             with self._metered() as meter:
                 cache = self._read(lm, rows, prompt_length + new - 1).past_key_values
-                for x in _cached(cache):
-                    meter.move(x, "cache")
                 meter.start_over()
                 before = meter.flops
                 mask = torch.ones(rows, prompt_length + new, dtype=torch.long)
@@ -124,7 +118,7 @@ class DryRun:
                 # The sampler's own copy, divided by the temperature, and its probabilities.
                 scores = out.logits[:, -1].to(torch.float32, copy=True)
                 (scores / 2.0).softmax(-1)
-                drawing = Found(dict(meter.at_peak), meter.flops - before)
+                drawing = Found(_with_cache(meter.at_peak, out.past_key_values), meter.flops - before)
         return [reading, drawing]
 
     def _read(self, lm: nn.Module, rows: int, length: int) -> Any:
@@ -228,10 +222,11 @@ def _rows(rows: int, prompt_length: int, new: int) -> TokenRows:
     return TokenRows(ids, torch.full((rows,), prompt_length), torch.ones(rows, new, dtype=torch.bool))
 
 
-def _cached(cache: Any) -> list[Tensor]:
-    """Keys and values of a cache."""
-    layers = getattr(cache, "layers", [])
-    return [x for layer in layers for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
+def _with_cache(parts: dict[str, int], cache: Any) -> dict[str, float]:
+    """The parts of a peak, with keys and values, which a pass makes like all the rest, apart from activations."""
+    held = [x for layer in getattr(cache, "layers", []) for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
+    size = sum(x.untyped_storage().nbytes() for x in held)
+    return {**parts, "activations": max(0, parts.get("activations", 0) - size), "cache": size}
 
 
 def _without_data(networks: nn.Module, on_cpu: bool) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lit_vapo.plan.formulas import attention_flops
@@ -40,9 +39,10 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.live: Counter[str] = Counter()
         self.peak = 0
-        self.at_peak: Counter[str] = Counter()
+        self.at_peak: dict[str, int] = {}
         self.flops = 0.0
         self._part = "workspace"
+        self._total = 0
         self._vocabulary = vocabulary
         self._weights = {_key(p) for p in weights.parameters()}
         # Parts and sizes of what lives; size 0 for what came from outside.
@@ -58,32 +58,24 @@ class Meter(TorchDispatchMode):
         finally:
             self._part = before
 
-    def move(self, x: Tensor, part: str) -> None:
-        """Count what is made already to another part."""
-        key = _key(x)
-        old, size = self._known.get(key, ("", 0))
-        if size:
-            self.live[old] -= size
-            self.live[part] += size
-            self._known[key] = (part, size)
-
     def start_over(self) -> None:
         """Forget the peak: it is what lives now."""
-        self.peak, self.at_peak = sum(self.live.values()), self.live.copy()
+        self.peak, self.at_peak = self._total, dict(self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and count what it makes."""
         kwargs = kwargs or {}
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor):
-                self._watch(x.untyped_storage(), "", 0)
+        # Where a tensor is and how it is laid out is asked twice for each operation, and makes nothing.
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        for x in _tensors(args):
+            self._watch(x.untyped_storage(), "", 0)
         out = func(*args, **kwargs)
         part = self._part
         if func is torch.ops.aten._to_copy.default and _key(args[0]) in self._weights:
             part = "casts"
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._see(x, part)
+        for x in _tensors((out,)):
+            self._see(x, part)
         self.flops += _flops(func, args, kwargs, out)
         return out
 
@@ -91,10 +83,8 @@ class Meter(TorchDispatchMode):
         storage = x.untyped_storage()
         if x.ndim > 1 and x.shape[-1] == self._vocabulary:
             part = "logits"
-        if self._watch(storage, part, storage.nbytes()):
-            total = sum(self.live.values())
-            if total > self.peak:
-                self.peak, self.at_peak = total, self.live.copy()
+        if self._watch(storage, part, storage.nbytes()) and self._total > self.peak:
+            self.peak, self.at_peak = self._total, dict(self.live)
 
     def _watch(self, storage: Any, part: str, size: int) -> bool:
         """Count a storage until it is gone; tell whether it is new."""
@@ -104,12 +94,23 @@ class Meter(TorchDispatchMode):
         self._known[key] = (part, size)
         self._watched[key] = weakref.ref(storage, lambda _: self._forget(key))
         self.live[part] += size
+        self._total += size
         return True
 
     def _forget(self, key: int) -> None:
         part, size = self._known.pop(key, ("", 0))
         self._watched.pop(key, None)
         self.live[part] -= size
+        self._total -= size
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among the arguments of an operation, which are at most in lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _key(x: Tensor) -> int:

@@ -7,6 +7,7 @@ import torch
 from plan_helpers import config_only
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.critic import CriticSpec
@@ -50,8 +51,8 @@ def job_of(path, **changed):
 
 
 def test_weights_are_those_of_the_configuration(bare_model):
-    # Embeddings and head 2·500·64; a block: attention 64·64·2 + 64·32·2, MLP 3·64·192, norms 2·64; six, and a norm.
-    count = 2 * 500 * 64 + 6 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 192 + 2 * 64) + 64
+    # Embeddings and head 2·500·64; a block: attention 64·64·2 + 64·32·2, MLP 3·64·192, norms 2·64; five, and a norm.
+    count = 2 * 500 * 64 + 5 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 192 + 2 * 64) + 64
     # Both have the frequencies of rotary embeddings, 8 numbers, twice in float32.
     assert held_bytes(dry_lm(bare_model, dtype="float32")) == 4 * count + 64
     assert held_bytes(dry_lm(bare_model, dtype="bfloat16")) == 2 * count + 64
@@ -71,17 +72,16 @@ def dry_lm(path, **spec):
 def test_quantised_weights_come_with_their_scales(bare_model, quantization, a_weight, a_row, a_block):
     linear = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 192
     rows = 64 + 32 + 32 + 64 + 192 + 192 + 64
-    blocks = 6 * (linear * (a_weight + a_block) + rows * a_row)
+    blocks = 5 * (linear * (a_weight + a_block) + rows * a_row)
     # Embeddings, head and norms stay in bfloat16.
-    rest = 2 * (2 * 500 * 64 + 6 * 2 * 64 + 64) + 64
+    rest = 2 * (2 * 500 * 64 + 5 * 2 * 64 + 64) + 64
     assert held_bytes(dry_lm(bare_model, dtype="bfloat16", quantization=quantization)) == blocks + rest
 
 
 def test_the_cache_is_that_of_the_formula(bare_model):
     networks = networks_of(bare_model, dtype="bfloat16")
     _, drawing = dry(networks, torch.bfloat16).generate(networks.policy, 3, 2, PROMPT, NEW)
-    # All but the token that is being drawn.
-    assert drawing.parts["cache"] == cache_bytes(6, 6, PROMPT + NEW - 1, 2 * 16, 2)
+    assert drawing.parts["cache"] == cache_bytes(5, 6, PROMPT + NEW, 2 * 16, 2)
 
 
 def test_windows_bound_the_cache(tmp_path):
@@ -90,21 +90,22 @@ def test_windows_bound_the_cache(tmp_path):
     path = config_only(tmp_path / "gemma", "gemma3_text", **sizes)
     networks = networks_of(path)
     _, drawing = dry(networks).generate(networks.policy, 3, 1, PROMPT, NEW)
-    # A window of 8 keeps 7 tokens besides the one at work.
-    whole, window = (cache_bytes(1, 3, tokens, 2 * 16, 4) for tokens in (PROMPT + NEW - 1, 7))
+    # A window of 8 tokens, with the one at work.
+    whole, window = (cache_bytes(1, 3, tokens, 2 * 16, 4) for tokens in (PROMPT + NEW, 8))
     assert drawing.parts["cache"] == whole + window
 
 
 def test_activations_are_those_that_were_measured_before(tmp_path):
-    # LoRA on all linears under autocast, per token and block: 24.6·H + 8.2·I + 4.4·kv bytes, from an earlier measurement
-    # of a Qwen2 with data. Wide enough that ranks, heads and masks do not matter.
-    path = config_only(
-        tmp_path / "q", "qwen2", hidden_size=1024, intermediate_size=4096, num_attention_heads=8, num_key_value_heads=2
-    )
-    networks = networks_of(path, dtype="bfloat16")
-    found = dry(networks, torch.bfloat16).learn(networks, 2, 192, 64)
-    expected = 2 * 256 * 6 * (24.6 * 1024 + 8.2 * 4096 + 4.4 * 256)
-    assert found.parts["activations"] == pytest.approx(expected, rel=0.05)
+    # LoRA on all linears under autocast, per token and block: 24.6·H + 8.2·I + 4.4·kv bytes, from an earlier
+    # measurement of a Qwen2 with data. Wide enough that ranks, heads and masks do not matter.
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "head_dim": 128}
+    kept = []
+    for blocks in (1, 2):
+        path = config_only(tmp_path / str(blocks), "qwen2", num_hidden_layers=blocks, **sizes)
+        networks = networks_of(path, dtype="bfloat16")
+        kept.append(dry(networks, torch.bfloat16).learn(networks, 2, 192, 64).parts["activations"])
+    expected = 2 * 256 * (24.6 * 1024 + 8.2 * 4096 + 4.4 * 256)
+    assert kept[1] - kept[0] == pytest.approx(expected, rel=0.05)
 
 
 def test_checkpointing_keeps_the_inputs_of_blocks(bare_model):
@@ -118,7 +119,10 @@ def test_checkpointing_keeps_the_inputs_of_blocks(bare_model):
 
 def rows_with_data():
     ids = torch.randint(0, 500, (ROWS, PROMPT + NEW))
-    return TokenRows(ids, torch.full((ROWS,), PROMPT), torch.ones(ROWS, NEW, dtype=torch.bool))
+    mask = torch.ones(ROWS, NEW, dtype=torch.bool)
+    # Without any padding transformers leaves masks out, and takes less.
+    mask[0, -1] = False
+    return TokenRows(ids, torch.full((ROWS,), PROMPT), mask)
 
 
 def profiled_peak(run):
@@ -132,13 +136,12 @@ def profiled_peak(run):
     return peak
 
 
-@pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("saving", [True, False])
-@pytest.mark.parametrize("mixed", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lora", "saving", "mixed"),
+    [(True, False, None), (False, True, None), (True, True, torch.bfloat16), (False, False, torch.bfloat16)],
+)
 def test_a_pass_with_data_takes_as_much(tmp_path, lora, saving, mixed):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    path = config_only(tmp_path / "m", hidden_size=128, intermediate_size=384, num_hidden_layers=3, head_dim=32)
+    path = config_only(tmp_path / "m", num_hidden_layers=2)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).save_pretrained(path)
     spec = Pretrained(path, dtype="float32", gradient_checkpointing=saving)
     networks = ActorCritic(spec, Lora(rank=4) if lora else None, CriticSpec("own"))
@@ -159,7 +162,7 @@ def test_a_pass_with_data_takes_as_much(tmp_path, lora, saving, mixed):
     assert made == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("changed", [{}, {"lora": None}, {"critic": CriticSpec("lora")}, {"critic": None}])
+@pytest.mark.parametrize("changed", [{"critic": None}, {"lora": None}])
 def test_few_blocks_stretch_to_all(bare_model, changed, monkeypatch):
     job, setup = job_of(bare_model, **changed), Setup(precision="bf16-mixed")
     short = planned(draft_ppo(job, setup), setup)
