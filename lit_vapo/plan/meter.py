@@ -93,15 +93,17 @@ class Meter(TorchDispatchMode):
             return False
         self._known[key] = (part, size)
         self._watched[key] = weakref.ref(storage, lambda _: self._forget(key))
-        self.live[part] += size
-        self._total += size
+        if size:
+            self.live[part] += size
+            self._total += size
         return True
 
     def _forget(self, key: int) -> None:
         part, size = self._known.pop(key, ("", 0))
         self._watched.pop(key, None)
-        self.live[part] -= size
-        self._total -= size
+        if size:
+            self.live[part] -= size
+            self._total -= size
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

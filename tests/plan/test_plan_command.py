@@ -85,9 +85,7 @@ def test_devices_divide_what_they_share(words, small):
         for devices, strategy in ((1, None), (4, "fsdp2"), (4, "ddp"))
     )
     assert shared["optimiser"] == one["optimiser"] / 4
-    assert (
-        one["weights"] / 4 < shared["weights"] <= 1.3 * one["weights"]
-    )  # both blocks are gathered
+    assert one["weights"] / 4 < shared["weights"] <= 1.3 * one["weights"]  # both blocks are gathered
     assert copied["weights"] == one["weights"]
     assert shared["activations"] == one["activations"]
 
