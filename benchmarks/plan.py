@@ -138,6 +138,16 @@ def measure(stage: str, words: list[str]) -> dict[str, Any]:
     return found
 
 
+def table(record: dict[str, Any]) -> str:
+    """The table of docs/plan.md."""
+    lines = ["| run | phase | measured, MB | planned, MB | planned / measured |", "| --- | --- | --- | --- | --- |"]
+    for row in record["cells"]:
+        ratio = row["planned"] / row["measured"]
+        sizes = f"{row['measured'] / 1e6:.1f} | {row['planned'] / 1e6:.1f}"
+        lines.append(f"| {row['cell']} | {row['phase']} | {sizes} | {ratio:.3f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, plan, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -103,10 +103,15 @@ class Draft:
         for one, two in zip(self.phases, other.phases, strict=True):
             names = one.parts.keys() | two.parts.keys()
             parts = {name: line(one.parts.get(name, 0), two.parts.get(name, 0)) for name in names}
-            numbers = {name: line(getattr(one, name), getattr(two, name)) for name in ("flops", "traffic")}
-            phases.append(replace(one, parts=parts, **numbers))
-        lines = {name: line(getattr(self, name), getattr(other, name)) for name in ("weights", "trained", "gathered")}
-        return replace(self, phases=phases, **lines)
+            flops, traffic = line(one.flops, two.flops), line(one.traffic, two.traffic)
+            phases.append(replace(one, parts=parts, flops=flops, traffic=traffic))
+        return replace(
+            self,
+            phases=phases,
+            weights=line(self.weights, other.weights),
+            trained=line(self.trained, other.trained),
+            gathered=line(self.gathered, other.gathered),
+        )
 
 
 @dataclass

@@ -12,9 +12,10 @@ from lit_vapo.plan.gpus import GB, Gpu
 
 def memory_table(plan: Plan) -> str:
     """Bytes of each phase by part, a row a phase."""
-    head = ["phase", *PARTS, "peak"]
-    rows = [[name, *(parts[part] for part in PARTS), sum(parts.values())] for name, parts in plan.phases.items()]
-    return _lines([head, *([row[0], *(f"{x / GB:.2f}" for x in row[1:])] for row in rows)])
+    rows = [["phase", *PARTS, "peak"]]
+    for name, parts in plan.phases.items():
+        rows.append([name, *(f"{x / GB:.2f}" for x in (*(parts[part] for part in PARTS), sum(parts.values())))])
+    return _lines(rows)
 
 
 def gpu_table(plan: Plan, gpus: Sequence[Gpu]) -> str:
