@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export VENV PYTHON TORCH TORCH_INDEX
 
-.PHONY: help setup demo test faults lint format type audit bench clean
+.PHONY: help setup demo test faults strategies lint format type audit bench clean
 
 help: ## List the targets
 	@echo 'make <target>'
@@ -28,6 +28,9 @@ test: setup ## Run all tests, offline, with line coverage (at least 90%)
 faults: setup ## Kill each kind of run 20 times, resume it, compare; and all other faults (half an hour)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LIT_VAPO_ALL_FAULTS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m faults
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --count 20
+
+strategies: setup ## Run every strategy in several processes, and compare with one (ten minutes)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LIT_VAPO_ALL_STRATEGIES=1 $(BIN)/python -m pytest -q -n 0 tests/stages/test_stages_sharded.py
 
 lint: setup ## Check style and layout (ruff), and that imports go down only (import-linter)
 	$(BIN)/ruff check .

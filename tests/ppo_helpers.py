@@ -96,7 +96,9 @@ class LoneModule:
 
     def __init__(self):
         strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
-        self.trainer = SimpleNamespace(world_size=1, global_step=0, strategy=strategy)
+        self._trainer = self.trainer = SimpleNamespace(
+            world_size=1, global_step=0, strategy=strategy, distributed_sampler_kwargs=None
+        )
 
     def manual_backward(self, loss):
         loss.backward()

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_vapo.data.collate import PromptBatch
 from lit_vapo.functional import clip_rewards, sequence_log_ratio
 from lit_vapo.models.actor_critic import ActorCritic
-from lit_vapo.models.batching import length_batches
+from lit_vapo.models.batching import even_batches
 from lit_vapo.models.generation import Generated, Generator, Sampling, stop_ids
 from lit_vapo.models.policy import Role
 from lit_vapo.models.token_rows import TokenRows
@@ -201,7 +201,7 @@ class RolloutMaker:
         size = rows.response_mask.shape[1]
         parts: list[Tensor] = []
         outputs: list[_Scored] = []
-        for chosen in length_batches(rows.lengths.tolist(), self.tokens_per_batch):
+        for chosen in even_batches(rows.lengths.tolist(), self.tokens_per_batch, self.networks.policy.most):
             index = torch.tensor(chosen, device=rows.input_ids.device)
             part = rows.select(index)
             reference = self.networks.reference(part, self.shaping, self.reward.taps)

@@ -55,6 +55,7 @@ class EvaluatedPolicy(TrainedWeightsModule):
 
     def setup(self, stage: str) -> None:
         """Forget what the last run answered."""
+        super().setup(stage)
         self._reset(POLICY, REFERENCE)
 
     def on_train_start(self) -> None:

@@ -35,7 +35,7 @@ from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, chosen_critic,
 from lit_vapo.stages.schedule import linear_decay, total_steps
 from lit_vapo.stages.seeding import seeded, seeded_batch
 from lit_vapo.stages.settings import unpickled
-from lit_vapo.stages.sharing import rows_of_all, sum_of_all
+from lit_vapo.stages.sharing import rows_of_all, sharers, sum_of_all
 from lit_vapo.types import TextReward
 
 
@@ -146,6 +146,7 @@ class PPOModule(ScoredPolicy):
         networks = self.load_networks()
         self.reward.prepare(networks.policy)
         networks.warm_start_critic(self.reward.linear_mean())
+        self.share(networks.share)
         if self.policy is not None:
             rank_zero_info(f"policy: starts from {self.policy}; its critic from {networks.critic_start}")
 
@@ -200,7 +201,7 @@ class PPOModule(ScoredPolicy):
         """
         started = time.perf_counter()
         assert self.maker is not None
-        with named(self.iteration), seeded_batch(self, self.global_rank):
+        with named(self.iteration), seeded_batch(self, sharers(self)[1]):
             rollout = self.maker.make(batch, self.objective, values=self.advantage.needs_critic, all_sum=self._sum)
             kl = global_kl(rollout, self._sum)
             if self.kl.over_budget(kl, self.iteration):

@@ -18,12 +18,13 @@ from lit_vapo.functional import (
     value_loss_terms,
 )
 from lit_vapo.models.actor_critic import ActorCritic
-from lit_vapo.models.batching import length_batches
+from lit_vapo.models.batching import even_batches
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Shaping
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.ranges import PositiveFloat, PositiveInt, check_ranges
 from lit_vapo.rollout import Rollout
+from lit_vapo.stages.sharing import average_gradients, clip_gradients, sharers, unsynced
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -219,13 +220,15 @@ class PPOUpdate:
         tokens = self._sum(experience.rows.response_mask.sum().double())
         sums: dict[str, Tensor] = {}
         ratio_max = tokens.new_zeros(())
-        for index in self._micro_batches(experience.rows):
+        batches = self._micro_batches(experience.rows)
+        for number, index in enumerate(batches, start=1):
             part = experience.select(index)
             loss, terms = self._loss(part, train_actor)
             # Summed over tokens and divided by the global count, so that neither the number of microbatches nor
             # that of processes matters. Data-parallel strategies average gradients: undo that.
-            loss = loss / tokens.to(loss) * self.module.trainer.world_size
-            self.module.manual_backward(loss)
+            loss = loss / tokens.to(loss) * sharers(self.module)[0]
+            with unsynced(self.module, last=number == len(batches)):
+                self.module.manual_backward(loss)
             ratio_max = torch.maximum(ratio_max, terms.pop("ratio_max").double())
             for name, value in terms.items():
                 sums[name] = sums.get(name, tokens.new_zeros(())) + value.double()
@@ -236,11 +239,12 @@ class PPOUpdate:
 
     def _micro_batches(self, rows: TokenRows) -> list[Tensor]:
         """Row numbers by microbatch; the same number of microbatches in every process, or they would wait forever."""
-        batches = list(length_batches(rows.lengths.tolist(), self.settings.micro_batch_tokens))
-        most = int(self._all_reduce(torch.tensor(len(batches), device=rows.lengths.device), "max"))
-        while len(batches) < min(most, len(rows.lengths)):
-            longest = batches.pop(max(range(len(batches)), key=lambda i: len(batches[i])))
-            batches += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
+        device = rows.lengths.device
+        batches = even_batches(
+            rows.lengths.tolist(),
+            self.settings.micro_batch_tokens,
+            lambda count: int(self._all_reduce(torch.tensor(count, device=device), "max")),
+        )
         return [torch.tensor(batch, device=rows.lengths.device) for batch in batches]
 
     def _loss(self, part: Experience, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -270,9 +274,10 @@ class PPOUpdate:
     def _step(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """One weight update; actor and critic are clipped apart, since their gradients have different units."""
         limit = self.settings.max_grad_norm
-        norms = {"actor_grad_norm": torch.nn.utils.clip_grad_norm_(self.networks.actor_parameters(), limit)}
+        average_gradients(self.module)
+        norms = {"actor_grad_norm": clip_gradients(self.networks.actor_parameters(), limit)}
         if self.networks.critic is not None:
-            norms["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(self.networks.critic_parameters(), limit)
+            norms["critic_grad_norm"] = clip_gradients(self.networks.critic_parameters(), limit)
         _check_scalars(norms)
         optimizer.step()
         torch.clear_autocast_cache()

@@ -28,6 +28,8 @@ from lit_vapo.models.pretrained import (
     model_config,
     place,
 )
+from lit_vapo.models.sharding import Sharing
+from lit_vapo.models.tensor_parallel import KEY
 from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.rewards.features import (
     compute_features,
@@ -72,6 +74,22 @@ class BuiltRewards(EvaluatedRewards):
         super().__init__()
         self.backbone: Any = None
         self.reference_inputs: list[TokenSequence] | Tensor | None = None
+
+    @property
+    def shares_base(self) -> bool:  # type: ignore[override]
+        """Whether weights are there while heads train; features are computed by the first process, with all of them."""
+        return not self.frozen_features
+
+    def check_tensor_parallel(self, size: int) -> None:
+        """Refuse to split products into which members hang their adapters.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"{KEY}: expected 1 in the reward stage, got {size}: members' adapters and heads belong to whole layers. "
+            "Share weights instead (data_parallel_size)."
+        )
 
     @property
     def frozen_features(self) -> bool:
@@ -120,6 +138,12 @@ class BuiltRewards(EvaluatedRewards):
             # Batches of tokens, encoded as they come.
             self.layer = self.spec.layer
             self.backbone = self._load_backbone()
+            if self.shares_base:
+                self.share(self._share)
+
+    def _share(self, sharing: Sharing) -> None:
+        for backbone in self.head.passes(self.backbone):
+            sharing.share(backbone)
 
     def _load_backbone(self) -> Any:
         backbone = freeze(load_backbone(self.spec.base, self.spec.layer))

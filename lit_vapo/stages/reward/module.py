@@ -82,6 +82,7 @@ class RewardModule(BuiltRewards):
             self.save_hyperparameters()
         if member is not None:
             self.head.select(member)
+        self.base = base
         self.layer = layer
         self.spec = FeatureSpec(base, None if layer == "auto" else layer, pooling)
         self.freeze_backbone = freeze_backbone
@@ -132,7 +133,7 @@ class RewardModule(BuiltRewards):
         """Centre and scale the members as they are now, and save that with them."""
         self.settle()
         self.calibrate()
-        checkpoint["state_dict"] = self.state_dict()
+        checkpoint["state_dict"] = self.trainer.strategy.lightning_module_state_dict()
         super().on_save_checkpoint(checkpoint)
 
     def settle(self) -> None:
