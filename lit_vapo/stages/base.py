@@ -73,7 +73,7 @@ class TrainedWeightsModule(LightningModule):
     def share(self, cut: Callable[[Sharing], None]) -> None:
         """Let models be shared by a function of the processes that do so, where the strategy says so."""
         sharing = None if self._trainer is None else sharing_of(self.trainer.strategy)
-        if sharing is None:
+        if sharing is None or not self.shares_base:
             return
         cut(sharing)
         for parameter in self.parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +30,6 @@ from lit_vapo.models.pretrained import (
     place,
 )
 from lit_vapo.models.sharding import Sharing
-from lit_vapo.models.tensor_parallel import KEY
 from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.rewards.features import (
     compute_features,
@@ -52,7 +52,7 @@ from lit_vapo.types import FeaturePairs, TokenSequence
 
 Layer = int | Literal["auto"] | None
 READS_KEY = "lit_vapo_reads"
-# Pairs that a layer is judged on: enough to tell layers apart, and few enough for seconds.
+# Pairs that a layer is judged on, in seconds.
 JUDGED_PAIRS = 2048
 # Responses that are cut in half, to see what that does to their rewards.
 CUT_RESPONSES = 32
@@ -74,22 +74,6 @@ class BuiltRewards(EvaluatedRewards):
         super().__init__()
         self.backbone: Any = None
         self.reference_inputs: list[TokenSequence] | Tensor | None = None
-
-    @property
-    def shares_base(self) -> bool:  # type: ignore[override]
-        """Whether weights are there while heads train; features are computed by the first process, with all of them."""
-        return not self.frozen_features
-
-    def check_tensor_parallel(self, size: int) -> None:
-        """Refuse to split products into which members hang their adapters.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(
-            f"{KEY}: expected 1 in the reward stage, got {size}: members' adapters and heads belong to whole layers. "
-            "Share weights instead (data_parallel_size)."
-        )
 
     @property
     def frozen_features(self) -> bool:
@@ -138,12 +122,11 @@ class BuiltRewards(EvaluatedRewards):
             # Batches of tokens, encoded as they come.
             self.layer = self.spec.layer
             self.backbone = self._load_backbone()
-            if self.shares_base:
-                self.share(self._share)
+            self.share(self.share_backbones)
 
-    def _share(self, sharing: Sharing) -> None:
-        for backbone in self.head.passes(self.backbone):
-            sharing.share(backbone)
+    @abstractmethod
+    def share_backbones(self, sharing: Sharing) -> None:
+        """Share the backbone, or the members' backbones, with other processes."""
 
     def _load_backbone(self) -> Any:
         backbone = freeze(load_backbone(self.spec.base, self.spec.layer))
