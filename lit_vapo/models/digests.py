@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -11,6 +10,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, Field
 
+from lit_vapo.folders import let_read
 from lit_vapo.integrity import fault_of
 from lit_vapo.models.settings import STRICT, read_settings
 
@@ -46,14 +46,11 @@ def seal(folder: str | Path) -> None:
         folder: A folder with all its files.
     """
     folder = Path(folder)
-    umask = os.umask(0)
-    os.umask(umask)
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not path.is_symlink():
-            # Weights are written for their owner alone, by libraries that mean their temporary file.
-            path.chmod(0o666 & ~umask)
+            let_read(path)
             if name not in (DIGESTS_NAME, CARD_NAME):
                 files[name] = _File(size=path.stat().st_size, sha256=_sha256(path))
     (folder / DIGESTS_NAME).write_text(_Digests(files=files).model_dump_json(indent=2) + "\n")
