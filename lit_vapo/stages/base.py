@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_vapo.models.fingerprint import model_fingerprints
+from lit_vapo.models.fingerprint import model_fingerprints, named_folders
 from lit_vapo.models.older import update_checkpoint
 from lit_vapo.models.settings import whole_paths
 from lit_vapo.stages.checkpoint_file import FIGURES_KEY, STAGE_KEY
@@ -46,6 +47,10 @@ class TrainedWeightsModule(LightningModule):
         settings = plain(dict(self.hparams))
         # Written by runs, not read from others.
         return model_fingerprints({k: v for k, v in settings.items() if k != "feature_cache"}, "model")
+
+    def folders(self) -> dict[str, Path]:
+        """The folders that the settings name, by key."""
+        return named_folders(plain(dict(self.hparams)), "model")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drop frozen weights, note the stage and the latest figures.
