@@ -217,7 +217,7 @@ def log_group(project: str, folder: str, group: str, members: Sequence[Member]) 
         for member in members:
             what = json.dumps([group, *member], sort_keys=True, default=str)
             identity = hashlib.sha256(what.encode()).hexdigest()[:16]
-            about = {"group": group, "job_type": member.kind, "name": f"{member.kind}/{member.name}"}
+            about: dict[str, Any] = {"group": group, "job_type": member.kind, "name": f"{member.kind}/{member.name}"}
             with wandb.init(
                 project=project, dir=folder, id=identity, resume="allow", config=dict(member.config), **about
             ) as run:

@@ -65,9 +65,7 @@ def _once(things: Iterable[Traced]) -> list[Traced]:
     """Each thing once, with all its aliases and notes."""
     found: dict[str, Traced] = {}
     for thing in things:
-        former = found.get(thing.name)
-        if former is not None:
-            note = "\n".join(dict.fromkeys([*former.note.split("\n"), thing.note]))
-            thing = thing._replace(note=note, aliases=(*former.aliases, *thing.aliases))
-        found[thing.name] = thing
+        former = found.get(thing.name, thing)
+        note = "\n".join(dict.fromkeys([*former.note.split("\n"), thing.note]))
+        found[thing.name] = thing._replace(note=note, aliases=tuple(dict.fromkeys([*former.aliases, *thing.aliases])))
     return list(found.values())
