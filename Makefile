@@ -1,4 +1,4 @@
-# `make help` lists the targets. Every target but help and clean first makes the environment, once.
+# `make help` lists the targets. Every target but help, image and clean first makes the environment, once.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export VENV PYTHON TORCH TORCH_INDEX
 
-.PHONY: help setup demo test faults strategies lint format type audit bench clean
+.PHONY: help setup demo test faults strategies lint format type audit lock validate image bench clean
 
 help: ## List the targets
 	@echo 'make <target>'
@@ -46,6 +46,15 @@ type: setup ## Check types (mypy)
 
 audit: setup ## Ask whether an installed package has a known vulnerability (pip-audit)
 	$(BIN)/python scripts/audit.py
+
+lock: setup ## Pin the packages of the image anew, after a change of dependencies (uv)
+	$(BIN)/python scripts/lock.py
+
+validate: setup ## Check the Dockerfile and deploy/ by the tools that know them (hadolint, shellcheck, schemas, SkyPilot)
+	@bash scripts/validate.sh
+
+image: ## Build the image for a CPU and run the tiny pipeline in it (docker, podman, or buildah as root)
+	@bash scripts/image.sh
 
 bench: setup ## Run every script of benchmarks/
 	@for script in benchmarks/*.py; do \

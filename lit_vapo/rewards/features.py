@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_vapo.folders import write_whole
+from lit_vapo.folders import let_read, write_whole
 from lit_vapo.models.batching import TOKENS_PER_BATCH, even_batches, right_pad
 from lit_vapo.models.fingerprint import model_fingerprints
 from lit_vapo.models.generation import Sampling
@@ -98,6 +98,7 @@ def save_features(folder: Path, key: str, features: Tensor) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{key}.{os.getpid()}.partial"
     save_file({FEATURES: features}, partial, metadata={DIGEST: _digest(features)})
+    let_read(partial)
     partial.replace(feature_path(folder, key))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 
-from lit_vapo.models.fingerprint import model_fingerprints
+from lit_vapo.models.fingerprint import model_fingerprints, named_folders
 from lit_vapo.models.older import update_checkpoint
 from lit_vapo.models.pretrained import Pretrained, model_config
 from lit_vapo.models.settings import whole_paths
@@ -118,6 +119,10 @@ class TrainedWeightsModule(LightningModule):
         settings = plain(dict(self.hparams))
         # Written by runs, not read from others.
         return model_fingerprints({k: v for k, v in settings.items() if k != "feature_cache"}, "model")
+
+    def folders(self) -> dict[str, Path]:
+        """The folders that the settings name, by key."""
+        return named_folders(plain(dict(self.hparams)), "model")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drop frozen weights, note the stage and the latest figures.
