@@ -63,11 +63,15 @@ class ServedWeights:
         if first:
             path = self.folder / f"v{version}"
             shutil.rmtree(path, ignore_errors=True)
-            policy.save_pretrained(path)
-            if self.whole:
-                self._load_whole(path, version)
-            else:
-                self._load_adapter(path, version, policy.lora_rank)
+            try:
+                policy.save_pretrained(path)
+                if self.whole:
+                    self._load_whole(path, version)
+                else:
+                    self._load_adapter(path, version, policy.lora_rank)
+            except BaseException:
+                shutil.rmtree(path, ignore_errors=True)
+                raise
             if self.version is not None:
                 shutil.rmtree(self.folder / f"v{self.version}", ignore_errors=True)
         self.version = version
