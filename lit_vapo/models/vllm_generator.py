@@ -272,7 +272,10 @@ class VllmGenerator(Generator):
         """A block that fails in all processes if in one, and leaves nothing running then."""
         try:
             with together():
-                yield
+                try:
+                    yield
+                except NoAnswerError as error:
+                    raise ValueError(f"model.generator: expected an answer, got none: {self._why(error)}") from None
         except BaseException:
             self.close()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +17,8 @@ HOST = "127.0.0.1"
 # Seconds that a server has to end by itself.
 GRACE = 10.0
 PAUSE = 0.5
+# How Python ends the report of an error.
+ERROR = re.compile(r"\b\w*(Error|Exception): ")
 # Ranks that vLLM makes room for.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -107,10 +110,10 @@ class VllmServer:
             time.sleep(PAUSE)
 
     def told(self) -> str:
-        """Where it printed, and the last lines of it."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        last = " | ".join(line.strip() for line in lines[-12:] if line.strip())
-        return f"{self.log} ends with: {last[-1000:] or 'nothing'}"
+        """Where it printed, and the first error there, or else the last line."""
+        lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").split("\n")]
+        said = [line for line in lines if ERROR.search(line)] or [line for line in lines[-3:] if line] or ["nothing"]
+        return f"{self.log} says: {said[0][:600]}"
 
     def close(self) -> None:
         """End it and all that it started."""

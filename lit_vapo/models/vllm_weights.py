@@ -81,6 +81,8 @@ class ServedWeights:
         try:
             self.client.load_adapter(name, str(path))
         except ValueError as error:
+            if not self.client.ready():
+                raise
             raise ValueError(
                 f"model.generator: expected a server that takes an adapter of rank {rank} (model.lora.rank) from "
                 f"{path}: started with --enable-lora, a --max-lora-rank of that or more and "
@@ -98,6 +100,8 @@ class ServedWeights:
         try:
             self.client.load_weights(str(path), self.name(version))
         except ValueError as error:
+            if not self.client.ready():
+                raise
             raise ValueError(
                 f"model.generator: expected a server that takes whole weights from {path}: started with "
                 f"VLLM_SERVER_DEV_MODE=1, and with that folder in its reach; got {error}"
