@@ -112,7 +112,11 @@ class VllmServer:
     def told(self) -> str:
         """Where it printed, and the first error there, or else the last line."""
         lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").split("\n")]
-        said = [line for line in lines if ERROR.search(line)] or [line for line in lines[-3:] if line] or ["nothing"]
+        said = (
+            [line for line in lines if ERROR.search(line) and "WARNING" not in line]
+            or [line for line in lines[-3:] if line]
+            or ["nothing"]
+        )
         return f"{self.log} says: {said[0][:600]}"
 
     def close(self) -> None:
