@@ -245,7 +245,8 @@ class VllmGenerator(Generator):
         assert self.python is not None
         base = policy.start
         words = [base.path, "--max-model-len", str(longest), "--logprobs-mode", "processed_logprobs"]
-        words += [] if base.dtype == "auto" else ["--dtype", base.dtype]
+        # Left to itself, vLLM would take float16 for a model that is stored in float32.
+        words += ["--dtype", str(policy.causal_lm.dtype).removeprefix("torch.")]
         words += [] if base.revision is None else ["--revision", base.revision]
         variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if policy.lora_rank is not None:
