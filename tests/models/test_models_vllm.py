@@ -1,5 +1,12 @@
 """The vLLM generator against a small server that answers as vLLM does."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import helpers
 import ppo_helpers
 import pytest
@@ -285,3 +292,91 @@ def test_a_generator_that_was_not_opened_says_so(session):
     session.generator.close()
     with pytest.raises(ValueError, match=r"expected open\(\) before the first prompt"):
         session.draw()
+
+
+# A server to start, and several processes.
+
+
+@pytest.mark.parametrize("rank", [4, 12, None])
+def test_a_server_that_is_started_gets_what_the_policy_needs(tiny_model_dir, tmp_path, monkeypatch, rank):
+    policy = Policy(Pretrained(tiny_model_dir), Lora(rank, 16.0) if rank else None)
+    started, closed = [], []
+
+    with stand_in(tiny_model_dir) as server:
+
+        class Fake:
+            address = server.address
+
+            def __init__(self, *given):
+                started.append(given)
+
+            def wait(self, ready, seconds):
+                assert ready()
+
+            def close(self):
+                closed.append(1)
+
+        monkeypatch.setattr("lit_vapo.models.vllm_generator.VllmServer", Fake)
+        given = {"python": "py", "options": ["--seed", "3"], "environment": {"A": "b"}, "port": 7, "address": None}
+        session = Session(server, policy, tiny_model_dir, tmp_path, **given)
+        assert session.draw().weights_version == 5
+        session.generator.close()
+    python, words, environment, port, log = started[0]
+    assert (python, port, log) == ("py", 7, tmp_path / "generator" / "server.log")
+    common = ["--max-model-len", "64", "--logprobs-mode", "processed_logprobs", "--dtype", "float32"]
+    adapters = ["--enable-lora", "--max-lora-rank", "8" if rank == 4 else "16"] if rank else []
+    # What the user says comes last, and so it counts.
+    assert words == [tiny_model_dir, *common, *adapters, "--seed", "3"]
+    door = "VLLM_ALLOW_RUNTIME_LORA_UPDATING" if rank else "VLLM_SERVER_DEV_MODE"
+    assert environment == {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", door: "1", "A": "b"}
+    assert closed
+
+
+WORKER = """
+import json, sys, pathlib
+import torch
+from torch import distributed
+import ppo_helpers
+from test_models_vllm import SAMPLING, Session, adapted
+
+number, folder, model, address = int(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+torch.set_num_threads(1)
+distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=2)
+session = Session(type("Server", (), {"address": address}), adapted(model), model, folder)
+batch = ppo_helpers.prompt_batch(model, ["the film"] if number else ["slow"])
+out = session.draw(batch=batch, seed=number)
+found = {"version": out.weights_version, "rows": out.response_ids.tolist()}
+session.version = 6
+found["next"] = session.draw(batch=batch).weights_version
+if number == 1:
+    session.generator._client.address = "http://127.0.0.1:9"
+try:
+    session.draw(batch=batch)
+except ValueError as error:
+    found["failed"] = str(error)
+(folder / f"{number}.json").write_text(json.dumps(found))
+distributed.destroy_process_group()
+"""
+
+
+def test_processes_share_the_weights_and_end_together(tiny_model_dir, tmp_path):
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [here, here.parent, here.parents[1]]))}
+    code = WORKER.replace("import ppo_helpers\n", RECOVERY_SOON)
+    with stand_in(tiny_model_dir) as server:
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        rest = [str(tmp_path), tiny_model_dir, server.address]
+        both = [subprocess.Popen([*command, str(n), *rest], env=environment) for n in (0, 1)]
+        assert [process.wait(300) for process in both] == [0, 0]
+    found = [json.loads((tmp_path / f"{n}.json").read_text()) for n in (0, 1)]
+    assert [(said["version"], said["next"]) for said in found] == [(5, 6), (5, 6)]
+    assert found[0]["rows"] != found[1]["rows"]
+    assert [path.rpartition("/")[2] for path in server.loaded] == ["v5", "v6"], "one process hands weights over"
+    assert re.match(r"process 1: model.generator: expected responses, got none: http://127.0.0.1:9", found[0]["failed"])
+    assert found[1]["failed"].startswith("model.generator: expected responses, got none")
+
+
+RECOVERY_SOON = """import ppo_helpers
+import lit_vapo.models.vllm_generator as generator
+generator.RECOVERY = 0.1
+"""
