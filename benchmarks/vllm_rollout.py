@@ -2,9 +2,9 @@
 
     python benchmarks/vllm_rollout.py --model MODEL --python VLLM_ENVIRONMENT/bin/python
 
-One server is started for all pairs. Each pair draws the same prompts with both, in turn first and second; the first
-answer of each is not counted (the server compiles then). The policy has LoRA adapters that do something. Tokens are
-those of the responses, which all have the full length, since nothing stops them.
+One server is started for all pairs. Each pair draws the same prompts with both, in turn first and second. A few tokens
+by each come before and are not counted (the server compiles then). The policy has LoRA adapters that do something.
+Tokens are those of the responses, which all have the full length, since nothing stops them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def main() -> None:
     vllm = VllmGenerator(python=args.python, options=args.options.split(), environment=given)
     generators: dict[str, Generator] = {"transformers": TransformersGenerator(), "vllm": vllm}
 
-    def draw(name: str) -> tuple[float, Generated]:
+    def draw(name: str, sampling: Sampling = sampling) -> tuple[float, Generated]:
         with policy.acting_as("actor") as lm:
             started = time.perf_counter()
             out = generators[name](lm, tokenizer, ids, lengths, sampling, [])
@@ -70,7 +71,7 @@ def main() -> None:
         rates: dict[str, list[float]] = {name: [] for name in generators}
         loads = []
         for name in generators:
-            draw(name)
+            draw(name, replace(sampling, max_new_tokens=min(8, args.tokens)))
         for pair in range(args.pairs):
             order = list(generators) if pair % 2 == 0 else list(generators)[::-1]
             loads.append(os.getloadavg()[0])

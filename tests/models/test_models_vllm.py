@@ -103,6 +103,17 @@ def test_equal_prompts_and_several_responses_differ(session):
     assert len({tuple(r) for r in rows}) == 12
 
 
+def test_responses_to_a_prompt_come_in_order(session):
+    out = rows_of(session.draw())
+    server = session.server
+    asked = sorted(server.asked[-3:], key=lambda body: len(body["prompt"]))
+    order = session.batch.lengths.argsort().tolist()
+    lm = next(iter(server.adapters.values()))[1]
+    for body, prompt in zip(asked, order, strict=True):
+        expected = [server.choice(lm, body, j)["token_ids"] for j in range(3)]
+        assert out[3 * prompt : 3 * prompt + 3] == expected
+
+
 def test_the_same_seed_gives_the_same_responses_and_another_does_not(session):
     one, two, other = (rows_of(session.draw(seed=s)) for s in (1, 1, 2))
     assert one == two
