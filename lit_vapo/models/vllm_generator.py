@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -129,6 +130,10 @@ class VllmGenerator(Generator):
                     "model.generator: expected weights that each process holds whole, got sharded ones; use "
                     "TransformersGenerator, or a strategy that does not shard (ddp)"
                 )
+            if rank() == 0 and self.folder is None:
+                # What a run left here that was killed; no other uses this folder.
+                for left in home.glob("v[0-9]*"):
+                    shutil.rmtree(left)
             if rank() == 0 and self.python is not None:
                 self._server = self._started(policy, longest, home / "server.log")
                 address = self._server.address

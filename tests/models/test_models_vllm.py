@@ -40,12 +40,12 @@ def move(policy, std=0.3, seed=2):
 class Session:
     """A generator that is open for a policy."""
 
-    def __init__(self, server, policy, model, folder, sampling=SAMPLING, version=5, longest=64, **options):
+    def __init__(self, server, policy, model, run, sampling=SAMPLING, version=5, longest=64, **options):
         self.policy, self.sampling, self.version = policy, sampling, version
         self.tokenizer = load_tokenizer(Pretrained(model))
         self.batch = ppo_helpers.prompt_batch(model, PROMPTS)
         self.generator = VllmGenerator(**{"address": server.address, "timeout_seconds": 20.0, **options})
-        about = {"longest": longest, "folder": folder, "version": version}
+        about = {"longest": longest, "folder": run, "version": version}
         self.generator.open(policy, self.tokenizer, sampling, **about)
 
     def draw(self, role="actor", stops=(), sampling=None, seed=0, batch=None):
@@ -163,6 +163,19 @@ def test_new_weights_come_under_a_new_name_and_old_ones_go(session, tmp_path):
     session.generator.close()
     assert not session.server.adapters
     assert not list((tmp_path / "generator").iterdir())
+
+
+def test_what_a_killed_run_left_is_removed(tiny_model_dir, tmp_path):
+    left, other = tmp_path / "generator" / "v3", tmp_path / "elsewhere" / "v3"
+    left.mkdir(parents=True)
+    other.mkdir(parents=True)
+    with stand_in(tiny_model_dir) as server:
+        Session(server, adapted(tiny_model_dir), tiny_model_dir, tmp_path).generator.close()
+        assert not left.exists()
+        given = {"folder": str(other.parent)}
+        Session(server, adapted(tiny_model_dir), tiny_model_dir, tmp_path, **given).generator.close()
+        assert server.loaded[-1] == str(other.parent / "v5")
+        assert other.exists(), "a folder that is chosen may be another run's, too"
 
 
 def test_whole_weights_take_the_place_of_the_base_and_the_reference_stays_here(tiny_model_dir, tmp_path):
