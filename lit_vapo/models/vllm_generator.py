@@ -208,7 +208,8 @@ class VllmGenerator(Generator):
         ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in drawn])
         logprobs = torch.tensor([row.logprobs + [0.0] * (longest - len(row.ids)) for row in drawn])
         stopped = torch.tensor([row.stopped for row in drawn])
-        return Generated(*(x.to(prompt_ids.device) for x in (ids, lengths, stopped, logprobs)), version)
+        to = prompt_ids.device
+        return Generated(ids.to(to), lengths.to(to), stopped.to(to), logprobs.to(to), version)
 
     def _draw(self, bodies: list[dict[str, Any]]) -> list[Completion]:
         """The responses to some requests, in their order."""
