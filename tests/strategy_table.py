@@ -30,7 +30,8 @@ ROWS = {
 # Each with a test of its message; of the reward stage where members or backbones are trained.
 REFUSALS = {
     ("fsdp2", "8bit"),
-    *((strategy, kind) for strategy in ("tensor", "both") for kind in ("8bit", "4bit", "members")),
+    *((strategy, kind) for strategy in ("tensor", "both") for kind in ("8bit", "4bit", "members", "vllm")),
+    ("fsdp2", "vllm"),
     *(("deepspeed", kind) for kind in COLUMNS.values()),
 }
 # Where other tests run it.

@@ -29,7 +29,7 @@ CLASSES = {
     "reward": (RewardModule, PreferenceDataModule),
     "ppo": (PPOModule, PromptDataModule),
 }
-KINDS = {*STAGES, "trainer", "logger", "data", "objective", "estimator", "advantage", "study"}
+KINDS = {*STAGES, "trainer", "logger", "data", "objective", "estimator", "advantage", "generator", "study"}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
@@ -152,6 +152,14 @@ def test_advantage_configs_come_after_a_config_of_ppo(file, build):
     assert type(cli.model.advantage).__name__.lower() == file.stem
     assert cli.model.sampling.max_new_tokens == 16  # the demo's
     assert cli.model.critic is None
+
+
+@pytest.mark.parametrize("file", named("generator"))
+def test_generator_configs_come_after_a_config_of_ppo(file, build):
+    cli = build("ppo", f"--config={CONFIGS / 'ppo' / 'demo.yaml'}", f"--config={file}")
+    assert type(cli.model.generator).__name__.lower() == file.stem + "generator"
+    assert cli.model.generator.python == "vllm/bin/python"
+    assert cli.model.sampling.max_new_tokens == 16  # the demo's
 
 
 # The tiny configs train for two steps.

@@ -15,7 +15,7 @@ from services import says, service
 from test_serve import served
 
 from lit_vapo.cli import main
-from lit_vapo.rewards.http_client import check_url
+from lit_vapo.http_client import check_url
 
 ROOT = Path(__file__).parents[1]
 SECRETS = {

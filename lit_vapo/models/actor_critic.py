@@ -24,9 +24,10 @@ from lit_vapo.models.critic import (
 )
 from lit_vapo.models.digests import seal
 from lit_vapo.models.exported import same_model
-from lit_vapo.models.generation import Sampling, Shaping, generation_config, stop_ids
+from lit_vapo.models.generation import Sampling, generation_config, stop_ids
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
+from lit_vapo.models.shaping import Shaping
 from lit_vapo.models.sharding import Sharing
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.trunk import Tap, content_lengths, pool, response_states, run_trunk

@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.exported import is_adapter, load_adapter_weights
-from lit_vapo.models.generation import Shaping
 from lit_vapo.models.pretrained import (
     Lora,
     Pretrained,
@@ -29,6 +28,7 @@ from lit_vapo.models.pretrained import (
     keep_differentiable,
     load_causal_lm,
 )
+from lit_vapo.models.shaping import Shaping
 from lit_vapo.models.sharding import Sharing, most_of, within
 from lit_vapo.models.trunk import TrunkOutput, head_logprobs, response_states, run_layers
 
@@ -104,6 +104,11 @@ class Policy(nn.Module):
     def hidden_size(self) -> int:
         """Width H of the hidden states."""
         return int(self.causal_lm.config.hidden_size)
+
+    @property
+    def lora_rank(self) -> int | None:
+        """Rank of the actor's adapters; `None` where every weight trains."""
+        return int(self.lm.peft_config["actor"].r) if isinstance(self.lm, PeftModel) else None
 
     @contextmanager
     def acting_as(self, role: Role) -> Iterator[PreTrainedModel]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from lit_vapo.data.collate import SFTBatch
 from lit_vapo.metrics import TokenLoss
 from lit_vapo.models.digests import seal
-from lit_vapo.models.generation import Shaping
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
+from lit_vapo.models.shaping import Shaping
 from lit_vapo.models.trunk import length_mask
 from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, check_ranges
