@@ -1,24 +1,20 @@
-# lit-vapo in a container.
+# lit-vapo in a container: `docker build -t lit-vapo .`, for a CPU with `--build-arg TORCH=cpu`. README.md has how to run
+# it, docs/cloud.md has the rest. It runs as any user, on a read-only root with a tmpfs at /tmp.
 #
-#   GPU:  docker build -t lit-vapo .
-#   CPU:  docker build -t lit-vapo --build-arg TORCH=cpu .
-#   Run:  docker run --rm --gpus all -v "$PWD/runs:/workspace/runs" lit-vapo ppo fit --config configs/ppo/….yaml
-#
-# Behind a proxy or a package mirror, pass pip's own settings as build arguments (PIP_INDEX_URL, PIP_CERT, …).
-# Settings that hold a password go in a secret, which stays out of the image:
-#   docker build --secret id=pip_conf,src=$HOME/.config/pip/pip.conf .
+# Behind a package mirror, pass pip's own settings as build arguments (PIP_INDEX_URL, …). Those that hold a password go in
+# a secret, as does the certificate of a proxy; secrets stay out of the image:
+#   docker build --secret id=pip_conf,src=$HOME/.config/pip/pip.conf --secret id=pip_cert,src=ca.pem .
 ARG PYTHON_VERSION=3.11
 
-FROM python:${PYTHON_VERSION}-slim AS build
+FROM python:${PYTHON_VERSION}-slim-bookworm AS build
 
-# cuda: the newest torch that pyproject.toml admits, with CUDA libraries. cpu: the pin of constraints-cpu.txt.
+# cuda: torch as locks/cuda.txt has it, with CUDA libraries. cpu: its CPU build, of the version in constraints-cpu.txt.
 ARG TORCH=cuda
 # The index torch's CPU build comes from, in addition to pip's own. Empty where pip's own index has CPU builds.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
-ARG PIP_CERT
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -27,50 +23,71 @@ RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
 
-# The dependencies change seldom and weigh gigabytes: they get a layer of their own, before any of our code.
-COPY pyproject.toml constraints-cpu.txt ./
+# The dependencies change seldom and weigh gigabytes: they get a layer of their own, before any of our code. Every file
+# has the digest that `make lock` noted; a CPU's torch alone has its version.
+COPY constraints-cpu.txt ./
+COPY locks locks
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    case "$TORCH" in \
-        cpu) cp constraints-cpu.txt constraints.txt ;; \
-        cuda) grep -v '^torch==' constraints-cpu.txt > constraints.txt ;; \
+    --mount=type=secret,id=pip_cert,target=/etc/pip_cert.pem \
+    if [ -s /etc/pip_cert.pem ]; then export PIP_CERT=/etc/pip_cert.pem; fi \
+    && case "$TORCH" in \
+        cpu) \
+            grep '^torch==' constraints-cpu.txt >torch.txt \
+            && pip install --no-deps ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r torch.txt \
+            && cp locks/common.txt locked.txt ;; \
+        cuda) cat locks/common.txt locks/cuda.txt >locked.txt ;; \
         *) echo "TORCH: expected cuda or cpu, got $TORCH" >&2; exit 1 ;; \
     esac \
-    && python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-        > requirements.txt \
-    && if [ "$TORCH" = cpu ] && [ -n "$TORCH_INDEX" ]; then \
-        pip install --extra-index-url "$TORCH_INDEX" -c constraints.txt torch; \
-    fi \
-    && pip install -c constraints.txt -r requirements.txt
+    && pip install --no-deps --require-hashes --only-binary :all: -r locked.txt
 
-COPY README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
 COPY lit_vapo lit_vapo
-RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    pip install --no-deps .
+# Nothing is fetched for it: setuptools is among the locked.
+RUN pip install --no-deps --no-build-isolation . \
+    && pip check
 
 
-FROM python:${PYTHON_VERSION}-slim
+FROM python:${PYTHON_VERSION}-slim-bookworm
 
+ARG REVISION=unknown
 LABEL org.opencontainers.image.title="lit-vapo" \
       org.opencontainers.image.description="Reward-model ensembles and variance-aware PPO on Lightning" \
-      org.opencontainers.image.licenses="Apache-2.0"
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="docker.io/library/python:${PYTHON_VERSION}-slim-bookworm"
 
-# The home folder is open to any user, so that `docker run --user "$(id -u):$(id -g)"` can write its caches.
-RUN useradd --create-home --uid 1000 vapo \
-    && mkdir -p /workspace/runs \
-    && chown -R vapo:vapo /workspace \
-    && chmod 1777 /home/vapo /workspace /workspace/runs
+# torch.compile and Triton write C and C++ at run time; W&B notes the commit of a mounted working tree; an init passes
+# signals on and buries the dead. Debian keeps one version of each in a release: a pin would fail at its next repair.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ git tini \
+    && rm -rf /var/lib/apt/lists/*
+
+# Open to any user, so that `docker run --user "$(id -u):$(id -g)"` can write; new volumes begin as copies of these.
+RUN useradd --no-create-home --uid 1000 vapo \
+    && mkdir -p /cache/huggingface /workspace/runs /models \
+    && chmod 1777 /cache /cache/huggingface /workspace /workspace/runs
 
 COPY --from=build /opt/venv /opt/venv
-COPY --chown=vapo:vapo configs /workspace/configs
+COPY configs /workspace/configs
+COPY --chmod=755 deploy/healthcheck.sh /usr/local/bin/healthcheck
 
+# USER: who has no line in /etc/passwd has no name, and torch asks for one. LIT_VAPO_MODELS: docs/runs.md.
 ENV PATH=/opt/venv/bin:$PATH \
-    HOME=/home/vapo \
-    HF_HOME=/home/vapo/huggingface \
+    HOME=/tmp \
+    USER=vapo \
+    HF_HOME=/cache/huggingface \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    TRITON_CACHE_DIR=/cache/triton \
+    LIT_VAPO_MODELS=/models:/workspace \
     PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
+VOLUME ["/cache", "/workspace/runs"]
 WORKDIR /workspace
 USER 1000
-ENTRYPOINT ["lit-vapo"]
+HEALTHCHECK --interval=60s --timeout=30s --start-period=120s CMD ["healthcheck"]
+ENTRYPOINT ["tini", "--", "lit-vapo"]
 CMD ["--help"]

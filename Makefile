@@ -1,4 +1,4 @@
-# `make help` lists the targets. Every target but help and clean first makes the environment, once.
+# `make help` lists the targets. Every target but help, image and clean first makes the environment, once.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export VENV PYTHON TORCH TORCH_INDEX
 
-.PHONY: help setup demo test faults lint format type audit bench clean
+.PHONY: help setup demo test faults strategies lint format type audit lock validate image bench clean
 
 help: ## List the targets
 	@echo 'make <target>'
@@ -29,6 +29,9 @@ faults: setup ## Kill each kind of run 20 times, resume it, compare; and all oth
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LIT_VAPO_ALL_FAULTS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m faults
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --count 20
 
+strategies: setup ## Run every strategy in several processes, and compare with one (ten minutes)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LIT_VAPO_ALL_STRATEGIES=1 $(BIN)/python -m pytest -q -n 0 tests/stages/test_stages_sharded.py
+
 lint: setup ## Check style and layout (ruff), and that imports go down only (import-linter)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,6 +46,15 @@ type: setup ## Check types (mypy)
 
 audit: setup ## Ask whether an installed package has a known vulnerability (pip-audit)
 	$(BIN)/python scripts/audit.py
+
+lock: setup ## Pin the packages of the image anew, after a change of dependencies (uv)
+	$(BIN)/python scripts/lock.py
+
+validate: setup ## Check the Dockerfile and deploy/ by the tools that know them (hadolint, shellcheck, schemas, SkyPilot)
+	@bash scripts/validate.sh
+
+image: ## Build the image for a CPU and run the tiny pipeline in it (docker, podman, or buildah as root)
+	@bash scripts/image.sh
 
 bench: setup ## Run every script of benchmarks/
 	@for script in benchmarks/*.py; do \

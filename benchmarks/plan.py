@@ -109,11 +109,9 @@ def cells() -> list[tuple[str, str, list[str]]]:
         ("ppo, LoRA, bf16, critic of adapters", "ppo", [*PPO, *HELD["bf16"], *adapted]),
     ]
     for name, options in {
-        "LoraEnsemble, fp32": ["--model.head=LoraEnsemble", *HELD["fp32"]],
         "LoraEnsemble, 8-bit": ["--model.head=LoraEnsemble", *HELD["8-bit"]],
         "LoraEnsemble, bf16, checkpointing": ["--model.head=LoraEnsemble", *HELD["bf16"], SAVING],
         "FullEnsemble of 2, fp32": ["--model.head=FullEnsemble", "--model.head.num_members=2", *HELD["fp32"]],
-        "heads and backbone, bf16": ["--model.freeze_backbone=false", *HELD["bf16"]],
         "heads and backbone, bf16, checkpointing": ["--model.freeze_backbone=false", *HELD["bf16"], SAVING],
     }.items():
         found.append((f"reward, {name}", "reward", [*PAIRS, "--model.layer=null", *options]))

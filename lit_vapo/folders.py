@@ -7,12 +7,15 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 NO_SPACE = os.strerror(errno.ENOSPC)
+# The environment variable with folders, divided as in PATH, in which models are looked for that have moved.
+MODELS = "LIT_VAPO_MODELS"
 
 
 def check_new(folder: str | Path, name: str) -> Path:
@@ -32,9 +35,41 @@ def check_new(folder: str | Path, name: str) -> Path:
 
 
 def absolute(place: str) -> str:
-    """A folder that is there by its absolute path; anything else, a hub name, say, as it is."""
+    """A folder that is there, or has moved, by its absolute path; anything else, a hub name, say, as it is."""
     path = os.path.expanduser(place)
-    return os.path.abspath(path) if os.path.isdir(path) else place
+    found = path if os.path.isdir(path) else moved(path)
+    return place if found is None else os.path.abspath(found)
+
+
+def moved(path: str) -> str | None:
+    """Where a folder is now that was remembered by an absolute path, on another machine or outside of a container, say.
+
+    It is looked for below the folders of `LIT_VAPO_MODELS`: by as much of its path as is there, at least its name.
+    """
+    if not os.path.isabs(path):
+        return None
+    parts = Path(path).parts[1:]
+    homes = [home for home in os.environ.get(MODELS, "").split(os.pathsep) if home]
+    for start in range(len(parts)):
+        for home in homes:
+            found = os.path.join(home, *parts[start:])
+            if os.path.isdir(found):
+                warnings.warn(f"{path} is no folder here; {found} is taken for it ({MODELS})", stacklevel=2)
+                return found
+    return None
+
+
+def if_moved(path: str | None) -> str:
+    """How a sentence ends that says an absolute path names nothing here: with what to do."""
+    gone = path is not None and os.path.isabs(path) and not os.path.exists(path)
+    return f"; if it has moved, name the folder that it is in now in the environment variable {MODELS}" if gone else ""
+
+
+def let_read(path: Path) -> None:
+    """Give a file the mode of one that was opened to be written; libraries write weights for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 # What a digest reads of a large file: as many blocks spread over it. Weights that were trained further differ in all.
 BLOCK, BLOCKS = 1 << 16, 64
@@ -43,13 +44,28 @@ def fingerprint(paths: Iterable[Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(paths):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
-        with path.open("rb") as file:
-            if size <= BLOCK * BLOCKS:
-                digest.update(file.read())
-            else:
-                for i in range(BLOCKS):
-                    file.seek((size - BLOCK) * i // (BLOCKS - 1))
-                    digest.update(file.read(BLOCK))
+        digest.update(f"{path.name}:".encode())
+        _read_into(digest, path)
     return digest.hexdigest()
+
+
+def contents_fingerprint(path: Path) -> str:
+    """A digest of a file, or of a folder's files, whatever its own name is; it reads as much as `fingerprint`."""
+    if path.is_dir():
+        return fingerprint(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    _read_into(digest, path)
+    return digest.hexdigest()
+
+
+def _read_into(digest: Any, path: Path) -> None:
+    """Add a file's length and 4 MB of it to a digest."""
+    size = path.stat().st_size
+    digest.update(f"{size};".encode())
+    with path.open("rb") as file:
+        if size <= BLOCK * BLOCKS:
+            digest.update(file.read())
+        else:
+            for i in range(BLOCKS):
+                file.seek((size - BLOCK) * i // (BLOCKS - 1))
+                digest.update(file.read(BLOCK))

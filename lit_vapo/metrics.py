@@ -178,13 +178,16 @@ def response_columns(rollout: Rollout) -> dict[str, Tensor]:
 
 
 def rollout_statistics(rollout: Rollout, all_rows: Callable[[Tensor], Tensor] = _own_rows) -> dict[str, Tensor]:
-    """Figures of the responses of a rollout; each a scalar.
+    """Figures of the responses of a rollout, and of their sampler if that says what it did; each a scalar.
 
     Args:
         rollout: Responses of this process.
         all_rows: Gives the rows of all processes for those of this one; without it, figures are of this one's.
     """
-    return response_statistics({name: all_rows(column) for name, column in response_columns(rollout).items()})
+    found = response_statistics({name: all_rows(column) for name, column in response_columns(rollout).items()})
+    if rollout.sampler is not None:
+        found |= {f"sampler_{name}": x for name, x in rollout.sampler._asdict().items()}
+    return found
 
 
 def sample_rows(rollout: Rollout, policy: str, prompt_ids: Tensor) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Iterable
 
 
-def import_all(package: str, path: Iterable[str]) -> None:
+def import_all(package: str, path: Iterable[str], ending: str = "") -> None:
     """Import every module of a folder.
 
     A class can then be chosen by its own name (`--model.objective=VarianceAware`), since the reader of options looks
@@ -16,6 +16,8 @@ def import_all(package: str, path: Iterable[str]) -> None:
     Args:
         package: `__name__` of the folder's package.
         path: Its `__path__`.
+        ending: Only modules whose names end so.
     """
     for module in pkgutil.iter_modules(path):
-        importlib.import_module(f"{package}.{module.name}")
+        if module.name.endswith(ending):
+            importlib.import_module(f"{package}.{module.name}")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -16,6 +19,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 # Seconds that W&B may keep a run waiting for its server, at the beginning (it takes some 10 more to give up) and at the
 # end. By itself it waits 90 there, and for ever here.
 PATIENCE = {"WANDB_INIT_TIMEOUT": "40", "WANDB_FINISH_TIMEOUT": "120"}
+# Seconds that its server has to answer a question.
+ANSWER = 10
 # Of an error's text, so much is shown.
 LONGEST = 200
 
@@ -31,8 +36,7 @@ class Lasting(Logger):
         super().__init__()
         self.tracker = tracker
         if isinstance(tracker, WandbLogger):
-            for name, seconds in PATIENCE.items():
-                os.environ.setdefault(name, seconds)
+            _be_patient()
 
     def guarded(self, call: Callable[[], Any]) -> Any:
         """What a call of the tracker gives, or `None` if it fails."""
@@ -42,9 +46,8 @@ class Lasting(Logger):
             if isinstance(self.tracker, WandbLogger):
                 atexit.register(_end_wandb)
             name, self.tracker = type(self.tracker).__name__, DummyLogger()
-            lines = str(error).strip().splitlines() or ["no more is said"]
             rank_zero_warn(
-                f"{name} failed ({type(error).__name__}: {lines[0][:LONGEST]}) and is left alone from here on; the run "
+                f"{name} failed ({type(error).__name__}: {_first_line(error)}) and is left alone from here on; the run "
                 "goes on, and its metrics.csv and other files are complete"
             )
             return None
@@ -178,6 +181,109 @@ def log_configuration(loggers: Iterable[Logger], config: dict[str, Any]) -> None
     """Keep a run's whole configuration in W&B, where a run has it; Lightning alone would give it the model's only."""
     for board in _boards(loggers):
         board.log_hyperparams({"lit_vapo": config})
+
+
+class Member(NamedTuple):
+    """One of several runs that are looked at together.
+
+    Attributes:
+        name: Its name.
+        kind: What it has in common with some of the others.
+        config: Its configuration.
+        rows: Figures by key, point after point.
+        end: Figures of the whole run.
+    """
+
+    name: str
+    kind: str
+    config: Mapping[str, Any]
+    rows: Sequence[Mapping[str, float]]
+    end: Mapping[str, float]
+
+
+def log_group(project: str, folder: str, group: str, members: Sequence[Member]) -> None:
+    """Log runs that are over to W&B, as one group; the same ones under the same names as before.
+
+    Args:
+        project: Project of W&B.
+        folder: Where W&B keeps its files.
+        group: Name of the group.
+        members: The runs.
+    """
+    _be_patient()
+    try:
+        import wandb
+
+        for member in members:
+            what = json.dumps([group, *member], sort_keys=True, default=str)
+            identity = hashlib.sha256(what.encode()).hexdigest()[:16]
+            about: dict[str, Any] = {"group": group, "job_type": member.kind, "name": f"{member.kind}/{member.name}"}
+            with wandb.init(
+                project=project, dir=folder, id=identity, resume="allow", config=dict(member.config), **about
+            ) as run:
+                for step, row in enumerate(member.rows):
+                    run.log(dict(row), step=step)
+                run.summary.update(dict(member.end))
+    except Exception as error:
+        rank_zero_warn(f"W&B failed ({type(error).__name__}: {_first_line(error)}); what is in {folder} is complete")
+
+
+class Traced(NamedTuple):
+    """What a run reads or makes: a data set, a model, an ensemble, a policy.
+
+    Attributes:
+        name: The same for the same thing, whichever run it is; letters, digits, dashes.
+        kind: What it is.
+        content: What tells it from others.
+        note: Where it is, for people.
+        aliases: What the run calls it.
+    """
+
+    name: str
+    kind: str
+    content: Mapping[str, str]
+    note: str
+    aliases: tuple[str, ...] = ()
+
+
+def draws_lineage(loggers: Iterable[Logger]) -> bool:
+    """Whether a run has a tracker that draws what was made of what."""
+    return bool(_boards(loggers))
+
+
+def log_lineage(loggers: Iterable[Logger], read: Sequence[Traced], made: Sequence[Traced]) -> None:
+    """Tell W&B, where a run has it, what the run has read and made, as artifacts that hold digests and no weights."""
+    for board in _boards(loggers):
+        board.guarded(partial(_log_artifacts, board.tracker, read, made))
+
+
+def _log_artifacts(board: Any, read: Sequence[Traced], made: Sequence[Traced]) -> None:
+    import wandb
+
+    run = board.experiment
+    if not run.offline:
+        # An artifact that does not reach its server keeps the end of a run for a quarter of an hour, whatever patience
+        # was asked for: so whether it answers is asked first.
+        try:
+            list(wandb.Api(timeout=ANSWER).artifact_types(f"{run.entity}/{run.project}"))
+        except Exception as error:
+            rank_zero_warn(f"W&B does not answer ({type(error).__name__}); what the run has read and made is not told")
+            return
+    for thing in (*read, *made):
+        artifact = wandb.Artifact(thing.name, thing.kind, description=thing.note)
+        with artifact.new_file("origin.json") as file:
+            file.write(json.dumps(dict(thing.content), sort_keys=True))
+        # What `use_artifact` does, too; but that waits for the server, and refuses to work offline.
+        run._log_artifact(artifact, aliases=list(thing.aliases), is_user_created=True, use_after_commit=thing in read)
+
+
+def _be_patient() -> None:
+    for name, seconds in PATIENCE.items():
+        os.environ.setdefault(name, seconds)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no more is said"])[0][:LONGEST]
 
 
 def _end_wandb() -> None:

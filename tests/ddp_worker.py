@@ -14,8 +14,9 @@ from lit_vapo.models.generation import Shaping
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.rollout import Rollout
+from lit_vapo.stages.ppo.experience import compute_advantages
 from lit_vapo.stages.ppo.module import PPOModule
-from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, compute_advantages
+from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings
 from lit_vapo.stages.sharing import rows_of_all
 from lit_vapo.types import RewardEstimate
 

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import socket
 from pathlib import Path
 
 import torch
@@ -112,3 +113,10 @@ def concrete_subclasses(package, base):
             if issubclass(kind, base) and not inspect.isabstract(kind) and kind.__module__ == loaded.__name__:
                 found.append(kind)
     return found
+
+
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

@@ -18,8 +18,9 @@ from lit_vapo.rewards import load_reward
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rollout import RolloutMaker
+from lit_vapo.stages.ppo.experience import compute_advantages
 from lit_vapo.stages.ppo.module import PPOModule
-from lit_vapo.stages.ppo.update import UpdateSettings, compute_advantages
+from lit_vapo.stages.ppo.update import UpdateSettings
 
 PROMPTS = ["the film", "the plot was good and", "Review", "a quiet family was", "slow", "the story was"]
 
@@ -96,7 +97,9 @@ class LoneModule:
 
     def __init__(self):
         strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
-        self.trainer = SimpleNamespace(world_size=1, global_step=0, strategy=strategy)
+        self._trainer = self.trainer = SimpleNamespace(
+            world_size=1, global_step=0, strategy=strategy, distributed_sampler_kwargs=None
+        )
 
     def manual_backward(self, loss):
         loss.backward()

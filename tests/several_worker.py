@@ -1,4 +1,4 @@
-"""Training in one process or, run as a script, in two: what is left of it stands in a file for each kind."""
+"""Training in one process or, as a script or by torchrun, in two: what is left of it stands in a file for each kind."""
 
 import sys
 import warnings
@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from lit_vapo.data.collate import SFTBatch
 from lit_vapo.data.datamodule import PreferenceDataModule, SFTDataModule
 from lit_vapo.models.pretrained import Lora, Pretrained
+from lit_vapo.models.sharding import is_sharded, whole
 from lit_vapo.rewards.members.bayesian import BayesianLinear
 from lit_vapo.rewards.members.dropout import McDropout
 from lit_vapo.rewards.members.full import FullEnsemble
@@ -61,13 +62,14 @@ class Keep(Callback):
         self.left["logged"].append(float(trainer.callback_metrics["train/loss"]))
 
     def on_fit_end(self, trainer, pl_module):
+        weights = {name: whole(x) for name, x in ppo_helpers.state(pl_module).items()}
+        sharded = any(is_sharded(module) for module in pl_module.modules())
         if trainer.is_global_zero:
             self.left["figures"] = {k: float(v) for k, v in trainer.callback_metrics.items() if "/" in k}
-            self.left["weights"] = ppo_helpers.state(pl_module)
-            torch.save(self.left, self.path)
+            torch.save({**self.left, "weights": weights, "sharded": sharded}, self.path)
 
 
-def run(kind, model, preferences, folder, world=1, **kwargs):
+def run(kind, model, preferences, folder, world=1, strategy="ddp_fork", **kwargs):
     """A fit of one kind."""
     folder = Path(folder)
     data = SFTDataModule if kind.startswith("sft") else PreferenceDataModule
@@ -76,12 +78,12 @@ def run(kind, model, preferences, folder, world=1, **kwargs):
     keep = Keep(folder / f"{kind}_{world}.pt")
     options = {"max_epochs": 2, "log_every_n_steps": 1, "devices": world, "callbacks": [keep], **kwargs}
     if world > 1:
-        options["strategy"] = "ddp_fork"
+        options["strategy"] = strategy
     ppo_helpers.trainer(folder / f"{kind}_{world}", **options).fit(KINDS[kind](Pretrained(model)), data)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for kind in KINDS:
-        run(kind, *sys.argv[1:4], world=2)
+    for kind in sys.argv[5:] or KINDS:
+        run(kind, *sys.argv[1:4], world=2, strategy=sys.argv[4])

@@ -30,7 +30,10 @@ CLASSES = {
     "reward": (RewardModule, PreferenceDataModule),
     "ppo": (PPOModule, PromptDataModule),
 }
-KINDS = {*STAGES, *["trainer", "logger", "data", "objective", "estimator", "advantage", "study", "model", "source"]}
+KINDS = {
+    *STAGES,
+    *["trainer", "logger", "data", "objective", "estimator", "advantage", "generator", "study", "model", "source"],
+}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
@@ -207,6 +210,14 @@ def test_source_configs_come_after_a_config_of_ppo(file, build):
     cli = build("ppo", f"--config={CONFIGS / 'ppo' / 'large.yaml'}", f"--config={file}", reward=None)
     assert [spec.path for spec in cli.model.reward.models] == [model["path"] for model in given]
     assert cli.model.reward.num_members == len(given) > 1
+
+
+@pytest.mark.parametrize("file", named("generator"))
+def test_generator_configs_come_after_a_config_of_ppo(file, build):
+    cli = build("ppo", f"--config={CONFIGS / 'ppo' / 'demo.yaml'}", f"--config={file}")
+    assert type(cli.model.generator).__name__.lower() == file.stem + "generator"
+    assert cli.model.generator.python == "vllm/bin/python"
+    assert cli.model.sampling.max_new_tokens == 16  # the demo's
 
 
 # The tiny configs train for two steps.

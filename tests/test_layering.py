@@ -14,7 +14,7 @@ import grimp
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lit_vapo"
-GROUND = ("functional", "types", "folders", "integrity", "console", "stops", "plugins", "ranges")
+GROUND = ("functional", "types", "folders", "integrity", "console", "stops", "plugins", "ranges", "http_client")
 GROUND_LIBRARIES = {"torch", *sys.stdlib_module_names}
 MAX_LINES = 300
 

@@ -7,6 +7,7 @@ import ppo_helpers
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from samplers import TruthfulGenerator
 
 from lit_vapo.data.datamodule import PreferenceDataModule, SFTDataModule
 from lit_vapo.models.generation import Sampling
@@ -67,7 +68,12 @@ def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
         sampling = Sampling(6, num_responses=2)
         reward = WeightedSum({"ensemble": ensemble, "length": FunctionReward("reward_functions:length")})
         return ppo_helpers.ppo_module(
-            tiny_model_dir, reward, gold=Judge(), sampling=sampling, objective=CovarianceAware()
+            tiny_model_dir,
+            reward,
+            gold=Judge(),
+            sampling=sampling,
+            objective=CovarianceAware(),
+            generator=TruthfulGenerator(),
         )
 
     return {

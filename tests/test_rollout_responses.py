@@ -15,8 +15,9 @@ from lit_vapo.models.pretrained import Pretrained, load_causal_lm, load_tokenize
 from lit_vapo.models.transformers_generator import TransformersGenerator
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.rollout import RolloutMaker, assemble_rows, sample_references
+from lit_vapo.stages.ppo.experience import compute_advantages
 from lit_vapo.stages.ppo.module import PPOModule
-from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, compute_advantages
+from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings
 from lit_vapo.types import TextReward
 
 HALF = list(range(160))

@@ -15,7 +15,7 @@ from services import says, service
 from test_serve import served
 
 from lit_vapo.cli import main
-from lit_vapo.rewards.http_client import check_url
+from lit_vapo.http_client import check_url
 
 ROOT = Path(__file__).parents[1]
 SECRETS = {
@@ -163,8 +163,16 @@ def taken(path):
 
 
 def test_an_image_takes_what_it_is_made_of():
-    assert copied() == {"pyproject.toml", "constraints-cpu.txt", "README.md", "LICENSE", "lit_vapo", "configs"}
-    for path in ("pyproject.toml", "lit_vapo/cli.py", "configs/logger/wandb.yaml", "lit_vapo/study/experiment.py"):
+    pins, script = {"constraints-cpu.txt", "locks"}, "deploy/healthcheck.sh"
+    assert copied() == {"pyproject.toml", *pins, "README.md", "LICENSE", "lit_vapo", "configs", script}
+    for path in (
+        "pyproject.toml",
+        "locks/cuda.txt",
+        script,
+        "lit_vapo/cli.py",
+        "configs/logger/wandb.yaml",
+        "lit_vapo/study/experiment.py",
+    ):
         assert taken(path), path
 
 

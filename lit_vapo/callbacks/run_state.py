@@ -19,6 +19,7 @@ class RunState:
     Attributes:
         began_with: What the run read when it began, by key, where it is resumed in its own folder.
         between: Whether a checkpoint is written between two iterations, rather than at the end.
+        reads: What the run reads: a digest of each data set, model and folder, by key.
         resumed: What the checkpoint said, until the first iteration.
     """
 
@@ -26,7 +27,7 @@ class RunState:
         self.began_with: dict[str, str] = {}
         self.between = False
         self.resumed: dict[str, Any] | None = None
-        self._reads: dict[str, str] = {}
+        self.reads: dict[str, str] = {}
         # Files that grow by lines, by their names in the run's folder.
         self._line_files: dict[str, LineFile] = {}
         self._loggers: list[Any] = []
@@ -39,8 +40,8 @@ class RunState:
         """
         # The tokenizer may lie beside the base, and says more.
         for reader in (trainer.datamodule, trainer.lightning_module):
-            self._reads |= getattr(reader, "fingerprints", dict)()
-        for name, now in self._reads.items():
+            self.reads |= getattr(reader, "fingerprints", dict)()
+        for name, now in self.reads.items():
             then = self.began_with.get(name, now)
             if then != now:
                 raise ValueError(
@@ -66,7 +67,7 @@ class RunState:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of this; all processes must ask."""
         return {
-            "reads": self._reads,
+            "reads": self.reads,
             "trackers": run_ids(self._loggers),
             "files": {name: position(file.path) for name, file in self._line_files.items()},
             "random": _of_all(random_states()),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning import LightningModule
 
 from lit_vapo.commands.cards import ensemble_card, policy_card
 from lit_vapo.folders import check_new, new_folder
+from lit_vapo.models.digests import add_sealed
+from lit_vapo.models.origin import ORIGIN_NAME, Origin
 from lit_vapo.models.settings import construct, every_dict
 from lit_vapo.models.trust import check_trusted
 from lit_vapo.stages.checkpoint_file import STAGE_KEY, read_checkpoint
@@ -65,6 +68,7 @@ def export(
         else:
             _load(SFTModule, saved, trust, checkpoint).export(target)
             card = None
+        add_sealed(target, ORIGIN_NAME, Origin.of(stage, Path(checkpoint)).text())
         if card is not None:
             card.save(target / "README.md")
     print(f"exported the {stage} checkpoint to {output}")

@@ -142,7 +142,7 @@ def _better(stage: str, words: list[str], own: argparse.Namespace, settings: Set
         made = read_settings(stage, [*words, *added], devices, strategy).plan()
         if fits(made.peak, gpu.memory):
             if strategy == "fsdp2":
-                added += ["--trainer=configs/trainer/fsdp2.yaml", f"--trainer.devices={devices}"]
+                added += ["--trainer.strategy=fsdp2", f"--trainer.devices={devices}"]
             return Better([change.name for change in chosen], added, made)
     return None
 

@@ -40,7 +40,7 @@ STAGES = {
     "reward": _Stage("lit_vapo.stages.reward.module:RewardModule", PreferenceDataModule),
     "sft": _Stage("lit_vapo.stages.sft.module:SFTModule", SFTDataModule),
 }
-SHARDED = ("fsdp2", "modelparallel")
+SHARDED = ("fsdp2", "shardedstrategy")
 EVERY = "every prompt and response is taken to be as long as it may be: most runs take less"
 
 
@@ -175,7 +175,7 @@ def read_settings(
     setup = Setup(count, sharded, str(trainer.get("precision") or "32-true"), on_cpu)
     job = JOBS[stage](read.model_settings, read.data_settings, read.notes)
     if sharded and job.base.quantization == "8bit":
-        raise ValueError("model.base.quantization: expected null or 4bit under FSDP2, which cannot divide it, got 8bit")
+        raise ValueError("model.base.quantization: expected 4bit or null under fsdp2, got 8bit, which cannot be cut")
     return Settings(stage, job, setup, read.notes)
 
 
@@ -198,6 +198,8 @@ def _ppo(model: dict[str, Any], data: dict[str, Any], notes: list[str]) -> PPOJo
     base, policy, lora = model["base"], model["policy"], model["lora"]
     if policy is not None:
         lora = check_policy(policy, base, lora)
+    if model.get("generator") is not None:
+        notes.append("generation is planned as transformers does it, on the same GPUs")
     sampling, update = model["sampling"] or Sampling(), model["update"] or UpdateSettings()
     reward = model["reward"]
     if isinstance(reward, str):

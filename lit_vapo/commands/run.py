@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_vapo.callbacks.checkpoint import RunCheckpoint
+from lit_vapo.callbacks.lineage import Lineage
 from lit_vapo.callbacks.metrics_file import MetricsFile
 from lit_vapo.callbacks.samples import SampleTable
 from lit_vapo.commands.endings import told
@@ -193,6 +194,7 @@ class StageCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if self.trial:
             return trainer
+        trainer.callbacks.insert(0, Lineage())  # type: ignore[attr-defined]
         go_on(trainer.loggers, state.get("trackers", []))
         trainer.loggers = lasting(trainer.loggers, str(self.root))
         # Their files go on where a resumed run's stand.

@@ -17,8 +17,8 @@ import torch
 
 from lit_vapo.commands.sources import chosen_source, device_of, ready
 from lit_vapo.console import meant
+from lit_vapo.http_client import read_token
 from lit_vapo.rewards import RewardSource
-from lit_vapo.rewards.http_client import read_token
 from lit_vapo.rewards.protocol import LARGEST_BODY, read_request
 from lit_vapo.rollout import Encoders, text_responses
 

@@ -22,7 +22,7 @@ class TextLoaders(TextSplits):
 
     @property
     def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
+        return int(self._ranks().get("num_replicas", 1))
 
     def _options(self, collate: Callable[..., Any]) -> dict[str, Any]:
         workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}

@@ -28,6 +28,7 @@ from lit_vapo.functional.kl import adapt_kl_coef, kl_k1, kl_k2, kl_k3, sequence_
 from lit_vapo.functional.laplace import Posterior, held_out_nll, laplace_preference
 from lit_vapo.functional.logprobs import TokenLogprobs, token_logprobs
 from lit_vapo.functional.masked import Moments, masked_mean, masked_sum, masked_var, masked_whiten, moments
+from lit_vapo.functional.off_policy import SamplerGap, importance_weights, sampler_gap
 from lit_vapo.functional.ppo import (
     PolicyTerms,
     ValueTerms,
@@ -68,6 +69,7 @@ __all__ = [
     "ReliabilityCurve",
     "Repetition",
     "RiskCoverage",
+    "SamplerGap",
     "TokenLogprobs",
     "ValueTerms",
     "adapt_kl_coef",
@@ -92,6 +94,7 @@ __all__ = [
     "gae",
     "group_normalise",
     "held_out_nll",
+    "importance_weights",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -122,6 +125,7 @@ __all__ = [
     "risk_coverage",
     "risk_vanilla",
     "risk_variance_aware",
+    "sampler_gap",
     "sequence_log_ratio",
     "share_interval",
     "spearman",

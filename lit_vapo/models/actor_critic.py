@@ -24,9 +24,11 @@ from lit_vapo.models.critic import (
 )
 from lit_vapo.models.digests import seal
 from lit_vapo.models.exported import same_model
-from lit_vapo.models.generation import Sampling, Shaping, generation_config, stop_ids
-from lit_vapo.models.policy import Policy, Role
+from lit_vapo.models.generation import Sampling, generation_config, stop_ids
+from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
+from lit_vapo.models.shaping import Shaping
+from lit_vapo.models.sharding import Sharing
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.trunk import Tap, content_lengths, pool, response_states, run_trunk
 
@@ -129,10 +131,14 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def reference(self, rows: TokenRows, shaping: Shaping, taps: Sequence[Tap] = ()) -> ReferencePass:
         """One pass through the frozen base."""
+        return self.policy.within("reference", lambda _: self._reference(rows, shaping, taps))
+
+    def _reference(self, rows: TokenRows, shaping: Shaping, taps: Sequence[Tap]) -> ReferencePass:
         read_here = self.value_layer if self.critic_trunk == "reference" else None
         layers = [None, read_here, *(tap.layer for tap in taps)]
         last, valued, *tapped = self.policy.layers("reference", rows.input_ids, rows.lengths, layers)
-        logprobs = self._logprobs("reference", last, rows, shaping)
+        responses = (rows.input_ids, rows.prompt_lengths, rows.response_mask)
+        logprobs = self.policy.logprobs("reference", last, *responses, shaping)
         states = None
         if self.critic_trunk == "reference":
             states = response_states(valued, rows.prompt_lengths, rows.response_mask.shape[1])
@@ -144,8 +150,9 @@ class ActorCritic(nn.Module):
 
     def actor(self, rows: TokenRows, shaping: Shaping) -> TokenLogprobs:
         """Log-probabilities and entropies of the responses under the policy (B, T)."""
-        hidden = self.policy.hidden("actor", rows.input_ids, rows.lengths).last
-        return self._logprobs("actor", hidden, rows, shaping)
+        return self.policy.response_logprobs(
+            "actor", rows.input_ids, rows.lengths, rows.prompt_lengths, rows.response_mask, shaping
+        )
 
     def values(self, rows: TokenRows, value_states: Tensor | None) -> Tensor:
         """Values before each response token (B, T).
@@ -167,6 +174,12 @@ class ActorCritic(nn.Module):
             hidden = self.policy.hidden("critic", rows.input_ids, rows.lengths, self.value_layer).tapped
         return cast("Tensor", self.critic(response_states(hidden, rows.prompt_lengths, rows.response_mask.shape[1])))
 
+    def share(self, sharing: Sharing) -> None:
+        """Share policy, reference and the critic's own trunk with other processes."""
+        self.policy.share(sharing)
+        if self.critic is not None and self.critic.trunk is not None:
+            sharing.share(self.critic.trunk)
+
     def actor_parameters(self) -> list[nn.Parameter]:
         """What the policy loss trains."""
         return self.policy.actor_parameters()
@@ -176,9 +189,6 @@ class ActorCritic(nn.Module):
         if self.critic is None:
             return []
         return [*self.critic.parameters(), *self.policy.critic_parameters()]
-
-    def _logprobs(self, role: Role, hidden: Tensor, rows: TokenRows, shaping: Shaping) -> TokenLogprobs:
-        return self.policy.logprobs(role, hidden, rows.input_ids, rows.prompt_lengths, rows.response_mask, shaping)
 
     def save_pretrained(self, folder: str | Path, sampling: Sampling, merge: bool = False) -> None:
         """Write the policy, its tokenizer, how it is sampled, and below `critic` the critic, if any.

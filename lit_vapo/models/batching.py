@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,22 @@ def length_batches(lengths: Sequence[int], tokens: int = TOKENS_PER_BATCH) -> It
         batch.append(row)
     if batch:
         yield batch
+
+
+def even_batches(lengths: Sequence[int], tokens: int, most: Callable[[int], int]) -> list[list[int]]:
+    """The same, in as many batches as the process that needs most of them: sharded models wait for each other.
+
+    Args:
+        lengths: Tokens of each row.
+        tokens: Tokens of a batch, padding included.
+        most: The largest number of batches of all processes, from that of this one.
+    """
+    batches = list(length_batches(lengths, tokens))
+    wanted = most(len(batches))
+    while len(batches) < min(wanted, len(lengths)):
+        longest = batches.pop(max(range(len(batches)), key=lambda i: len(batches[i])))
+        batches += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
+    return batches
 
 
 def right_pad(sequences: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[Tensor, Tensor]:

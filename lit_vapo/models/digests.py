@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -11,6 +10,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, Field
 
+from lit_vapo.folders import let_read
 from lit_vapo.integrity import fault_of
 from lit_vapo.models.settings import STRICT, read_settings
 
@@ -46,17 +46,22 @@ def seal(folder: str | Path) -> None:
         folder: A folder with all its files.
     """
     folder = Path(folder)
-    umask = os.umask(0)
-    os.umask(umask)
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not path.is_symlink():
-            # Weights are written for their owner alone, by libraries that mean their temporary file.
-            path.chmod(0o666 & ~umask)
+            let_read(path)
             if name not in (DIGESTS_NAME, CARD_NAME):
-                files[name] = _File(size=path.stat().st_size, sha256=_sha256(path))
-    (folder / DIGESTS_NAME).write_text(_Digests(files=files).model_dump_json(indent=2) + "\n")
+                files[name] = _noted(path)
+    _write(folder, _Digests(files=files))
+
+
+def add_sealed(folder: Path, name: str, text: str) -> None:
+    """Write one more file into a folder that was written with `seal`, and note it as well."""
+    (folder / name).write_text(text, encoding="utf-8")
+    digests = _read(folder)
+    digests.files[name] = _noted(folder / name)
+    _write(folder, digests)
 
 
 def check_sealed(folder: str | Path, *names: str, required: bool = True) -> None:
@@ -122,6 +127,14 @@ def _read(folder: Path) -> _Digests:
             f"if its files are as you want them: lit_vapo.models.digests.seal({str(folder)!r})"
         )
     return read_settings(folder / DIGESTS_NAME, _Digests)
+
+
+def _write(folder: Path, digests: _Digests) -> None:
+    (folder / DIGESTS_NAME).write_text(digests.model_dump_json(indent=2) + "\n")
+
+
+def _noted(path: Path) -> _File:
+    return _File(size=path.stat().st_size, sha256=_sha256(path))
 
 
 def _listed(digests: _Digests, names: tuple[str, ...]) -> Iterator[str]:

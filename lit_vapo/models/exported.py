@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field
 
+from lit_vapo.folders import absolute, if_moved
 from lit_vapo.models.digests import check_sealed
 from lit_vapo.models.pretrained import Lora, Pretrained, model_config
 from lit_vapo.models.settings import read_settings
@@ -86,7 +87,7 @@ def _adapter_settings(path: Path, base: Pretrained) -> Lora:
     if not same_place(config.base_model_name_or_path, base.path):
         raise ValueError(
             f"model.policy: expected an adapter of model.base, {base.path!r}, got one of "
-            f"{config.base_model_name_or_path!r} in {str(path)!r}"
+            f"{config.base_model_name_or_path!r} in {str(path)!r}{if_moved(config.base_model_name_or_path)}"
         )
     kind, odd = config.peft_type, [name for name in UNSUPPORTED if (config.model_extra or {}).get(name)]
     if kind != "LORA" or odd or config.bias != "none":
@@ -142,7 +143,7 @@ def same_place(one: Any, other: Any) -> bool:
     """Whether two paths or hub names mean the same."""
     if one == other:
         return True
-    paths = [Path(str(x)).expanduser() for x in (one, other)]
+    paths = [Path(absolute(str(x))) for x in (one, other)]
     return all(p.is_dir() for p in paths) and paths[0].resolve() == paths[1].resolve()
 
 

@@ -39,6 +39,12 @@ def model_fingerprints(settings: Any, key: str) -> dict[str, str]:
     return found
 
 
+def named_folders(settings: Any, key: str) -> dict[str, Path]:
+    """The folders that settings name, by key as in `model_fingerprints`."""
+    found = {name: Path(value) for name, value, _ in _texts(settings, key, {}) if len(value) < 4096}
+    return {name: folder for name, folder in found.items() if folder.is_dir()}
+
+
 def _in_run(path: Path, folder: Path) -> bool:
     """Whether a run that lives inside of a model's folder wrote the file."""
     inside = [folder / part for part in path.relative_to(folder).parents]

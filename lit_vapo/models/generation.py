@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 from transformers import GenerationConfig
 
+from lit_vapo.models.policy import Policy, Role
+from lit_vapo.models.shaping import Shaping
 from lit_vapo.models.vocabulary import vocabulary_size
 from lit_vapo.ranges import PositiveFloat, PositiveInt, check_ranges
 from lit_vapo.stops import stop_tokens
@@ -66,20 +69,6 @@ class Sampling:
         return Shaping(self.temperature, self.min_new_tokens, tuple(stops))
 
 
-class Shaping(NamedTuple):
-    """What happens to the logits before a token is drawn: the same in sampling, log-probabilities and entropies.
-
-    Attributes:
-        temperature: The logits are divided by it.
-        min_new_tokens: Stop tokens cannot be drawn at this many first positions of a response.
-        stops: Tokens that end a response.
-    """
-
-    temperature: float = 1.0
-    min_new_tokens: int = 0
-    stops: tuple[int, ...] = ()
-
-
 class Generated(NamedTuple):
     """Sampled responses; n to each of B prompts, response j to prompt i in row i·n + j.
 
@@ -87,19 +76,70 @@ class Generated(NamedTuple):
         response_ids: Token ids (B·n, T), anything after the end of a response.
         response_lengths: Tokens of each response (B·n,), the token that ended it included.
         stopped: Whether a stop token or a stop string ended the response (B·n,).
+        logprobs: Log-probabilities that the sampler says its tokens had when it drew them (B·n, T), under the
+            sampling's temperature and minimum length; anything after the end of a response. `None` if it does not say.
+        weights_version: Version of the weights that it says it sampled with; `None` if it has no weights of its own.
     """
 
     response_ids: Tensor
     response_lengths: Tensor
     stopped: Tensor
+    logprobs: Tensor | None = None
+    weights_version: int | None = None
 
 
 class Generator(ABC):
     """Draws responses from a language model, exactly from the distribution that `Sampling` says.
 
-    Whoever calls it has switched the model's adapters to the role that answers; a generator that keeps weights of its
-    own has to take them from there. Results must be reproducible from torch's seed.
+    Whoever calls it has switched the model's adapters to the role that answers. A generator that keeps weights of its
+    own takes them in `open` and `sync`, which do nothing else: one that only samples needs `__call__` alone. Results
+    must be reproducible from torch's seed, as far as rounding is.
+
+    Attributes:
+        max_kl: Largest KL(sampler‖learner), nats per token, that is taken for rounding; `None` for any. It is looked at
+            where responses come with log-probabilities.
     """
+
+    max_kl: float | None = None
+
+    def open(  # noqa: B027
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        *,
+        longest: int,
+        folder: Path,
+        version: int,
+    ) -> None:
+        """Get ready to answer, before the first prompt; all processes of a run call it together.
+
+        Args:
+            policy: Whose weights answer.
+            tokenizer: Its tokenizer.
+            sampling: How responses are drawn.
+            longest: Most tokens of a prompt with its response.
+            folder: The run's, for files.
+            version: Version of the policy's weights.
+
+        Raises:
+            ValueError: It cannot answer for this policy; the message says why.
+        """
+
+    def sync(self, policy: Policy, role: Role, version: int) -> None:  # noqa: B027
+        """Get ready to answer in a role; all processes call it together, before each batch of prompts.
+
+        Args:
+            policy: Whose weights answer.
+            role: `actor` or `reference`.
+            version: Version of the policy's weights. Equal versions have equal weights.
+
+        Raises:
+            ValueError: It cannot take these weights.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of what `open` and `sync` took; may be called again, or without them."""
 
     @abstractmethod
     def __call__(

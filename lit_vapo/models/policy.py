@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.exported import is_adapter, load_adapter_weights
-from lit_vapo.models.generation import Shaping
 from lit_vapo.models.pretrained import (
     Lora,
     Pretrained,
@@ -29,9 +28,12 @@ from lit_vapo.models.pretrained import (
     keep_differentiable,
     load_causal_lm,
 )
+from lit_vapo.models.shaping import Shaping
+from lit_vapo.models.sharding import Sharing, most_of, within
 from lit_vapo.models.trunk import TrunkOutput, head_logprobs, response_states, run_layers
 
 Role = Literal["actor", "critic", "reference"]
+T = TypeVar("T")
 
 
 class Policy(nn.Module):
@@ -103,6 +105,11 @@ class Policy(nn.Module):
         """Width H of the hidden states."""
         return int(self.causal_lm.config.hidden_size)
 
+    @property
+    def lora_rank(self) -> int | None:
+        """Rank of the actor's adapters; `None` where every weight trains."""
+        return int(self.lm.peft_config["actor"].r) if isinstance(self.lm, PeftModel) else None
+
     @contextmanager
     def acting_as(self, role: Role) -> Iterator[PreTrainedModel]:
         """The language model in one of its roles, for the length of a block."""
@@ -122,11 +129,24 @@ class Policy(nn.Module):
                 self._train_adapters()
             yield self.causal_lm
 
-    @contextmanager
-    def reference_backbone(self) -> Iterator[PreTrainedModel]:
-        """The reference without its language-model head, for the length of a block."""
-        with self.acting_as("reference") as lm:
-            yield cast("PreTrainedModel", lm.base_model)
+    def lend(self, function: Callable[[PreTrainedModel], T]) -> T:
+        """Call a function with the reference, less its language-model head."""
+        return self.within("reference", lambda lm: function(cast("PreTrainedModel", lm.base_model)))
+
+    def within(self, role: Role, function: Callable[[PreTrainedModel], T]) -> T:
+        """Call a function with the language model in one of its roles, its weights at hand though they be sharded."""
+        with self.acting_as(role) as lm:
+            return within(lm, lambda: function(lm))
+
+    def most(self, count: int) -> int:
+        """Passes that all processes take which share the weights, of which this one needs `count`."""
+        return most_of(self.causal_lm, count)
+
+    def share(self, sharing: Sharing) -> None:
+        """Share weights and products with other processes; adapters are not cut."""
+        sharing.share(self.causal_lm, [p for n, p in self.lm.named_parameters() if "lora_" in n])
+        if self.reference_lm is not None:
+            sharing.share(self.reference_lm)
 
     def _train_adapters(self) -> None:
         # peft stops the gradients of adapters that are switched off; ours take turns within one optimiser.
@@ -152,7 +172,8 @@ class Policy(nn.Module):
         """Hidden states of right-padded sequences (B, L) in a role, after each of some blocks, from one pass."""
         again = partial(self.acting_as, role)
         with self.acting_as(role) as lm:
-            return run_layers(cast("PreTrainedModel", lm.base_model), input_ids, lengths, layers, again)
+            backbone = cast("PreTrainedModel", lm.base_model)
+            return within(lm, lambda: run_layers(backbone, input_ids, lengths, layers, again))
 
     def logprobs(
         self,
@@ -168,7 +189,24 @@ class Policy(nn.Module):
         states = response_states(hidden, prompt_lengths, size)
         targets = response_tokens(input_ids, prompt_lengths, size)
         with self.acting_as(role) as lm:
-            return head_logprobs(lm, states, targets, response_mask, shaping)
+            return within(lm, lambda: head_logprobs(lm, states, targets, response_mask, shaping))
+
+    def response_logprobs(
+        self,
+        role: Role,
+        input_ids: Tensor,
+        lengths: Tensor,
+        prompt_lengths: Tensor,
+        response_mask: Tensor,
+        shaping: Shaping,
+    ) -> TokenLogprobs:
+        """Log-probabilities and entropies (B, T) of the responses of right-padded sequences (B, L), in one pass."""
+
+        def work(lm: PreTrainedModel) -> TokenLogprobs:
+            hidden = self.hidden(role, input_ids, lengths).last
+            return self.logprobs(role, hidden, input_ids, prompt_lengths, response_mask, shaping)
+
+        return self.within(role, work)
 
     def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
         """Write the actor: a peft adapter folder, or a whole transformers model.

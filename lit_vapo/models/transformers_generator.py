@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from lit_vapo.models.generation import Generated, Generator, Sampling, generation_config
+from lit_vapo.models.sharding import is_sharded
 
 _NEVER = torch.iinfo(torch.long).max
 
@@ -30,9 +31,12 @@ class TransformersGenerator(Generator):
     Between two calls, responses that have ended leave the batch, and with them their keys and values. A prompt with
     several responses is read once; its keys and values are then copied.
 
+    A model whose weights are sharded keeps all rows until the longest response of all processes has ended, since these
+    have to take equally many steps.
+
     Args:
         drop_every: Tokens between two looks at which responses have ended; `null` keeps all rows to the last token of
-            the longest (for sharded models, whose processes must take equally many steps).
+            the longest.
 
     Raises:
         ValueError: `drop_every` is below 1.
@@ -63,17 +67,21 @@ class TransformersGenerator(Generator):
         responses = ids.new_zeros(len(ids), longest)
         ends = torch.full_like(going, _NEVER)
         done = 0
+        together = is_sharded(lm)
+        drop_every = None if together else self.drop_every
         with _settings_put_aside(lm):
-            cache = _read_once(lm, prompt_ids, mask, prompt) if sampling.num_responses > 1 else None
+            once = sampling.num_responses > 1 and not together
+            cache = _read_once(lm, prompt_ids, mask, prompt) if once else None
             mask = mask[prompt]
             while done < longest and len(going):
                 search = _StopSearch(size, ids, stops, strings)
-                until = min(done + (self.drop_every or longest), longest)
+                until = min(done + (drop_every or longest), longest)
                 out = lm.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     generation_config=_config(sampling, stops, done, until),
                     stopping_criteria=StoppingCriteriaList([search]),
+                    synced_gpus=together,
                     **({} if cache is None else {"past_key_values": cache}),
                 )
                 ids = out.sequences
@@ -83,6 +91,8 @@ class TransformersGenerator(Generator):
                 ends[going] = search.ends
                 stay = (search.ends > done).nonzero()[:, 0]
                 going, ids, mask, cache = going[stay], ids[stay], mask[stay], _select(lm, out.past_key_values, stay)
+                if together:
+                    break
         return Generated(responses[:, :done], ends.clamp_max(done), ends <= done)
 
 

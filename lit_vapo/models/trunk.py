@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_vapo.functional import TokenLogprobs, token_logprobs
-from lit_vapo.models.generation import Shaping
 from lit_vapo.models.pretrained import decoder_layers, final_norm
 from lit_vapo.models.recompute import Again, recomputed
+from lit_vapo.models.shaping import Shaping
 
 Pooling = Literal["last", "mean"]
 

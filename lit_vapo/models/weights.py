@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import is_offline_mode
 
+from lit_vapo.folders import if_moved
 from lit_vapo.integrity import fault_of
 from lit_vapo.models.digests import check_sealed
 
@@ -36,7 +37,7 @@ def check_model(path: str, key: str, revision: str | None = None) -> None:
     folder = Path(path)
     if not folder.is_dir():
         if _looks_local(path) or folder.exists():
-            got = fault_of(folder) if folder.exists() else "it does not exist"
+            got = fault_of(folder) if folder.exists() else f"it does not exist{if_moved(path)}"
             raise ValueError(f"{key}: {_expected(path)} ({got})")
         with loading(path, key):
             adapter = find_adapter_config_file(path, revision=revision or "main")

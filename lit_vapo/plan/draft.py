@@ -50,7 +50,8 @@ class Phase:
         flops: Floating-point operations.
         traffic: Bytes read from memory, where that is what takes time.
         gathers: How often all weights cross the link, if they are sharded.
-        exchanges: How often gradients do.
+        exchanges: How often gradients do, once a weight update.
+        backward: Passes that make gradients.
         without_gradients: No gradients are there at the peak.
     """
 
@@ -60,6 +61,7 @@ class Phase:
     traffic: float = 0.0
     gathers: float = 0.0
     exchanges: float = 0.0
+    backward: float = 0.0
     without_gradients: bool = False
 
     @property
@@ -79,7 +81,8 @@ class Draft:
         phases: What comes on top.
         half: Whether most products are in half precision.
         notes: What a reader should know.
-        divided: Whether FSDP2 divides all this. Backbones that nothing trains are whole on each device.
+        cut: Of what is trained, bytes that FSDP2 divides: whole models, not adapters and heads.
+        whole: Of the weights, bytes that it does not divide.
     """
 
     weights: float
@@ -88,7 +91,8 @@ class Draft:
     phases: list[Phase]
     half: bool
     notes: list[str] = field(default_factory=list)
-    divided: bool = True
+    cut: float = 0.0
+    whole: float = 0.0
 
     def stretched(self, other: Draft, by: float) -> Draft:
         """This draft and `by` times what another one has more than it: both with fewer blocks than are wanted.
@@ -111,6 +115,8 @@ class Draft:
             weights=line(self.weights, other.weights),
             trained=line(self.trained, other.trained),
             gathered=line(self.gathered, other.gathered),
+            cut=line(self.cut, other.cut),
+            whole=line(self.whole, other.whole),
         )
 
 
@@ -138,8 +144,11 @@ class Plan:
         draft, out = self.draft, {}
         rate = UTILISATION * (gpu.half if draft.half else gpu.single)
         for phase in draft.phases:
-            # Half of an exchange gives, half takes.
-            crossing = phase.gathers * draft.weights * self.setup.sharded + 2 * phase.exchanges * draft.trained
+            # Gradients go out and come back; those of what is cut go out with every pass, and stay where they belong.
+            crossing = 2 * phase.exchanges * draft.trained
+            if self.setup.sharded:
+                crossing = 2 * phase.exchanges * (draft.trained - draft.cut) + phase.backward * draft.cut
+                crossing += phase.gathers * (draft.weights - draft.whole)
             crossing *= (self.setup.devices - 1) / self.setup.devices
             work = seconds(phase.flops, rate, phase.traffic, BANDWIDTH_USE * gpu.bandwidth)
             out[phase.name] = max(work, crossing / gpu.link)
@@ -148,9 +157,12 @@ class Plan:
 
 def planned(draft: Draft, setup: Setup) -> Plan:
     """What a draft comes to on each device of a setup."""
-    devices = setup.devices if setup.sharded and draft.divided else 1
-    weights = sharded(draft.weights, devices, draft.gathered)
-    trained = sharded(draft.trained, devices, 0.0)
+    devices = setup.devices if setup.sharded else 1
+    # Where nothing is divided there is nothing to gather either.
+    weights = draft.whole
+    if draft.weights > draft.whole:
+        weights += sharded(draft.weights - draft.whole, devices, draft.gathered)
+    trained = draft.trained - draft.cut + sharded(draft.cut, devices, 0.0)
     # DistributedDataParallel sends gradients from buckets of its own.
     copies = 2 if setup.devices > 1 and not setup.sharded else 1
     phases = {}

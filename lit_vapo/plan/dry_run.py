@@ -67,19 +67,18 @@ class DryRun:
     def _metered(self, trained: Sequence[nn.Parameter] = ()) -> Iterator[Meter]:
         """A block that is counted, under autocast if the run is, with the gradients that are there already."""
         meter = Meter(self.networks, self.vocabulary)
-        torch.clear_autocast_cache()
         with warnings.catch_warnings(), self._fake, meter:
             warnings.simplefilter("ignore")
             for parameter in trained:
                 with meter.part("gradients"):
                     parameter.grad = torch.zeros_like(parameter)
             meter.start_over()
-            mixed = torch.autocast("cpu", dtype=self.mixed or torch.bfloat16, enabled=self.mixed is not None)
-            with mixed, self._as_on_a_gpu():
+            # As Lightning has it: without a cache, each use of a weight makes a cast of its own.
+            dtype, enabled = self.mixed or torch.bfloat16, self.mixed is not None
+            with torch.autocast("cpu", dtype, enabled, cache_enabled=False), self._as_on_a_gpu():
                 yield meter
         for parameter in trained:
             parameter.grad = None
-        torch.clear_autocast_cache()
 
     @contextmanager
     def _as_on_a_gpu(self) -> Iterator[None]:

@@ -112,15 +112,13 @@ def _draft(job: PPOJob, setup: Setup, depth: int) -> Draft:
     passes = -(-rows // batch)
     taps = () if job.reward is None else job.reward.taps
     scored = run.score(networks, batch, job.prompt_length, job.new, taps)
-    casts = max(scored.parts.get("casts", 0.0), drawing.parts.get("casts", 0.0))
-    scoring = [{**scored.parts, "casts": casts, "workspace": scored.parts.get("workspace", 0.0) + states + kept}]
+    scoring = [{**scored.parts, "workspace": scored.parts.get("workspace", 0.0) + states + kept}]
     # What the passes kept for the critic, put side by side and then in order.
-    scoring.append({"casts": casts, "workspace": 3 * states + kept})
+    scoring.append({"workspace": 3 * states + kept})
     flops = scored.flops * passes
     for scorer in scorers:
         found = run.read(scorer.run, batch, width)
-        own = {**found.parts, "casts": max(casts, found.parts.get("casts", 0.0))}
-        scoring.append({**own, "workspace": found.parts.get("workspace", 0.0) + states + kept})
+        scoring.append({**found.parts, "workspace": found.parts.get("workspace", 0.0) + states + kept})
         flops += found.flops * passes
     score = Phase("scoring", larger(scoring), flops, gathers=2 * passes)
     # Update.
@@ -140,13 +138,28 @@ def _draft(job: PPOJob, setup: Setup, depth: int) -> Draft:
         learned.flops * passes * job.epochs,
         gathers=2.0 * passes * job.epochs,
         exchanges=float(job.epochs * job.minibatches),
+        backward=float(passes * job.epochs),
         # Those of the minibatch before are gone, and its own come as activations go.
         without_gradients=alone and sum(learning.values()) > parameter_bytes(trained) + sum(step.values()),
     )
     if alone and not update.without_gradients:
         update.parts = step
     half = setup.mixed is not None or lm.dtype != torch.float32
-    return Draft(held_bytes(everything), parameter_bytes(trained), gathered_bytes(lm), [rollout, score, update], half)
+    trunk = networks.critic.trunk if networks.critic is not None else None
+    cut = [
+        *(networks.actor_parameters() if job.lora is None else ()),
+        *(trunk.parameters() if trunk is not None else ()),
+    ]
+    return Draft(
+        weights=held_bytes(everything),
+        trained=parameter_bytes(trained),
+        gathered=gathered_bytes(lm),
+        phases=[rollout, score, update],
+        half=half,
+        cut=parameter_bytes(cut),
+        # Reward models of their own, adapters and the value head.
+        whole=held_bytes(everything) - held_bytes(networks) + parameter_bytes(trained) - parameter_bytes(cut),
+    )
 
 
 def step_bytes(trained: list[nn.Parameter], setup: Setup) -> float:

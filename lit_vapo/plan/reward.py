@@ -101,7 +101,8 @@ def _features(job: RewardJob, setup: Setup, depth: int) -> Draft:
     phases = [Phase("features", found.parts, found.flops * passes), Phase("training", step)]
     half = setup.mixed is not None or backbone.dtype != torch.float32
     note = "features are computed once for each pair; `features` is the time for those of a batch"
-    return Draft(held_bytes(model), parameter_bytes(heads), 0.0, phases, half, [note], divided=False)
+    # Features are computed by one process, with the whole backbone.
+    return Draft(held_bytes(model), parameter_bytes(heads), 0.0, phases, half, [note], whole=held_bytes(model))
 
 
 def _training(job: RewardJob, setup: Setup, depth: int) -> Draft:
@@ -113,11 +114,13 @@ def _training(job: RewardJob, setup: Setup, depth: int) -> Draft:
     step = {"workspace": step_bytes(trained, setup)}
     # Gradients of the step before are gone when a step begins.
     alone = sum(parts.values()) > parameter_bytes(trained) + sum(step.values())
-    phase = Phase(
-        "training", parts if alone else step, found.flops, exchanges=1.0, gathers=2.0, without_gradients=alone
-    )
+    phase = Phase("training", parts if alone else step, found.flops, gathers=2.0, exchanges=1.0, backward=1.0)
+    phase.without_gradients = alone
     half = setup.mixed is not None or backbone.dtype != torch.float32
-    return Draft(held_bytes(model), parameter_bytes(trained), gathered_bytes(backbone), [phase], half)
+    # Adapters and heads are whole on each device.
+    own = parameter_bytes([p for p in model.head.parameters() if p.requires_grad])
+    total, gathered = parameter_bytes(trained), gathered_bytes(backbone)
+    return Draft(held_bytes(model), total, gathered, [phase], half, cut=total - own, whole=held_bytes(model.head))
 
 
 def _with_reference(draft: Draft, reference: Pretrained, job: RewardJob, setup: Setup) -> Draft:

@@ -48,8 +48,9 @@ def _draft(job: SFTJob, setup: Setup, depth: int) -> Draft:
     parts.pop("gradients", None)
     step = {"workspace": step_bytes(trained, setup)}
     alone = sum(parts.values()) > parameter_bytes(trained) + sum(step.values())
-    phase = Phase(
-        "training", parts if alone else step, found.flops, exchanges=1.0, gathers=2.0, without_gradients=alone
-    )
+    phase = Phase("training", parts if alone else step, found.flops, gathers=2.0, exchanges=1.0, backward=1.0)
+    phase.without_gradients = alone
     half = setup.mixed is not None or lm.dtype != torch.float32
-    return Draft(held_bytes(policy), parameter_bytes(trained), gathered_bytes(lm), [phase], half)
+    total = parameter_bytes(trained)
+    cut = total if job.lora is None else 0.0
+    return Draft(held_bytes(policy), total, gathered_bytes(lm), [phase], half, cut=cut, whole=total - cut)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_vapo.folders import if_moved
 from lit_vapo.models.exported import ADAPTER_CONFIG, AdapterFile, same_place
 from lit_vapo.models.exported import ADAPTER_WEIGHTS as WEIGHTS_NAME
 from lit_vapo.models.settings import read_settings
@@ -65,7 +66,8 @@ def load_adapter(folder: Path, backbone: PreTrainedModel, base: str) -> Adapter:
             raise ValueError(f"{folder}: expected a member with {name}, got none")
     config = read_settings(folder / ADAPTER_CONFIG, AdapterFile)
     if not same_place(config.base_model_name_or_path, base):
-        raise ValueError(f"{folder}: expected an adapter of {base!r}, got one of {config.base_model_name_or_path!r}")
+        noted = config.base_model_name_or_path
+        raise ValueError(f"{folder}: expected an adapter of {base!r}, got one of {noted!r}{if_moved(noted)}")
     weights = read_tensors(folder / WEIGHTS_NAME)
     check_finite(weights, folder / WEIGHTS_NAME)
     score = weights.pop(SCORE, None)

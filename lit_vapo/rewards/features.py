@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from lit_vapo.folders import write_whole
-from lit_vapo.models.batching import TOKENS_PER_BATCH, length_batches, right_pad
+from lit_vapo.folders import let_read, write_whole
+from lit_vapo.models.batching import TOKENS_PER_BATCH, even_batches, right_pad
 from lit_vapo.models.fingerprint import model_fingerprints
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
@@ -48,16 +49,19 @@ def compute_layers(
         raise ValueError("expected at least one sequence, got none")
     batches, order = [], []
     tokens = TOKENS_ON_CPU if device.type == "cpu" else TOKENS_PER_BATCH
-    for rows in length_batches([len(s.ids) for s in sequences], tokens):
+    for rows in even_batches([len(s.ids) for s in sequences], tokens, model.most):
         order += rows
         prompts = torch.tensor([sequences[i].prompt_length for i in rows], device=device)
         batches.append((*right_pad([sequences[i].ids for i in rows], device), prompts))
     back = torch.tensor(order).argsort()
     reads = (model.spec.pooling, model.spec.ends, layers)
     outputs: list[list[Tensor]] = [[] for _ in layers]
+
+    def every_batch(backbone: PreTrainedModel) -> list[list[Tensor]]:
+        return [[features.cpu() for features in pooled(backbone, *batch, *reads)] for batch in batches]
+
     # All batches for one model before the next, which may have to be read from disk.
-    for backbone in model.passes():
-        parts = [[features.cpu() for features in pooled(backbone, *batch, *reads)] for batch in batches]
+    for parts in model.each_pass(every_batch):
         for output, part in zip(outputs, zip(*parts, strict=True), strict=True):
             output.append(torch.cat(part)[back])
     found = [model.head.join(output) for output in outputs]
@@ -94,6 +98,7 @@ def save_features(folder: Path, key: str, features: Tensor) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{key}.{os.getpid()}.partial"
     save_file({FEATURES: features}, partial, metadata={DIGEST: _digest(features)})
+    let_read(partial)
     partial.replace(feature_path(folder, key))
 
 

@@ -82,7 +82,7 @@ class AdaptedTrunk(OwnTrunks):
 
     def __init__(self, model: RewardModel, policy: Policy) -> None:
         super().__init__(model)
-        model.lender = policy.reference_backbone
+        model.borrow(policy)
 
 
 def place(
@@ -103,8 +103,7 @@ def place(
         return SharedTrunk(RewardModel.from_pretrained(folder, with_backbone=False, trust=trust))
     # Members of a truncated base keep one of their own: the blocks above would run for nothing, K times over.
     if policy is not None and same and not (kind.shares_features or kind.owns_backbones) and spec.layer is None:
-        with policy.reference_backbone() as backbone:
-            model = RewardModel.from_pretrained(folder, lent=backbone, trust=trust)
+        model = policy.lend(lambda backbone: RewardModel.from_pretrained(folder, lent=backbone, trust=trust))
         return AdaptedTrunk(model, policy)
     return OwnTrunks(RewardModel.from_pretrained(folder, trust=trust))
 

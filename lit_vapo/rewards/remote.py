@@ -8,8 +8,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from lit_vapo.http_client import check_url, post, read_token
 from lit_vapo.ranges import NonNegativeInt, PositiveInt, Range, check_ranges
-from lit_vapo.rewards.http_client import check_url, post, read_token
 from lit_vapo.rewards.normalised import NormalisedSource
 from lit_vapo.rewards.protocol import LARGEST_BODY, Request, Row, read_answer
 from lit_vapo.rewards.source import Responses

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors.torch import save_file
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_vapo.models.digests import check_sealed, seal
+from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import decoder_layers, freeze, load_backbone, load_tokenizer
 from lit_vapo.models.settings import Component, import_class, make
+from lit_vapo.models.sharding import most_of
 from lit_vapo.models.tensors import check_finite, read_shapes, read_tensors
 from lit_vapo.models.trunk import pooled
 from lit_vapo.rewards.adapters import load_adapter, save_adapter
@@ -28,6 +29,9 @@ from lit_vapo.types import RewardEstimate
 BACKBONE_NAME = "backbone"
 # Rewards, their origins and units are of order one to a thousand; what is beyond would drown every other member.
 LARGEST = 1e6
+
+
+T = TypeVar("T")
 
 
 class RewardModel(nn.Module):
@@ -42,31 +46,42 @@ class RewardModel(nn.Module):
         backbone: The backbone, cut off at `spec.layer` and attached to the head (`attach`), or `None`.
 
     Attributes:
-        lender: Opens a block in which somebody else's backbone, to which the head is attached, is to be used; `None` if
-            nobody lends one. It stays theirs: it is no part of this module.
+        lender: Whose backbone the head is attached to; `None` if it has one of its own. It stays theirs, and is no part
+            of this module.
     """
+
+    lender: Policy | None
 
     def __init__(self, spec: FeatureSpec, head: RewardHead, backbone: Any) -> None:
         super().__init__()
         self.spec = spec
         self.head = head
         self.backbone = backbone
-        self.lender: Callable[[], AbstractContextManager[PreTrainedModel]] | None = None
+        self.borrow(None)
+
+    def borrow(self, lender: Policy | None) -> None:
+        """Use the backbone of a policy."""
+        # Set as an attribute it would be registered, and the policy be a part of what scores it.
+        self.__dict__["lender"] = lender
 
     def encode(self, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> Tensor:
         """Features (B, H) of right-padded sequences (B, L), or (B, K, H) where members differ in them."""
         rows = (input_ids, lengths, prompt_lengths, self.spec.pooling, self.spec.ends)
-        return self.head.join([pooled(x, *rows, again=self.head.in_place)[0] for x in self.passes()])
+        return self.head.join(self.each_pass(lambda x: pooled(x, *rows, again=self.head.in_place)[0]))
 
-    def passes(self) -> Iterator[PreTrainedModel]:
-        """The models to run, one after another."""
+    def each_pass(self, work: Callable[[PreTrainedModel], T]) -> list[T]:
+        """What a function makes of each of the models to run, one after another."""
         if self.lender is not None:
-            with self.lender() as backbone:
-                yield from self.head.passes(backbone)
-        elif self.backbone is None:
+            return self.lender.lend(lambda backbone: [work(model) for model in self.head.passes(backbone)])
+        if self.backbone is None:
             raise ValueError("this reward model was loaded without its backbone: expected features, got token ids")
-        else:
-            yield from self.head.passes(self.backbone)
+        return [work(model) for model in self.head.passes(self.backbone)]
+
+    def most(self, count: int) -> int:
+        """Passes that all processes take which share the backbone, of which this one needs `count`."""
+        if self.lender is not None:
+            return self.lender.most(count)
+        return count if self.backbone is None else most_of(self.backbone, count)
 
     def forward(self, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> RewardEstimate:
         """Estimate of the normalised reward of right-padded sequences (B, L)."""
@@ -121,7 +136,7 @@ class RewardModel(nn.Module):
             folder: The ensemble's folder.
             with_backbone: Load the backbone too; off if the caller brings features, which members must share.
             lent: A frozen backbone of the same base to attach the members to in place of one of their own. The caller
-                keeps it, and says with `lender` when it may be used.
+                keeps it (`borrow`).
             trust: Code outside of this package that the folder may ask for: classes by their Python name, models that
                 bring code by folder or hub name.
 

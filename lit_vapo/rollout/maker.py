@@ -6,7 +6,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from lit_vapo.data.collate import PromptBatch
 from lit_vapo.functional import clip_rewards, sequence_log_ratio
 from lit_vapo.models.actor_critic import ActorCritic
-from lit_vapo.models.batching import length_batches
+from lit_vapo.models.batching import even_batches
 from lit_vapo.models.generation import Generated, Generator, Sampling, stop_ids
 from lit_vapo.models.policy import Role
 from lit_vapo.models.token_rows import TokenRows
@@ -26,6 +27,7 @@ from lit_vapo.rewards.source import Responses, RewardSource
 from lit_vapo.rollout.ending import EndingWatch
 from lit_vapo.rollout.responses import Encoders
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
+from lit_vapo.rollout.sampler import compared, refuse_stale
 from lit_vapo.types import Prompt, TextReward
 
 if TYPE_CHECKING:
@@ -83,6 +85,20 @@ class RolloutMaker:
         self._ending = EndingWatch()
         self._encoders = Encoders()
 
+    def open(self, longest: int, folder: Path, version: int) -> None:
+        """Get the generator ready, before anything else.
+
+        Args:
+            longest: Most tokens of a prompt with its response.
+            folder: The run's, for files.
+            version: Version of the policy's weights.
+
+        Raises:
+            ValueError: It cannot answer for this policy.
+        """
+        about: dict[str, Any] = {"longest": longest, "folder": folder, "version": version}
+        self.generator.open(self.networks.policy, self.tokenizer, self.sampling, **about)
+
     @torch.no_grad()
     def make(
         self,
@@ -91,6 +107,7 @@ class RolloutMaker:
         role: Role = "actor",
         values: bool = True,
         all_sum: Callable[[Tensor], Tensor] | None = None,
+        version: int = 0,
     ) -> Rollout:
         """Sample responses to each prompt as actor or reference, and score them.
 
@@ -100,12 +117,13 @@ class RolloutMaker:
             role: Who answers.
             values: Whether the critic is asked.
             all_sum: Sums over all processes; given in training, where the objective may learn from the responses.
+            version: Version of the policy's weights; equal versions have equal weights.
 
         Raises:
-            ValueError: A response is empty, or a reward is not finite.
+            ValueError: A response is empty, a reward is not finite, or responses are those of other weights.
         """
         started = time.perf_counter()
-        generated = self._generate(batch, role, self.sampling)
+        generated = self._generate(batch, role, self.sampling, version)
         self._warn_if_all_are_cut_off(generated.stopped)
         rows = assemble_rows(batch, generated)
         each = self.sampling.num_responses
@@ -113,6 +131,7 @@ class RolloutMaker:
         texts = self._decode(rows)
         generated_at = time.perf_counter()
         scored = self._score(rows, role, values)
+        sampler_logprobs, sampler = compared(generated, scored.logprobs, rows.response_mask, self.generator.max_kl)
         responses = self._responses(batch, rows, texts, generated.stopped, scored.pooled)
         estimate = self.reward.estimate(responses)
         if all_sum is None:
@@ -143,6 +162,8 @@ class RolloutMaker:
             seconds={"generate": generated_at - started, "score": time.perf_counter() - generated_at},
             num_responses=each,
             columns=dict(responses.columns),
+            sampler_logprobs=sampler_logprobs,
+            sampler=sampler,
         )
 
     @torch.no_grad()
@@ -177,9 +198,13 @@ class RolloutMaker:
         )
 
     @torch.no_grad()
-    def _generate(self, batch: PromptBatch, role: Role, sampling: Sampling) -> Generated:
+    def _generate(self, batch: PromptBatch, role: Role, sampling: Sampling, version: int = 0) -> Generated:
+        self.generator.sync(self.networks.policy, role, version)
         with self.networks.policy.acting_as(role) as lm:
-            return self.generator(lm, self.tokenizer, batch.input_ids, batch.lengths, sampling, self.stops)
+            found = self.generator(lm, self.tokenizer, batch.input_ids, batch.lengths, sampling, self.stops)
+        if role == "actor":
+            refuse_stale(found.weights_version, version)
+        return found
 
     def _warn_if_all_are_cut_off(self, stopped: Tensor) -> None:
         can_stop = bool(self.stops or self.sampling.stop_strings)
@@ -201,7 +226,7 @@ class RolloutMaker:
         size = rows.response_mask.shape[1]
         parts: list[Tensor] = []
         outputs: list[_Scored] = []
-        for chosen in length_batches(rows.lengths.tolist(), self.tokens_per_batch):
+        for chosen in even_batches(rows.lengths.tolist(), self.tokens_per_batch, self.networks.policy.most):
             index = torch.tensor(chosen, device=rows.input_ids.device)
             part = rows.select(index)
             reference = self.networks.reference(part, self.shaping, self.reward.taps)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_vapo.data.collate import PromptBatch
-from lit_vapo.functional import sequence_log_ratio
+from lit_vapo.functional import SamplerGap, sequence_log_ratio
 from lit_vapo.models.generation import Generated
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.trunk import length_mask
@@ -28,7 +28,7 @@ class Rollout:
         prompts: Text of each response's prompt.
         responses: Text of each response.
         stopped: Whether a stop token or a stop string ended the response (B,).
-        logprobs: Log-probabilities under the policy that sampled them (B, T).
+        logprobs: Log-probabilities under the policy that sampled them (B, T), computed by the model that learns.
         ref_logprobs: Log-probabilities under the reference (B, T).
         entropy: Entropy of the policy at each position (B, T), nats.
         values: Values before each token (B, T), or `None` if nobody asked.
@@ -40,6 +40,8 @@ class Rollout:
         seconds: Time spent by phase.
         num_responses: Responses to each prompt.
         columns: Further columns of the prompts' file by name, B values each.
+        sampler_logprobs: Log-probabilities that the sampler says its tokens had (B, T), if it says so.
+        sampler: How far the sampler is from the model that learns, over all processes, if it says so.
     """
 
     rows: TokenRows
@@ -58,6 +60,8 @@ class Rollout:
     seconds: dict[str, float] = field(default_factory=dict)
     num_responses: int = 1
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    sampler_logprobs: Tensor | None = None
+    sampler: SamplerGap | None = None
 
     @property
     def response_mask(self) -> Tensor:

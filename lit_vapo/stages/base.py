@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
+from torch.distributed.tensor import DTensor
 
-from lit_vapo.models.fingerprint import model_fingerprints
+from lit_vapo.models.fingerprint import model_fingerprints, named_folders
 from lit_vapo.models.older import update_checkpoint
+from lit_vapo.models.pretrained import Pretrained, model_config
 from lit_vapo.models.settings import whole_paths
+from lit_vapo.models.sharding import Sharing, local
+from lit_vapo.models.tensor_parallel import KEY, check_split
 from lit_vapo.stages.checkpoint_file import FIGURES_KEY, STAGE_KEY
 from lit_vapo.stages.settings import plain
+from lit_vapo.stages.sharing import average_gradients, clip_gradients, sum_of_all
+from lit_vapo.stages.strategy import check_strategy, sharing_of
 
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
@@ -26,11 +33,77 @@ class TrainedWeightsModule(LightningModule):
     """
 
     stage: str = ""
+    base: Pretrained
+    # Whether a strategy that shards finds anything of the base to share.
+    shares_base = True
 
     def __init__(self) -> None:
         super().__init__()
         # What the run had logged when it was last saved, by key: a model card tells it.
         self.figures: dict[str, float] = {}
+
+    # Strategies.
+
+    def setup(self, stage: str) -> None:
+        """Refuse a strategy under which the run would go wrong, before models are loaded.
+
+        Raises:
+            ValueError: The strategy is none that was tested, or cannot shard what it should.
+        """
+        sharing = sharing_of(check_strategy(self.trainer.strategy))
+        if sharing is None or not self.shares_base:
+            return
+        if sharing.tensor.size() > 1:
+            self.check_tensor_parallel(sharing.tensor.size())
+        if self.base.quantization == "8bit":
+            raise ValueError(
+                "model.base.quantization: expected 4bit or null under fsdp2, got 8bit, whose layers keep more than "
+                "weights and cannot be cut. Choose 4bit, or the strategy ddp, which holds the base in every process."
+            )
+
+    def check_tensor_parallel(self, size: int) -> None:
+        """Refuse to split what cannot be split over so many processes.
+
+        Raises:
+            ValueError: The base, or something on it, cannot.
+        """
+        if self.base.quantization is not None:
+            raise ValueError(f"{KEY}: expected 1 on a {self.base.quantization} base, got {size}")
+        check_split(model_config(self.base), size, trains_all=self.hparams.get("lora") is None)
+
+    def share(self, cut: Callable[[Sharing], None]) -> None:
+        """Let models be shared by a function of the processes that do so, where the strategy says so."""
+        sharing = None if self._trainer is None else sharing_of(self.trainer.strategy)
+        if sharing is None or not self.shares_base:
+            return
+        cut(sharing)
+        for parameter in self.parameters():
+            # What is read from a file is the same everywhere; what is drawn begins as in the first process.
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
+                drawn = parameter.data.to(self.trainer.strategy.root_device)
+                torch.distributed.broadcast(drawn, 0)
+                parameter.data.copy_(drawn)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Average the gradients of what is not sharded; a stage that steps by itself does so itself."""
+        if self.automatic_optimization:
+            average_gradients(self)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of all gradients, whole and sharded."""
+        if sharing_of(self.trainer.strategy) is None or gradient_clip_val is None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm in (None, "norm"):
+            clip_gradients((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
+        else:
+            raise ValueError(
+                f"trainer.gradient_clip_algorithm: expected norm under fsdp2, got {gradient_clip_algorithm}"
+            )
 
     def kept_keys(self) -> set[str]:
         """Names in the state dict that a checkpoint keeps: trained parameters, and buffers outside frozen models."""
@@ -47,14 +120,22 @@ class TrainedWeightsModule(LightningModule):
         # Written by runs, not read from others.
         return model_fingerprints({k: v for k, v in settings.items() if k != "feature_cache"}, "model")
 
+    def folders(self) -> dict[str, Path]:
+        """The folders that the settings name, by key."""
+        return named_folders(plain(dict(self.hparams)), "model")
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drop frozen weights, note the stage and the latest figures.
 
         Raises:
             ValueError: A trained weight is not finite; nothing is written, so that the checkpoint before it stays.
         """
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter).all():
+        trained = {name: local(x) for name, x in self.named_parameters() if x.requires_grad}
+        if trained:
+            # Each process looks at its part, and all find out together.
+            wrong = sum_of_all(self, torch.stack([(~torch.isfinite(x)).any() for x in trained.values()]).int())
+            if wrong.any():
+                name = list(trained)[int(wrong.nonzero()[0])]
                 raise ValueError(f"checkpoint: expected finite weights, got NaN or infinity in {name}; not saved")
         kept = self.kept_keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}

@@ -13,7 +13,7 @@ from lit_vapo.advantages.gae import Gae
 from lit_vapo.advantages.grpo import Grpo
 from lit_vapo.advantages.rloo import Rloo
 from lit_vapo.functional import token_rewards
-from lit_vapo.stages.ppo.update import compute_advantages
+from lit_vapo.stages.ppo.experience import compute_advantages
 from lit_vapo.types import RewardEstimate
 
 ESTIMATORS = concrete_subclasses(lit_vapo.advantages, AdvantageEstimator)

@@ -95,8 +95,8 @@ def test_scores_are_those_of_an_ensemble_by_itself(folders, tmp_path, kind, lora
     lm = Pretrained(folders(kind), quantization=quantization)
     plain = freeze(load_backbone(lm))
     ids = torch.arange(5, 12)[None]
-    with torch.no_grad(), nets.policy.reference_backbone() as backbone:
-        states = backbone(input_ids=ids).last_hidden_state
+    with torch.no_grad():
+        states = nets.policy.lend(lambda backbone: backbone(input_ids=ids).last_hidden_state)
         torch.testing.assert_close(states, plain(input_ids=ids).last_hidden_state, atol=1e-5, rtol=1e-5)
     assert all(p.requires_grad for p in nets.actor_parameters())
 

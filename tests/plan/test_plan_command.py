@@ -127,7 +127,7 @@ def test_a_model_without_configuration_is_refused(words, tmp_path):
 
 
 def test_eight_bits_that_would_be_divided_are_refused(words):
-    said = "model.base.quantization: expected null or 4bit under FSDP2, which cannot divide it, got 8bit"
+    said = "model.base.quantization: expected 4bit or null under fsdp2, got 8bit, which cannot be cut"
     with pytest.raises(ValueError, match=said):
         main(["plan", *words("ppo", "--model.base.quantization=8bit"), "--devices=2", "--strategy=fsdp2"])
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from services import says, service
 
+from lit_vapo import http_client
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.rewards import RemoteReward, http_client
+from lit_vapo.rewards import RemoteReward
 from lit_vapo.rewards.protocol import Answer, Request
 from lit_vapo.types import Prompt
 

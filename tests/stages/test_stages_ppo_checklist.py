@@ -17,7 +17,8 @@ from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rollout import RolloutMaker
-from lit_vapo.stages.ppo.update import UpdateSettings, compute_advantages
+from lit_vapo.stages.ppo.experience import compute_advantages
+from lit_vapo.stages.ppo.update import UpdateSettings
 
 EOS = list(range(24))  # ends of sequence of the model; 0 is the padding too
 OTHER = list(range(24, 48))  # stop tokens of the user

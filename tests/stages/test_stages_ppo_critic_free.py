@@ -16,7 +16,8 @@ from lit_vapo.functional import token_rewards
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling, Shaping
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, compute_advantages
+from lit_vapo.stages.ppo.experience import compute_advantages
+from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings
 
 CRITIC_FREE = [kind for kind in concrete_subclasses(lit_vapo.advantages, AdvantageEstimator) if not kind.needs_critic]
 PAIRS = Sampling(6, num_responses=2)

@@ -24,7 +24,7 @@ def runs(tiny_model_dir, tmp_path_factory):
     assert len(data.preference_rows("val")) % 2 == 1
     tests = Path(several_worker.__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, several_worker.__file__, tiny_model_dir, preferences, str(folder)]
+    command = [sys.executable, several_worker.__file__, tiny_model_dir, preferences, str(folder), "ddp_fork"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -242,6 +242,11 @@ def test_command_runs_reports_and_refuses(tmp_path, capsys, monkeypatch):
     (folder / "report.md").unlink()
     main(["study", "report", f"--config={folder / 'config.yaml'}"])
     assert (folder / "report.md").read_text() == page
+    logged = []
+    monkeypatch.setattr("lit_vapo.study.command.track", lambda study, *_: logged.append((study.output, _[-1])))
+    main(["study", "report", f"--config={config}", "--project=mine"])
+    assert logged == [(str(folder), "mine")]
+    assert "mine" not in (folder / "config.yaml").read_text()
     with pytest.raises(ValueError, match=r"experiment.init_args.noise: 4.0 there, 2.0 here"):
         main(["study", "run", f"--config={config}", "--experiment.init_args.noise=2"])
     nowhere = tmp_path / "nowhere"

@@ -55,6 +55,7 @@ class EvaluatedPolicy(TrainedWeightsModule):
 
     def setup(self, stage: str) -> None:
         """Forget what the last run answered."""
+        super().setup(stage)
         self._reset(POLICY, REFERENCE)
 
     def on_train_start(self) -> None:
@@ -76,6 +77,11 @@ class EvaluatedPolicy(TrainedWeightsModule):
     def on_predict_start(self) -> None:
         """Get ready to roll out."""
         self.start()
+
+    def teardown(self, stage: str) -> None:
+        """Let go of what the generator holds."""
+        if self.maker is not None:
+            self.maker.generator.close()
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """The policy answers held-out prompts, and so does the reference where it has not yet."""
@@ -100,7 +106,7 @@ class EvaluatedPolicy(TrainedWeightsModule):
         first = role == "reference" and self.trainer.state.fn == "fit"
         objective = self.first_objective if first else self.objective
         with seeded((self.seed * 100_003 + int(batch.example_ids[0])) % 2**63):
-            rollout = self.maker.make(batch, objective, role, values=False)
+            rollout = self.maker.make(batch, objective, role, values=False, version=self.weights_version)
         who = POLICY if role == "actor" else REFERENCE
         records = sample_rows(rollout, who, batch.example_ids)
         cast("ResponseMetrics", self.metrics[who]).update(records)
@@ -141,6 +147,11 @@ class EvaluatedPolicy(TrainedWeightsModule):
     def iteration(self) -> int:
         """Number of the iteration under way or just over, from 1, in all runs that one checkpoint continues."""
         return self.trainer.fit_loop.total_batch_idx + 1
+
+    @property
+    def weights_version(self) -> int:
+        """Version of the weights: how often they have been updated."""
+        return int(self.trainer.global_step)
 
     @property
     def _root(self) -> Path:

@@ -30,12 +30,13 @@ from lit_vapo.rewards import RewardSource, load_reward
 from lit_vapo.rollout import Rollout, RolloutMaker
 from lit_vapo.stages.guards import check_context, check_precision
 from lit_vapo.stages.ppo.control import KLControl, global_kl, named
+from lit_vapo.stages.ppo.experience import compute_advantages
 from lit_vapo.stages.ppo.scoring import ScoredPolicy
-from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, chosen_critic, compute_advantages
+from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, chosen_critic
 from lit_vapo.stages.schedule import linear_decay, total_steps
 from lit_vapo.stages.seeding import seeded, seeded_batch
 from lit_vapo.stages.settings import unpickled
-from lit_vapo.stages.sharing import rows_of_all, sum_of_all
+from lit_vapo.stages.sharing import rows_of_all, sharers, sum_of_all
 from lit_vapo.types import TextReward
 
 
@@ -146,6 +147,7 @@ class PPOModule(ScoredPolicy):
         networks = self.load_networks()
         self.reward.prepare(networks.policy)
         networks.warm_start_critic(self.reward.linear_mean())
+        self.share(networks.share)
         if self.policy is not None:
             rank_zero_info(f"policy: starts from {self.policy}; its critic from {networks.critic_start}")
 
@@ -179,6 +181,7 @@ class PPOModule(ScoredPolicy):
             self.missing_eos_penalty,
             generator=self.generator,
         )
+        self.maker.open(longest, self._root, self.weights_version)
         if not self.reward.calibrated:
             self.print(f"reward: calibrating on {self.num_reference} reference responses")
             batches = [b.to(self.device) for b in datamodule.prompt_batches("train", self.num_reference)]
@@ -200,8 +203,9 @@ class PPOModule(ScoredPolicy):
         """
         started = time.perf_counter()
         assert self.maker is not None
-        with named(self.iteration), seeded_batch(self, self.global_rank):
-            rollout = self.maker.make(batch, self.objective, values=self.advantage.needs_critic, all_sum=self._sum)
+        with named(self.iteration), seeded_batch(self, sharers(self)[1]):
+            values, version = self.advantage.needs_critic, self.weights_version
+            rollout = self.maker.make(batch, self.objective, values=values, all_sum=self._sum, version=version)
             kl = global_kl(rollout, self._sum)
             if self.kl.over_budget(kl, self.iteration):
                 self.trainer.should_stop = True
@@ -226,7 +230,8 @@ class PPOModule(ScoredPolicy):
         """Advantages, the update, and the learning rate's next step; statistics of the update."""
         assert self.maker is not None
         assert self.networks is not None
-        experience = compute_advantages(rollout, float(self.kl.coef), self.advantage, self._sum)
+        cap = self.update.sampler_ratio_cap
+        experience = compute_advantages(rollout, float(self.kl.coef), self.advantage, self._sum, cap)
         optimizer = cast("torch.optim.Optimizer", self.optimizers())
         learned = PPOUpdate(self, self.networks, self.update, self.maker.shaping).run(
             experience, optimizer, train_actor=self.iteration > self.update.critic_warmup

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -10,9 +10,13 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.settings import whole_paths
+from lit_vapo.models.sharding import Sharing
+from lit_vapo.models.tensor_parallel import KEY
 from lit_vapo.rewards import Responses, RewardSource
+from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.stages.ppo.evaluation import EvaluatedPolicy
 from lit_vapo.stages.settings import plain
+from lit_vapo.stages.strategy import sharing_of
 
 # What the state of the source of rewards begins with.
 REWARD = "reward."
@@ -34,6 +38,21 @@ class ScoredPolicy(EvaluatedPolicy):
         if datamodule is not None:
             datamodule.check_columns(self.reward.columns)
         super().setup(stage)
+
+    def share(self, cut: Callable[[Sharing], None]) -> None:
+        """Share policy and reference with other processes.
+
+        Raises:
+            ValueError: Members of the ensemble hang in matrix products that would be split.
+        """
+        hung = [m for m in self.reward.modules() if isinstance(m, RewardModel) and m.lender is not None]
+        sharing = None if self._trainer is None else sharing_of(self.trainer.strategy)
+        if hung and sharing is not None and sharing.tensor.size() > 1:
+            raise ValueError(
+                f"{KEY}: expected 1 for a LoraEnsemble on the policy's base, got {sharing.tensor.size()}: its adapters "
+                "belong to whole layers. Share weights instead (data_parallel_size), or score with heads."
+            )
+        super().share(cut)
 
     @torch.no_grad()
     def calibrate(self, references: Iterable[Responses]) -> None:

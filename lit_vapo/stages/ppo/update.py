@@ -1,29 +1,23 @@
-"""The learning half of a PPO iteration: advantages, minibatches, losses, steps."""
+"""The learning half of a PPO iteration: minibatches, losses, steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from lit_vapo.advantages.base import AdvantageEstimator, Reduce
-from lit_vapo.functional import (
-    approx_kl,
-    explained_variance,
-    masked_sum,
-    policy_loss_terms,
-    token_rewards,
-    value_loss_terms,
-)
+from lit_vapo.advantages.base import AdvantageEstimator
+from lit_vapo.functional import approx_kl, explained_variance, masked_sum, policy_loss_terms, value_loss_terms
 from lit_vapo.models.actor_critic import ActorCritic
-from lit_vapo.models.batching import length_batches
+from lit_vapo.models.batching import even_batches
 from lit_vapo.models.critic import CriticSpec
-from lit_vapo.models.generation import Shaping
+from lit_vapo.models.shaping import Shaping
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.ranges import PositiveFloat, PositiveInt, check_ranges
-from lit_vapo.rollout import Rollout
+from lit_vapo.stages.ppo.experience import Experience
+from lit_vapo.stages.sharing import average_gradients, clip_gradients, sharers, unsynced
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -48,6 +42,9 @@ class UpdateSettings:
             sampled: KL(π_old‖π_new) by k3 of tokens, in nats per token (`train/approx_kl`), unlike
             `model.kl_target` and `model.kl_budget`, which are about the reference. `null` for never.
         critic_warmup: In this many first iterations only the critic learns.
+        sampler_ratio_cap: Where the generator says with what log-probabilities it drew its tokens, the policy loss of
+            each token is weighted by π/π_sampler at the time of the rollout, at most by this much; `null` for no
+            weights.
     """
 
     epochs: PositiveInt = 2
@@ -60,6 +57,7 @@ class UpdateSettings:
     max_grad_norm: PositiveFloat = 1.0
     max_approx_kl: float | None = None
     critic_warmup: int = 0
+    sampler_ratio_cap: PositiveFloat | None = 2.0
 
     def __post_init__(self) -> None:
         check_ranges(UpdateSettings, vars(self), "model.update.")
@@ -83,69 +81,6 @@ def chosen_critic(
             f"model.update.critic_warmup: expected 0, since {name} needs no critic, got {settings.critic_warmup}"
         )
     return None
-
-
-class Experience(NamedTuple):
-    """What the update learns from; B rows, T response tokens.
-
-    Attributes:
-        rows: Prompts and responses.
-        logprobs: Log-probabilities under the policy that sampled them (B, T).
-        advantages: Advantages (B, T).
-        values: Values then (B, T), or `None` without a critic.
-        value_states: Frozen states the critic reads (B, T, H), or `None`.
-        returns: Targets of the critic (B, T), or `None` without one.
-    """
-
-    rows: TokenRows
-    logprobs: Tensor
-    advantages: Tensor
-    values: Tensor | None = None
-    value_states: Tensor | None = None
-    returns: Tensor | None = None
-
-    def select(self, index: Tensor) -> Experience:
-        """The rows of an index, cut to the longest response among them."""
-        rows = self.rows.select(index)
-        size = rows.response_mask.shape[1]
-        # Those that may be None stand last, which the checker of types cannot see.
-        cut = (None if x is None else x[index, :size] for x in self[1:])
-        return Experience(rows, *cut)  # type: ignore[arg-type]
-
-
-def compute_advantages(rollout: Rollout, kl_coef: float, advantage: AdvantageEstimator, all_sum: Reduce) -> Experience:
-    """Rewards per token, and what an estimator makes of them.
-
-    Args:
-        rollout: Responses and their scores.
-        kl_coef: β, in units of reward per nat.
-        advantage: Turns rewards into advantages.
-        all_sum: Sum of a tensor over all processes.
-
-    Raises:
-        ValueError: Rewards, log-probabilities, values or advantages are not finite, in this process or another.
-    """
-    mask = rollout.response_mask
-    made = {"reward": rollout.reward, "kl_weight": rollout.kl_weight}
-    for name in ("logprobs", "ref_logprobs", "values"):
-        if (x := getattr(rollout, name)) is not None:
-            made[name] = x[mask]
-    _check_finite(made, all_sum)
-    log_ratio = rollout.logprobs - rollout.ref_logprobs
-    weight = rollout.kl_weight
-    shared = all_sum(weight.sum()) / all_sum(torch.ones_like(weight).sum())
-    rewards = token_rewards(rollout.reward, log_ratio, weight, kl_coef, mask, shared)
-    advantages, returns = advantage(rewards, rollout.values, mask, rollout.num_responses, all_sum, rollout.estimate)
-    _check_finite({"advantages": advantages}, all_sum)
-    return Experience(rollout.rows, rollout.logprobs, advantages, rollout.values, rollout.value_states, returns)
-
-
-def _check_finite(tensors: dict[str, Tensor], all_sum: Reduce) -> None:
-    """Refuse NaN and infinity; counted over all processes, so that all stop and none waits for the others."""
-    for name, x in tensors.items():
-        bad = int(all_sum((~torch.isfinite(x)).sum()))
-        if bad:
-            raise ValueError(f"{name}: expected finite numbers, got {bad} that are NaN or infinite; no step was taken")
 
 
 class PPOUpdate:
@@ -219,13 +154,15 @@ class PPOUpdate:
         tokens = self._sum(experience.rows.response_mask.sum().double())
         sums: dict[str, Tensor] = {}
         ratio_max = tokens.new_zeros(())
-        for index in self._micro_batches(experience.rows):
+        batches = self._micro_batches(experience.rows)
+        for number, index in enumerate(batches, start=1):
             part = experience.select(index)
             loss, terms = self._loss(part, train_actor)
             # Summed over tokens and divided by the global count, so that neither the number of microbatches nor
             # that of processes matters. Data-parallel strategies average gradients: undo that.
-            loss = loss / tokens.to(loss) * self.module.trainer.world_size
-            self.module.manual_backward(loss)
+            loss = loss / tokens.to(loss) * sharers(self.module)[0]
+            with unsynced(self.module, last=number == len(batches)):
+                self.module.manual_backward(loss)
             ratio_max = torch.maximum(ratio_max, terms.pop("ratio_max").double())
             for name, value in terms.items():
                 sums[name] = sums.get(name, tokens.new_zeros(())) + value.double()
@@ -236,11 +173,12 @@ class PPOUpdate:
 
     def _micro_batches(self, rows: TokenRows) -> list[Tensor]:
         """Row numbers by microbatch; the same number of microbatches in every process, or they would wait forever."""
-        batches = list(length_batches(rows.lengths.tolist(), self.settings.micro_batch_tokens))
-        most = int(self._all_reduce(torch.tensor(len(batches), device=rows.lengths.device), "max"))
-        while len(batches) < min(most, len(rows.lengths)):
-            longest = batches.pop(max(range(len(batches)), key=lambda i: len(batches[i])))
-            batches += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
+        device = rows.lengths.device
+        batches = even_batches(
+            rows.lengths.tolist(),
+            self.settings.micro_batch_tokens,
+            lambda count: int(self._all_reduce(torch.tensor(count, device=device), "max")),
+        )
         return [torch.tensor(batch, device=rows.lengths.device) for batch in batches]
 
     def _loss(self, part: Experience, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -248,13 +186,14 @@ class PPOUpdate:
         settings, mask = self.settings, part.rows.response_mask
         actor = self.networks.actor(part.rows, self.shaping)
         policy = policy_loss_terms(actor.logprobs, part.logprobs, part.advantages, mask, settings.clip_range)
-        actor_loss = policy.loss.sum()
+        policy_loss = (policy.loss if part.weights is None else policy.loss * part.weights).sum()
+        actor_loss = policy_loss
         if settings.entropy_coef:
             actor_loss = actor_loss - settings.entropy_coef * masked_sum(actor.entropy, mask)
         # Times zero rather than left out: data-parallel strategies expect a gradient for every parameter.
         loss = actor_loss * float(train_actor)
         terms = {
-            "policy_loss": policy.loss.sum(),
+            "policy_loss": policy_loss,
             "ratio": policy.ratio.sum(),
             "ratio_max": policy.ratio.max(),
             "clip_fraction": policy.clipped.sum(),
@@ -270,9 +209,10 @@ class PPOUpdate:
     def _step(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """One weight update; actor and critic are clipped apart, since their gradients have different units."""
         limit = self.settings.max_grad_norm
-        norms = {"actor_grad_norm": torch.nn.utils.clip_grad_norm_(self.networks.actor_parameters(), limit)}
+        average_gradients(self.module)
+        norms = {"actor_grad_norm": clip_gradients(self.networks.actor_parameters(), limit)}
         if self.networks.critic is not None:
-            norms["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(self.networks.critic_parameters(), limit)
+            norms["critic_grad_norm"] = clip_gradients(self.networks.critic_parameters(), limit)
         _check_scalars(norms)
         optimizer.step()
         torch.clear_autocast_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from lit_vapo.models.pretrained import (
     model_config,
     place,
 )
+from lit_vapo.models.sharding import Sharing
 from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.rewards.features import (
     compute_features,
@@ -50,7 +52,7 @@ from lit_vapo.types import FeaturePairs, TokenSequence
 
 Layer = int | Literal["auto"] | None
 READS_KEY = "lit_vapo_reads"
-# Pairs that a layer is judged on: enough to tell layers apart, and few enough for seconds.
+# Pairs that a layer is judged on, in seconds.
 JUDGED_PAIRS = 2048
 # Responses that are cut in half, to see what that does to their rewards.
 CUT_RESPONSES = 32
@@ -120,6 +122,11 @@ class BuiltRewards(EvaluatedRewards):
             # Batches of tokens, encoded as they come.
             self.layer = self.spec.layer
             self.backbone = self._load_backbone()
+            self.share(self.share_backbones)
+
+    @abstractmethod
+    def share_backbones(self, sharing: Sharing) -> None:
+        """Share the backbone, or the members' backbones, with other processes."""
 
     def _load_backbone(self) -> Any:
         backbone = freeze(load_backbone(self.spec.base, self.spec.layer))

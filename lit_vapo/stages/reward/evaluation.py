@@ -69,6 +69,7 @@ class EvaluatedRewards(TrainedWeightsModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a test of nothing."""
+        super().setup(stage)
         if stage == "test" and self.pairs is not None and not self.pairs.preference_rows("test"):
             raise ValueError("data.preferences_test: expected pairs to test on (or a part set aside), got none")
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained, freeze, load_backbone
+from lit_vapo.models.sharding import Sharing
+from lit_vapo.models.tensor_parallel import KEY
 from lit_vapo.models.trunk import Pooling, join_rows
 from lit_vapo.ranges import NonNegativeFloat, PositiveFloat, TwoOrMore, check_ranges
 from lit_vapo.rewards.classifier import save_classifier
@@ -82,6 +84,7 @@ class RewardModule(BuiltRewards):
             self.save_hyperparameters()
         if member is not None:
             self.head.select(member)
+        self.base = base
         self.layer = layer
         self.spec = FeatureSpec(base, None if layer == "auto" else layer, pooling)
         self.freeze_backbone = freeze_backbone
@@ -132,7 +135,7 @@ class RewardModule(BuiltRewards):
         """Centre and scale the members as they are now, and save that with them."""
         self.settle()
         self.calibrate()
-        checkpoint["state_dict"] = self.state_dict()
+        checkpoint["state_dict"] = self.trainer.strategy.lightning_module_state_dict()
         super().on_save_checkpoint(checkpoint)
 
     def settle(self) -> None:
@@ -168,7 +171,30 @@ class RewardModule(BuiltRewards):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    # 2. Checkpoints and export.
+    # 2. Processes that share weights.
+
+    @property
+    def shares_base(self) -> bool:  # type: ignore[override]
+        """Whether weights are there while heads train; features are computed by the first process, with all of them."""
+        return not self.frozen_features
+
+    def check_tensor_parallel(self, size: int) -> None:
+        """Refuse to split products into which members hang their adapters.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"{KEY}: expected 1 in the reward stage, got {size}: members' adapters and heads belong to whole layers. "
+            "Share weights instead (data_parallel_size)."
+        )
+
+    def share_backbones(self, sharing: Sharing) -> None:
+        """Share what the members are trained on with other processes."""
+        for backbone in self.head.passes(self.backbone):
+            sharing.share(backbone)
+
+    # 3. Checkpoints and export.
 
     def _is_own_state(self, name: str) -> bool:
         return name.startswith("head.")

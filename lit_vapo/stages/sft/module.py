@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from lit_vapo.data.collate import SFTBatch
 from lit_vapo.metrics import TokenLoss
 from lit_vapo.models.digests import seal
-from lit_vapo.models.generation import Shaping
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
+from lit_vapo.models.shaping import Shaping
 from lit_vapo.models.trunk import length_mask
 from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, check_ranges
@@ -60,6 +60,7 @@ class SFTModule(TrainedWeightsModule):
         if self.policy is not None:
             return
         self.policy = Policy(self.base, self.lora, keep_reference=False)
+        self.share(self.policy.share)
         datamodule = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
         if datamodule is not None:
             config = self.policy.causal_lm.config
@@ -73,9 +74,8 @@ class SFTModule(TrainedWeightsModule):
         prompts = batch.prompt_lengths.clamp_min(1)
         sizes = batch.lengths - prompts
         mask = length_mask(sizes, int(sizes.max()))
-        hidden = self.policy.hidden("actor", batch.input_ids, batch.lengths).last
-        out = self.policy.logprobs("actor", hidden, batch.input_ids, prompts, mask, Shaping())
-        return -out.logprobs.sum(1), mask.sum(1)
+        rows = (batch.input_ids, batch.lengths, prompts, mask)
+        return -self.policy.response_logprobs("actor", *rows, Shaping()).logprobs.sum(1), mask.sum(1)
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """Loss of one batch: mean over the response tokens of all processes.

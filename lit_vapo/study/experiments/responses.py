@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lit_vapo.folders import let_read
 from lit_vapo.objectives.base import Objective
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.heads import HeadEnsemble
@@ -43,6 +44,7 @@ class KnownResponses(NamedTuple):
         """Write them into a folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file({name: x.contiguous() for name, x in self._asdict().items()}, Path(folder) / NAME)
+        let_read(Path(folder) / NAME)
 
     @classmethod
     def load(cls, folder: str | Path) -> KnownResponses:

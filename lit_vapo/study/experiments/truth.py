@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lit_vapo.folders import let_read
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.rewards.reward_model import FeatureSpec
 from lit_vapo.types import TextReward
@@ -88,6 +89,7 @@ class TrueReward:
         if self.prompts is not None:
             known |= {"prompt_ids": self.prompts.ids, "prompt_values": self.prompts.values}
         save_file({name: x.contiguous() for name, x in known.items()}, Path(folder) / NAME)
+        let_read(Path(folder) / NAME)
 
     @classmethod
     def load(cls, folder: str | Path) -> TrueReward:

@@ -1,4 +1,4 @@
-"""One POST of JSON, tried again where that may help, with an end to waiting and to reading."""
+"""Requests of JSON, tried again where that may help, with an end to waiting and to reading."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHUNK = 2**16
 SECRET = re.compile("key|token|secret|passw|auth|sig$|signature", re.IGNORECASE)
 
 
-class _Gone(Exception):  # noqa: N818
+class NoAnswerError(ValueError):
     """A service did not answer this time, and may the next."""
 
 
@@ -32,6 +32,9 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 _OPENER = urllib.request.build_opener(_NoRedirects)
+# No proxy knows the way to this machine.
+_LOCAL = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def read_token(variable: str | None, key: str) -> str | None:
@@ -99,28 +102,50 @@ def post(
         sleep: Waits; a test may have no time.
 
     Raises:
-        ValueError: There is no answer, or one that says no; the message names the URL and never the token.
+        NoAnswerError: There is no answer.
+        ValueError: There is one that says no. Messages name the URL and never the token.
+    """
+    for attempt in range(retries + 1):
+        try:
+            return ask(url, body, token, timeout, largest)
+        except NoAnswerError as error:
+            if attempt == retries:
+                raise NoAnswerError(f"{error}, {retries + 1} times in all") from None
+            sleep(min(pause * 2**attempt, LONGEST_PAUSE))
+    raise AssertionError
+
+
+def ask(url: str, body: bytes | None, token: str | None, timeout: float, largest: int) -> bytes:
+    """What a service answers to one request: a POST, or a GET where there is no body.
+
+    Args:
+        url: The service.
+        body: JSON.
+        token: A bearer token, if it asks for one.
+        timeout: Longest wait for an answer, and again for the whole of it, in seconds.
+        largest: Most bytes of an answer.
+
+    Raises:
+        NoAnswerError: There is no answer.
+        ValueError: There is one that says no. Messages name the URL and never the token.
     """
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
-    for attempt in range(retries + 1):
-        request = urllib.request.Request(url, body, headers, method="POST")
-        try:
-            return _read(request, timeout, largest)
-        except _Gone as error:
-            if attempt == retries:
-                raise ValueError(f"{url}: {_hidden(str(error), token)}, {retries + 1} times in all") from None
-            sleep(min(pause * 2**attempt, LONGEST_PAUSE))
-        except ValueError as error:
-            raise ValueError(f"{url}: {_hidden(str(error), token)}") from None
-    raise AssertionError
+    request = urllib.request.Request(url, body, headers, method="GET" if body is None else "POST")
+    try:
+        return _read(request, timeout, largest)
+    except NoAnswerError as error:
+        raise NoAnswerError(f"{url}: {_hidden(str(error), token)}") from None
+    except ValueError as error:
+        raise ValueError(f"{url}: {_hidden(str(error), token)}") from None
 
 
 def _read(request: urllib.request.Request, timeout: float, largest: int) -> bytes:
     late = f"expected an answer within {timeout:g} seconds, got none"
     try:
-        with _OPENER.open(request, timeout=timeout) as answer:
+        opener = _LOCAL if urlsplit(request.full_url).hostname in LOCAL else _OPENER
+        with opener.open(request, timeout=timeout) as answer:
             end = time.monotonic() + timeout
             parts, size = [], 0
             # A little now and then would be no time-out to the socket.
@@ -130,17 +155,17 @@ def _read(request: urllib.request.Request, timeout: float, largest: int) -> byte
                 if size > largest:
                     raise ValueError(f"expected an answer of at most {largest} bytes, got more")
                 if time.monotonic() > end:
-                    raise _Gone(late)
+                    raise NoAnswerError(late)
             return b"".join(parts)
     except urllib.error.HTTPError as error:
         with error:
             told = f"expected status 200, got {error.code} {error.reason}{_said(error)}"
-        raise (_Gone if error.code >= 500 else ValueError)(told) from None
+        raise (NoAnswerError if error.code >= 500 else ValueError)(told) from None
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, TimeoutError):
-            raise _Gone(late) from None
-        raise _Gone(f"expected an answer, got none ({reason or type(reason).__name__})") from None
+            raise NoAnswerError(late) from None
+        raise NoAnswerError(f"expected an answer, got none ({reason or type(reason).__name__})") from None
 
 
 def _said(error: urllib.error.HTTPError) -> str:
