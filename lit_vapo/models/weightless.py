@@ -6,6 +6,7 @@ read.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,7 +34,9 @@ def weightless(depth: int = 0) -> Iterator[None]:
     """
     token = _depth.set(depth)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # What little is read of a folder's heads has no place to go to.
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
             yield
     finally:
         _depth.reset(token)
