@@ -153,7 +153,11 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--only", default="", help="cells whose names hold this")
+    parser.add_argument("--measured", type=Path, help="a record whose measurements are taken, to plan anew alone")
     options = parser.parse_args()
+    known: dict[str, dict[str, int]] = {}
+    for row in json.loads(options.measured.read_text())["cells"] if options.measured else ():
+        known.setdefault(row["cell"], {})[row["phase"]] = row["measured"]
     quiet()
     sys.path.insert(0, str(Path(__file__).parent))
     rows = []
@@ -166,8 +170,7 @@ def main() -> None:
             data = f"--data.prompts={prompts}" if stage == "ppo" else f"--data.preferences={pairs}"
             run = [*TRAINER, *base, data, f"--trainer.default_root_dir={folder / str(number)}", *words]
             plan = read_settings(stage, run, on_cpu=True).plan()
-            measured = measure(stage, run)
-            for phase, peak in measured["phases"].items():
+            for phase, peak in (known.get(name) or measure(stage, run)["phases"]).items():
                 planned = sum(plan.phases[phase].values())
                 rows.append({"cell": name, "phase": phase, "measured": peak, "planned": round(planned)})
                 print(f"{name:36} {phase:9} {peak / 1e6:8.1f} {planned / 1e6:8.1f} {planned / peak:6.3f}", flush=True)

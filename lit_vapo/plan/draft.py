@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lit_vapo.models.pretrained import Pretrained, model_config
 from lit_vapo.models.weightless import weightless
+from lit_vapo.plan.dry_run import Found
 from lit_vapo.plan.formulas import BANDWIDTH_USE, UTILISATION, adam_bytes, seconds, sharded
 from lit_vapo.plan.gpus import Gpu
 
@@ -40,34 +41,39 @@ class Setup:
         return MIXED.get(self.precision)
 
 
+class Moment(NamedTuple):
+    """A time at which a phase may take most.
+
+    Attributes:
+        parts: Bytes by part, besides what the models hold.
+        gradients: Whether gradients are there.
+    """
+
+    parts: dict[str, float]
+    gradients: bool = True
+
+
 @dataclass
 class Phase:
     """A part of an iteration, on one device.
 
     Attributes:
         name: What it is called.
-        parts: Bytes at its peak by part, without what the models hold.
+        moments: Times at which it may take most.
         flops: Floating-point operations.
         traffic: Bytes read from memory, where that is what takes time.
         gathers: How often all weights cross the link, if they are sharded.
         exchanges: How often gradients do, once a weight update.
         backward: Passes that make gradients.
-        without_gradients: No gradients are there at the peak.
     """
 
     name: str
-    parts: dict[str, float]
+    moments: list[Moment]
     flops: float = 0.0
     traffic: float = 0.0
     gathers: float = 0.0
     exchanges: float = 0.0
     backward: float = 0.0
-    without_gradients: bool = False
-
-    @property
-    def peak(self) -> float:
-        """Bytes of all parts."""
-        return sum(self.parts.values())
 
 
 @dataclass
@@ -105,10 +111,13 @@ class Draft:
 
         phases = []
         for one, two in zip(self.phases, other.phases, strict=True):
-            names = one.parts.keys() | two.parts.keys()
-            parts = {name: line(one.parts.get(name, 0), two.parts.get(name, 0)) for name in names}
+            moments = []
+            for first, second in zip(one.moments, two.moments, strict=True):
+                names = first.parts.keys() | second.parts.keys()
+                parts = {name: line(first.parts.get(name, 0), second.parts.get(name, 0)) for name in names}
+                moments.append(Moment(parts, first.gradients))
             flops, traffic = line(one.flops, two.flops), line(one.traffic, two.traffic)
-            phases.append(replace(one, parts=parts, flops=flops, traffic=traffic))
+            phases.append(replace(one, moments=moments, flops=flops, traffic=traffic))
         return replace(
             self,
             phases=phases,
@@ -167,11 +176,30 @@ def planned(draft: Draft, setup: Setup) -> Plan:
     copies = 2 if setup.devices > 1 and not setup.sharded else 1
     phases = {}
     for phase in draft.phases:
-        held = {"weights": weights, "gradients": copies * trained, "optimiser": adam_bytes(trained)}
-        if phase.without_gradients:
-            held["gradients"] = 0.0
-        phases[phase.name] = {part: held.get(part, 0.0) + phase.parts.get(part, 0.0) for part in PARTS}
+        found = []
+        for moment in phase.moments:
+            gradients = copies * trained if moment.gradients else 0.0
+            held = {"weights": weights, "gradients": gradients, "optimiser": adam_bytes(trained)}
+            found.append({part: held.get(part, 0.0) + moment.parts.get(part, 0.0) for part in PARTS})
+        phases[phase.name] = max(found, key=lambda parts: sum(parts.values()))
     return Plan(setup, phases, draft)
+
+
+def training_moments(found: Found, kept: float, step: float, alone: bool) -> list[Moment]:
+    """The moments of a training pass and of the optimiser's step after it.
+
+    Args:
+        found: The pass, beside gradients.
+        kept: Bytes that are held besides.
+        step: Bytes that the optimiser makes for a while.
+        alone: No pass comes before it, so that gradients come as activations go.
+    """
+    moments = []
+    for number, parts in enumerate(found.moments):
+        made = {name: size for name, size in parts.items() if name != "gradients"}
+        made["workspace"] = made.get("workspace", 0.0) + kept
+        moments.append(Moment(made, gradients=not alone or number > 0))
+    return [*moments, Moment({"workspace": step + kept})]
 
 
 # Depth.
@@ -205,8 +233,3 @@ def stretched(base: Pretrained, uniform: bool, draft: Callable[[int], Draft]) ->
     if not uniform or depth <= high + 1:
         return draft(0)
     return draft(low).stretched(draft(high), (depth - low) / step)
-
-
-def larger(found: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The parts with the largest sum."""
-    return max(found, key=lambda parts: sum(parts.values()))

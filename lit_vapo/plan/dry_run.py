@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -31,17 +31,27 @@ class Found:
     """What a pass takes.
 
     Attributes:
-        parts: Bytes at its peak by part, without what the models hold.
+        moments: Bytes by part, without what the models hold, at the peak of each of its stretches. More blocks make
+            one grow and not another, so that it takes all of them to know the peak of a larger model.
         flops: Floating-point operations.
     """
 
-    parts: dict[str, float] = field(default_factory=dict)
+    moments: list[dict[str, float]]
     flops: float = 0.0
 
     @property
+    def parts(self) -> dict[str, float]:
+        """Bytes by part at the largest peak."""
+        return max(self.moments, key=lambda parts: sum(parts.values()))
+
+    @property
     def peak(self) -> float:
-        """Bytes of all parts."""
+        """Bytes at the largest peak."""
         return sum(self.parts.values())
+
+
+def _found(meter: Meter) -> Found:
+    return Found([dict(parts) for parts in meter.peaks], meter.flops)
 
 
 class DryRun:
@@ -90,6 +100,22 @@ class DryRun:
         finally:
             torch.set_autocast_enabled("cuda", before)
 
+    @contextmanager
+    def _cut_below(self, meter: Meter) -> Iterator[None]:
+        """A block in which a stretch ends where a gradient has come through all blocks, down to the embeddings."""
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda _: meter.cut())
+
+        tables = [m for m in self.networks.modules() if isinstance(m, nn.Embedding)]
+        handles = [table.register_forward_hook(hook) for table in tables]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     # The passes.
 
     def generate(self, policy: Policy, prompts: int, each: int, prompt_length: int, new: int) -> list[Found]:
@@ -104,7 +130,7 @@ class DryRun:
                 with meter.part("activations"):
                     out: Any = self._read(lm, prompts, prompt_length)
                 out.logits[:, -1].float().softmax(-1)
-                reading = Found(_with_cache(meter.at_peak, out.past_key_values), meter.flops)
+                reading = Found([_with_cache(meter.at_peak, out.past_key_values)], meter.flops)
             del out
             with self._metered() as meter:
                 cache = self._read(lm, rows, prompt_length + new - 1).past_key_values
@@ -117,7 +143,7 @@ class DryRun:
                 # The sampler's own copy, divided by the temperature, and its probabilities.
                 scores = out.logits[:, -1].to(torch.float32, copy=True)
                 (scores / 2.0).softmax(-1)
-                drawing = Found(_with_cache(meter.at_peak, out.past_key_values), meter.flops - before)
+                drawing = Found([_with_cache(meter.at_peak, out.past_key_values)], meter.flops - before)
         return [reading, drawing]
 
     def _read(self, lm: nn.Module, rows: int, length: int) -> Any:
@@ -144,12 +170,12 @@ class DryRun:
             if networks.critic is not None:
                 with meter.part("activations"):
                     networks.values(batch, states)
-            return Found(dict(meter.at_peak), meter.flops)
+            return _found(meter)
 
     def learn(self, networks: ActorCritic, rows: int, prompt_length: int, new: int) -> Found:
         """A microbatch of the update: policy and value loss, and the way back, beside gradients of earlier ones."""
         trained = [*networks.actor_parameters(), *networks.critic_parameters()]
-        with self._metered(trained) as meter:
+        with self._metered(trained) as meter, self._cut_below(meter):
             batch = _rows(rows, prompt_length, new)
             with meter.part("activations"):
                 hidden = networks.policy.hidden("actor", batch.input_ids, batch.lengths).last
@@ -161,23 +187,23 @@ class DryRun:
                 with meter.part("activations"):
                     loss = loss + networks.values(batch, states).sum()
             loss.backward()
-            return Found(dict(meter.at_peak), meter.flops)
+            return _found(meter)
 
     def imitate(self, policy: Policy, rows: int, length: int) -> Found:
         """A step of supervised fine-tuning on whole sequences."""
-        with self._metered(policy.actor_parameters()) as meter:
+        with self._metered(policy.actor_parameters()) as meter, self._cut_below(meter):
             batch = _rows(rows, 1, length - 1)
             with meter.part("activations"):
                 hidden = policy.hidden("actor", batch.input_ids, batch.lengths).last
             self._logprobs(policy, "actor", hidden, batch).sum().backward()
-            return Found(dict(meter.at_peak), meter.flops)
+            return _found(meter)
 
     def read(self, run: Callable[[Tensor, Tensor, Tensor], Tensor], rows: int, length: int) -> Found:
         """A pass of a reward model without a gradient: `run` gets ids (B, L), lengths and lengths of prompts."""
         with torch.no_grad(), self._metered() as meter:
             with meter.part("activations"):
                 run(*_sequences(rows, length))
-            return Found(dict(meter.at_peak), meter.flops)
+            return _found(meter)
 
     def compare(
         self,
@@ -188,11 +214,11 @@ class DryRun:
         length: int,
     ) -> Found:
         """A step of reward training on so many sequences, chosen and rejected ones."""
-        with self._metered(trained) as meter:
+        with self._metered(trained) as meter, self._cut_below(meter):
             with meter.part("activations"):
                 features = encode(*_sequences(rows, length))
             rewards(features).sum().backward()
-            return Found(dict(meter.at_peak), meter.flops)
+            return _found(meter)
 
     def _logprobs(self, policy: Policy, role: Role, hidden: Tensor, batch: TokenRows) -> Tensor:
         """Log-probabilities of all response tokens, as `head_logprobs` has them; a mask would need data."""

@@ -32,6 +32,7 @@ class Meter(TorchDispatchMode):
         live: Bytes of each part now.
         peak: The largest sum of them so far.
         at_peak: The parts at that time.
+        before: The parts at the peaks of earlier stretches (`cut`).
         flops: Floating-point operations of matrix products and attention, two for each product and sum.
     """
 
@@ -40,6 +41,7 @@ class Meter(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peak = 0
         self.at_peak: dict[str, int] = {}
+        self.before: list[dict[str, int]] = []
         self.flops = 0.0
         self._part = "workspace"
         self._total = 0
@@ -57,6 +59,16 @@ class Meter(TorchDispatchMode):
             yield
         finally:
             self._part = before
+
+    def cut(self) -> None:
+        """Begin another stretch of time, with a peak of its own."""
+        self.before.append(self.at_peak)
+        self.start_over()
+
+    @property
+    def peaks(self) -> list[dict[str, int]]:
+        """The parts at the peak of each stretch."""
+        return [*self.before, self.at_peak]
 
     def start_over(self) -> None:
         """Forget the peak: it is what lives now."""

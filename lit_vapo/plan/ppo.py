@@ -13,7 +13,7 @@ from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.pretrained import Lora, Pretrained, decoder_layers
 from lit_vapo.models.vocabulary import vocabulary_size
 from lit_vapo.models.weightless import weightless
-from lit_vapo.plan.draft import Draft, Phase, Setup, larger, stretched
+from lit_vapo.plan.draft import Draft, Moment, Phase, Setup, stretched, training_moments
 from lit_vapo.plan.dry_run import DryRun, held_bytes, parameter_bytes
 from lit_vapo.plan.formulas import microbatch
 from lit_vapo.rewards import RewardSource
@@ -97,7 +97,7 @@ def _draft(job: PPOJob, setup: Setup, depth: int) -> Draft:
     cached = drawing.parts.get("cache", 0.0) * (job.prompt_length + job.new / 2) / width
     rollout = Phase(
         "rollout",
-        larger([reading.parts, drawing.parts]),
+        [Moment(parts) for found in (reading, drawing) for parts in found.moments],
         reading.flops + job.new * drawing.flops,
         job.new * (weights + cached),
         gathers=job.new + 1,
@@ -112,15 +112,17 @@ def _draft(job: PPOJob, setup: Setup, depth: int) -> Draft:
     passes = -(-rows // batch)
     taps = () if job.reward is None else job.reward.taps
     scored = run.score(networks, batch, job.prompt_length, job.new, taps)
-    scoring = [{**scored.parts, "workspace": scored.parts.get("workspace", 0.0) + states + kept}]
+    scoring = [scored]
     # What the passes kept for the critic, put side by side and then in order.
-    scoring.append({"workspace": 3 * states + kept})
+    moments = [Moment({"workspace": 3 * states + kept})]
     flops = scored.flops * passes
     for scorer in scorers:
         found = run.read(scorer.run, batch, width)
-        scoring.append({**found.parts, "workspace": found.parts.get("workspace", 0.0) + states + kept})
+        scoring.append(found)
         flops += found.flops * passes
-    score = Phase("scoring", larger(scoring), flops, gathers=2 * passes)
+    for parts in (parts for found in scoring for parts in found.moments):
+        moments.append(Moment({**parts, "workspace": parts.get("workspace", 0.0) + states + kept}))
+    score = Phase("scoring", moments, flops, gathers=2 * passes)
     # Update.
     each = -(-rows // job.minibatches)
     batch = microbatch(each, width, job.micro_batch_tokens)
@@ -128,22 +130,14 @@ def _draft(job: PPOJob, setup: Setup, depth: int) -> Draft:
     learned = run.learn(networks, batch, job.prompt_length, job.new)
     # The rollout, and of it the minibatch.
     held = (states + kept) * (1 + 1 / job.minibatches)
-    learning = {**learned.parts, "workspace": learned.parts.get("workspace", 0.0) + held}
-    learning.pop("gradients", None)
-    step = {"workspace": step_bytes(trained, setup) + held}
-    alone = batch >= each
     update = Phase(
         "update",
-        learning if alone else larger([learning, step]),
+        training_moments(learned, held, step_bytes(trained, setup), alone=batch >= each),
         learned.flops * passes * job.epochs,
         gathers=2.0 * passes * job.epochs,
         exchanges=float(job.epochs * job.minibatches),
         backward=float(passes * job.epochs),
-        # Those of the minibatch before are gone, and its own come as activations go.
-        without_gradients=alone and sum(learning.values()) > parameter_bytes(trained) + sum(step.values()),
     )
-    if alone and not update.without_gradients:
-        update.parts = step
     half = setup.mixed is not None or lm.dtype != torch.float32
     trunk = networks.critic.trunk if networks.critic is not None else None
     cut = [

@@ -22,7 +22,7 @@ from lit_vapo.models.pretrained import (
 from lit_vapo.models.trunk import Pooling
 from lit_vapo.models.vocabulary import vocabulary_size
 from lit_vapo.models.weightless import weightless
-from lit_vapo.plan.draft import Draft, Phase, Setup, larger, stretched
+from lit_vapo.plan.draft import Draft, Moment, Phase, Setup, stretched, training_moments
 from lit_vapo.plan.dry_run import DryRun, held_bytes, parameter_bytes
 from lit_vapo.plan.formulas import microbatch
 from lit_vapo.plan.ppo import gathered_bytes, step_bytes
@@ -98,7 +98,10 @@ def _features(job: RewardJob, setup: Setup, depth: int) -> Draft:
     heads = [p for p in model.head.parameters() if p.requires_grad]
     # Heads see features (2B, H) in float32, and the way back makes as much again.
     step = {"workspace": 3.0 * 2 * job.pairs * (model.head.hidden_size or 0) * 4 + step_bytes(heads, setup)}
-    phases = [Phase("features", found.parts, found.flops * passes), Phase("training", step)]
+    phases = [
+        Phase("features", [Moment(parts) for parts in found.moments], found.flops * passes),
+        Phase("training", [Moment(step)]),
+    ]
     half = setup.mixed is not None or backbone.dtype != torch.float32
     note = "features are computed once for each pair; `features` is the time for those of a batch"
     # Features are computed by one process, with the whole backbone.
@@ -109,13 +112,8 @@ def _training(job: RewardJob, setup: Setup, depth: int) -> Draft:
     run, model, backbone = _run(job, setup, depth, training=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     found = run.compare(model.encode, model.head.rewards, trained, 2 * job.pairs, job.length)
-    parts = dict(found.parts)
-    parts.pop("gradients", None)
-    step = {"workspace": step_bytes(trained, setup)}
-    # Gradients of the step before are gone when a step begins.
-    alone = sum(parts.values()) > parameter_bytes(trained) + sum(step.values())
-    phase = Phase("training", parts if alone else step, found.flops, gathers=2.0, exchanges=1.0, backward=1.0)
-    phase.without_gradients = alone
+    moments = training_moments(found, 0.0, step_bytes(trained, setup), alone=True)
+    phase = Phase("training", moments, found.flops, gathers=2.0, exchanges=1.0, backward=1.0)
     half = setup.mixed is not None or backbone.dtype != torch.float32
     # Adapters and heads are whole on each device.
     own = parameter_bytes([p for p in model.head.parameters() if p.requires_grad])
@@ -137,7 +135,7 @@ def _with_reference(draft: Draft, reference: Pretrained, job: RewardJob, setup: 
         held = held_bytes(policy)
         phase = Phase(
             "reference",
-            larger([reading.parts, drawing.parts]),
+            [Moment(parts, gradients=False) for found in (reading, drawing) for parts in found.moments],
             batches * (reading.flops + new * drawing.flops),
             batches * new * held,
         )
@@ -146,8 +144,8 @@ def _with_reference(draft: Draft, reference: Pretrained, job: RewardJob, setup: 
     made = stretched(reference, True, responses)
     phase = made.phases[0]
     # Instead of the backbone and the heads.
-    own = {**phase.parts, "weights": made.weights - draft.weights, "optimiser": -2 * draft.trained}
-    phase.parts, phase.without_gradients = own, True
+    instead = {"weights": made.weights - draft.weights, "optimiser": -2 * draft.trained}
+    phase.moments = [Moment({**moment.parts, **instead}, gradients=False) for moment in phase.moments]
     note = "`reference` comes once, at the start; its time is for all its responses"
     draft.phases.insert(0, phase)
     draft.notes.append(note)
