@@ -281,7 +281,8 @@ def test_impossible_settings_are_refused(options, message):
 
 def test_a_request_that_is_hung_up_on_is_tried_once_more(session):
     expected = rows_of(session.draw())
-    session.server.drops = 3
+    # One: of several that are hung up on at once, one may be so a second time.
+    session.server.drops = 1
     assert rows_of(session.draw()) == expected
 
 
