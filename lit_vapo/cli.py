@@ -40,6 +40,7 @@ TABLE = {
         Command("sft", "make a base policy by supervised fine-tuning", "lit_vapo.commands.stages:sft", TRAIN),
         Command("reward", "train an ensemble of reward models", "lit_vapo.commands.stages:reward", TRAIN),
         Command("ppo", "align the policy", "lit_vapo.commands.stages:ppo", (*TRAIN, "predict")),
+        Command("plan", "say whether a stage will fit a GPU, and how long it takes", "lit_vapo.commands.plan:plan"),
         Command("export", "turn a checkpoint into a folder that others load", "lit_vapo.commands.export:export"),
     ),
     "for rewards that are there": (

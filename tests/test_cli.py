@@ -30,7 +30,7 @@ def test_usage(capsys):
 
 
 def test_an_unknown_stage_is_refused():
-    message = r"expected a stage or command: sft, reward, ppo, export, data or study, got 'dpo'\nAll of them"
+    message = r"expected a stage or command: sft, reward, ppo, plan, export, data or study, got 'dpo'\nAll of them"
     with pytest.raises(ValueError, match=message):
         main(["dpo", "fit"])
 

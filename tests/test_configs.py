@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import CONFIGS
+from helpers import CONFIGS, tiny_model, tiny_tokenizer
 from lightning.pytorch.loggers import WandbLogger
 from transformers import AutoModelForCausalLM
 
+from benchmarks.plan_models import MODELS, header, plans
 from lit_vapo.callbacks.metrics_file import MetricsFile
 from lit_vapo.cli import STAGES, main
 from lit_vapo.commands.run import StageCLI
@@ -29,7 +30,10 @@ CLASSES = {
     "reward": (RewardModule, PreferenceDataModule),
     "ppo": (PPOModule, PromptDataModule),
 }
-KINDS = {*STAGES, "trainer", "logger", "data", "objective", "estimator", "advantage", "generator", "study"}
+KINDS = {
+    *STAGES,
+    *["trainer", "logger", "data", "objective", "estimator", "advantage", "generator", "study", "model", "source"],
+}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
@@ -48,7 +52,7 @@ class Built(StageCLI):
 def build(tiny_model_dir, tiny_ensemble_dir, tmp_path):
     """Build a stage from config files, with the tiny model in place of what they name."""
 
-    def call(stage, *options):
+    def call(stage, *options, reward=tiny_ensemble_dir):
         replaced = {
             "trainer.accelerator": "cpu",
             "trainer.default_root_dir": tmp_path / "run",
@@ -58,7 +62,7 @@ def build(tiny_model_dir, tiny_ensemble_dir, tmp_path):
         if stage == "reward":
             replaced["model.reference.path"] = tiny_model_dir
         if stage == "ppo":
-            replaced["model.reward"] = tiny_ensemble_dir
+            replaced |= {"model.reward": reward} if reward is not None else {}
             replaced["model.gold"] = "null"  # the demo's judge is a file that the demo makes
         args = ["fit", *map(str, options), *(f"--{key}={value}" for key, value in replaced.items())]
         return Built(*CLASSES[stage], stage=stage, args=args)
@@ -152,6 +156,60 @@ def test_advantage_configs_come_after_a_config_of_ppo(file, build):
     assert type(cli.model.advantage).__name__.lower() == file.stem
     assert cli.model.sampling.max_new_tokens == 16  # the demo's
     assert cli.model.critic is None
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    """Makes a tiny model of the architecture of a file of configs/model/."""
+
+    def make(name):
+        path = tmp_path_factory.mktemp(name) / "model"
+        tokenizer = tiny_tokenizer(path, chat_template=True)
+        return tiny_model(path, tokenizer, MODELS[name][0][0], head_dim=16, sliding_window=8)
+
+    return make
+
+
+@pytest.mark.parametrize("file", named("model"))
+def test_model_configs_build_a_policy_of_their_architecture(file, build, stand_ins):
+    path = stand_ins(file.stem)
+    configs = [f"--config={CONFIGS / 'ppo' / 'large.yaml'}", f"--config={file}"]
+    cli = build("ppo", *configs, f"--data={CONFIGS / 'data' / 'ultrafeedback.yaml'}")
+    given = yaml.safe_load(file.read_text())["model"]["base"]
+    assert cli.model.base.quantization == given.get("quantization")
+    assert cli.model.base.dtype == "bfloat16"
+    assert cli.model.base.gradient_checkpointing  # of the config before it
+    cli.model.base.path = path
+    networks = cli.model.load_networks()
+    assert networks.policy.causal_lm.config.model_type == MODELS[file.stem][0][0]
+    assert networks.actor_parameters()
+
+
+@pytest.mark.parametrize("file", named("model"))
+@pytest.mark.parametrize("stage", ["reward", "sft"])
+def test_model_configs_serve_every_stage(file, stage, build):
+    before = CONFIGS / stage / ("large.yaml" if stage == "reward" else "tiny.yaml")
+    cli = build(stage, f"--config={before}", f"--config={file}")
+    spec = cli.model.spec.base if stage == "reward" else cli.model.base
+    assert spec.quantization == yaml.safe_load(file.read_text())["model"]["base"].get("quantization")
+
+
+def test_every_model_config_has_known_dimensions():
+    assert {f.stem for f in FILES if f.parent.name == "model"} == MODELS.keys()
+
+
+def test_headers_of_models_are_what_the_plan_says(tmp_path):
+    # One for all: `python benchmarks/plan_models.py` writes them.
+    name = "llama3_1b"
+    assert header(name, plans(name, tmp_path)) in (CONFIGS / "model" / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("file", named("source"))
+def test_source_configs_come_after_a_config_of_ppo(file, build):
+    given = yaml.safe_load(file.read_text())["model"]["reward"]["init_args"]["models"]
+    cli = build("ppo", f"--config={CONFIGS / 'ppo' / 'large.yaml'}", f"--config={file}", reward=None)
+    assert [spec.path for spec in cli.model.reward.models] == [model["path"] for model in given]
+    assert cli.model.reward.num_members == len(given) > 1
 
 
 @pytest.mark.parametrize("file", named("generator"))

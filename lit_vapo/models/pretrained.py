@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lit_vapo.folders import absolute
+from lit_vapo.models.weightless import is_weightless, reader
 from lit_vapo.models.weights import check_model, loading
 from lit_vapo.ranges import PositiveFloat, PositiveInt, check_ranges
 
@@ -117,7 +118,8 @@ def load_kwargs(spec: Pretrained) -> dict[str, Any]:
 @contextmanager
 def _read(spec: Pretrained, key: str) -> Iterator[None]:
     """A block that reads a model which is whole, and names it where that fails."""
-    check_model(spec.path, key, spec.revision)
+    if not is_weightless():
+        check_model(spec.path, key, spec.revision)
     with loading(spec.path, key):
         yield
 
@@ -133,7 +135,7 @@ def load_causal_lm(spec: Pretrained, key: str = KEY) -> PreTrainedModel:
         ValueError: There is no such model.
     """
     with _read(spec, key):
-        lm = cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(spec.path, **load_kwargs(spec)))
+        lm = cast("PreTrainedModel", reader(AutoModelForCausalLM)(spec.path, **load_kwargs(spec)))
     return _marked(lm, spec)
 
 
@@ -151,7 +153,7 @@ def load_backbone(spec: Pretrained, num_layers: int | None = None, key: str = KE
     with _read(spec, key), warnings.catch_warnings():
         # The unused head's weights are meant to stay unread.
         warnings.filterwarnings("ignore", message=".*were not used when initializing.*")
-        backbone = cast("PreTrainedModel", AutoModel.from_pretrained(spec.path, **load_kwargs(spec)))
+        backbone = cast("PreTrainedModel", reader(AutoModel)(spec.path, **load_kwargs(spec)))
     if num_layers is not None:
         layers = decoder_layers(backbone)
         if not 1 <= num_layers <= len(layers):

@@ -14,6 +14,7 @@ from lit_vapo.models.batching import TOKENS_PER_BATCH, length_batches, right_pad
 from lit_vapo.models.pretrained import Pretrained, freeze, load_kwargs, model_config
 from lit_vapo.models.trunk import length_mask
 from lit_vapo.models.vocabulary import vocabulary_size
+from lit_vapo.models.weightless import is_weightless, reader
 from lit_vapo.models.weights import check_model, loading
 
 # The heads of transformers' classifiers. Decoders have a `score`, and read it at the last token that is no padding.
@@ -43,6 +44,8 @@ def load_classifier(spec: Pretrained, key: str) -> PreTrainedModel:
     Raises:
         ValueError: There is no such model, some of its weights are not in its files, or it needs a padding token.
     """
+    if is_weightless():
+        return _without_weights(spec, key)
     check_model(spec.path, f"{key}.path", spec.revision)
     with loading(spec.path, f"{key}.path"):
         model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -61,6 +64,14 @@ def load_classifier(spec: Pretrained, key: str) -> PreTrainedModel:
             f"{key}.path: expected a padding token (pad_token_id in config.json) of a model that does not read the "
             f"last token alone, got none in {spec.path!r} ({type(model).__name__})"
         )
+    model.config.use_cache = False
+    _sharpen(model)
+    return cast("PreTrainedModel", freeze(model))
+
+
+def _without_weights(spec: Pretrained, key: str) -> PreTrainedModel:
+    with loading(spec.path, f"{key}.path"):
+        model = reader(AutoModelForSequenceClassification)(spec.path, **load_kwargs(spec))
     model.config.use_cache = False
     _sharpen(model)
     return cast("PreTrainedModel", freeze(model))

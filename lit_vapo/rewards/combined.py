@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from lit_vapo.models.policy import Policy
 from lit_vapo.models.trunk import Tap
 from lit_vapo.rewards.normaliser import Normaliser
 from lit_vapo.rewards.saved import load_reward
-from lit_vapo.rewards.source import Responses, RewardSource
+from lit_vapo.rewards.source import Responses, RewardSource, Scorer
 from lit_vapo.types import RewardEstimate
 
 # What follows `reward_` in keys that are logged already.
@@ -108,6 +109,11 @@ class WeightedSum(RewardSource):
     def _measured(self) -> bool:
         """Whether the typical variance does not follow from those of the sources."""
         return self.aligned and len(self._uncertain) > 1
+
+    def scorers(self) -> list[Scorer]:
+        """Those of all sources that count."""
+        counted = (cast("RewardSource", s) for name, s in self.summands.items() if self._weights[name])
+        return [scorer for source in counted for scorer in source.scorers()]
 
     @property
     def taps(self) -> tuple[Tap, ...]:

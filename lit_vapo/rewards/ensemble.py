@@ -19,7 +19,7 @@ from lit_vapo.rewards.ensemble_file import WEIGHTS_NAME, read_trusted_config
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.placement import Placement, SharedTrunk, place, reads_frozen_states
 from lit_vapo.rewards.reward_model import RewardModel, ensemble_class
-from lit_vapo.rewards.source import Responses, RewardSource
+from lit_vapo.rewards.source import Responses, RewardSource, Scorer
 from lit_vapo.types import RewardEstimate
 
 
@@ -45,6 +45,10 @@ class PlacedEnsemble(RewardSource):
     def taps(self) -> tuple[Tap, ...]:
         """The features, where the reference's pass has them."""
         return () if self._placement is None else self._placement.taps
+
+    def scorers(self) -> list[Scorer]:
+        """The members with their backbones, unless the reference's pass has their features."""
+        return [Scorer(self.model, self.model.encode)] if self.model is not None and not self.taps else []
 
     @property
     def calibrated(self) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Pretrained, load_tokenizer
 from lit_vapo.models.sequence_classifier import classify, count_labels, load_classifier
+from lit_vapo.models.trunk import length_mask
 from lit_vapo.models.vocabulary import vocabulary_size
 from lit_vapo.rewards.normalised import NormalisedSource
 from lit_vapo.rewards.normaliser import Normaliser
 from lit_vapo.rewards.pretrained_file import PretrainedConfig, read_normaliser, read_trusted_rewards, write_rewards
-from lit_vapo.rewards.source import Responses
+from lit_vapo.rewards.source import Responses, Scorer
 
 KEY = "reward.models"
 
@@ -104,6 +106,11 @@ class PretrainedRewards(NormalisedSource):
             if not self.resident:
                 _release()
 
+    def scorers(self) -> list[Scorer]:
+        """One for each model, resident or not."""
+        held = [self._network(k, torch.get_default_device()) for k in range(len(self.models))]
+        return [Scorer(model, partial(_logits, model)) for model in held]
+
     @property
     def centred(self) -> bool:
         """Models of different makers have neither an origin nor a unit in common."""
@@ -172,6 +179,12 @@ class PretrainedRewards(NormalisedSource):
         source._num_members = config.num_members
         source._held = read_normaliser(Path(folder), config.num_members)
         return source
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> Any:
+    """A pass of right-padded rows, as `classify` makes it."""
+    with torch.autocast(ids.device.type, enabled=False):
+        return model(input_ids=ids, attention_mask=length_mask(lengths, ids.shape[1]).long()).logits
 
 
 def _release() -> None:

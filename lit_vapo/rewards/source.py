@@ -6,10 +6,10 @@ Nobody outside of this folder knows where a reward is computed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,18 @@ from lit_vapo.models.policy import Policy
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.trunk import Tap
 from lit_vapo.types import Prompt, RewardEstimate, TokenSequence
+
+
+class Scorer(NamedTuple):
+    """A model that scoring runs besides the policy's own.
+
+    Attributes:
+        model: What is held for it.
+        run: A pass through it, of right-padded token ids (B, L), lengths (B,) and lengths of prompts (B,).
+    """
+
+    model: nn.Module
+    run: Callable[[Tensor, Tensor, Tensor], Any]
 
 
 class Encode(Protocol):
@@ -147,6 +159,10 @@ class RewardSource(nn.Module, ABC):
             ValueError: There are fewer than two responses, or a reward is not finite.
         """
         return
+
+    def scorers(self) -> list[Scorer]:
+        """The models that scoring runs besides the policy's own; known after `prepare`. `lit-vapo plan` asks."""
+        return []
 
     # 3. Scoring.
 

@@ -1,0 +1,1 @@
+"""HelpSteer's ratings as preferences."""
