@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export VENV PYTHON TORCH TORCH_INDEX
 
-.PHONY: help setup demo test faults strategies lint format type audit lock validate image bench clean
+.PHONY: help setup demo test faults strategies gpu lint format type audit lock validate image bench clean
 
 help: ## List the targets
 	@echo 'make <target>'
@@ -31,6 +31,9 @@ faults: setup ## Kill each kind of run 20 times, resume it, compare; and all oth
 
 strategies: setup ## Run every strategy in several processes, and compare with one (ten minutes)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LIT_VAPO_ALL_STRATEGIES=1 $(BIN)/python -m pytest -q -n 0 tests/stages/test_stages_sharded.py
+
+gpu: setup ## Check on a GPU what the tests check on a CPU, and write the table of it into the docs
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.gpu
 
 lint: setup ## Check style and layout (ruff), and that imports go down only (import-linter)
 	$(BIN)/ruff check .

@@ -111,7 +111,7 @@ class RunCheckpoint(Checkpoint):
         """Write whole files, and clear away what a killed process left of one."""
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        # A strategy that writes a part for each process has a way of its own.
+        # Whoever has put one of their own there wants that.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         io = trainer.strategy.checkpoint_io

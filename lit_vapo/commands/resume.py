@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_vapo.callbacks.checkpoint_files import BEST, LAST, iteration_of
 from lit_vapo.commands.run_folder import FINISHED
-from lit_vapo.stages.checkpoint_file import SHARDED, read_checkpoint
+from lit_vapo.stages.checkpoint_file import read_checkpoint
 
 WORDS = ("best", "last")
 # What says when a run is over.
@@ -27,7 +27,7 @@ class Found(NamedTuple):
 
     Attributes:
         path: The file.
-        contents: What it holds; empty for one in several parts, which its strategy reads.
+        contents: What it holds.
     """
 
     path: Path
@@ -68,7 +68,7 @@ def read(path: Path, option: str) -> Found:
     Raises:
         ValueError: It cannot be read.
     """
-    return Found(path, {} if (path / SHARDED).is_file() else read_checkpoint(path, option))
+    return Found(path, read_checkpoint(path, option))
 
 
 def _newest_first(checkpoints: Path) -> Iterator[Path]:

@@ -236,7 +236,10 @@ class PromptDataModule(TextDataModule):
         rows = self.prompt_rows("train")
         share = len(rows) // self._world_size
         if share < self.batch_size:
-            raise ValueError(f"data.batch_size: expected at most the {share} prompts there are, got {self.batch_size}")
+            each = f" for each of {self._world_size} processes, of {len(rows)}" if self._world_size > 1 else ""
+            raise ValueError(
+                f"data.batch_size: expected at most the {share} prompts there are{each}, got {self.batch_size}"
+            )
         return self._shuffled(rows, self.collator.prompts, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any] | Iterable[Any]:

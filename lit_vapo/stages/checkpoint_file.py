@@ -16,8 +16,6 @@ from lit_vapo.models.settings import every_dict, explain
 
 STAGE_KEY = "lit_vapo_stage"
 FIGURES_KEY = "lit_vapo_figures"
-# Written by strategies that save one part for each process.
-SHARDED = "meta.pt"
 
 
 class _Contents(BaseModel):

@@ -92,7 +92,9 @@ class ShardedStrategy(ModelParallelStrategy):
     def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
         def gather(x: Any) -> Any:
             full = whole(x) if isinstance(x, Tensor) else x
-            return full.cpu() if isinstance(full, Tensor) and self.is_global_zero else None if x is not full else full
+            if not self.is_global_zero:
+                return None
+            return full.cpu() if isinstance(full, Tensor) else full
 
         found = cast("dict[str, Any]", tree_map(gather, state))
         return found if self.is_global_zero else {}

@@ -192,8 +192,8 @@ def test_a_batch_takes_no_more_prompts_than_each_process_has(files, tmp_path):
         data.train_dataloader()
     data.batch_size = 6
     assert [len(b.prompts) for b in data.train_dataloader()] == [6]  # the incomplete one is left out
-    data.trainer = SimpleNamespace(world_size=2)
-    with pytest.raises(ValueError, match="data.batch_size: expected at most the 5 prompts there are, got 6"):
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 0})
+    with pytest.raises(ValueError, match="at most the 5 prompts there are for each of 2 processes, of 10, got 6"):
         data.train_dataloader()
 
 

@@ -17,6 +17,7 @@ from lit_vapo.models.generation import Sampling
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.models.vllm_generator import VllmGenerator
+from lit_vapo.rollout.rollout import assemble_rows
 from lit_vapo.rollout.sampler import refuse_stale
 
 PROMPTS = ["the film", "the plot was good and", "slow"]
@@ -59,8 +60,6 @@ class Session:
 
     def learner(self, out, role="actor", sampling=None, stops=()):
         """Log-probabilities of the same tokens, by the policy itself."""
-        from lit_vapo.rollout.rollout import assemble_rows
-
         rows = assemble_rows(self.batch, out)
         hidden = self.policy.hidden(role, rows.input_ids, rows.lengths).last
         shaping = (sampling or self.sampling).shaping(list(stops))
@@ -282,7 +281,8 @@ def test_impossible_settings_are_refused(options, message):
 
 def test_a_request_that_is_hung_up_on_is_tried_once_more(session):
     expected = rows_of(session.draw())
-    session.server.drops = 3
+    # One: of several that are hung up on at once, one may be so a second time.
+    session.server.drops = 1
     assert rows_of(session.draw()) == expected
 
 

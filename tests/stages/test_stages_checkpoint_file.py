@@ -87,11 +87,10 @@ def test_a_folder_and_a_missing_file_are_named(tmp_path):
     assert "it does not exist" in refusal(tmp_path / "nowhere.ckpt")
 
 
-def test_a_checkpoint_in_parts_is_left_to_its_strategy(tmp_path):
+def test_a_checkpoint_in_parts_is_refused_like_any_folder(tmp_path):
     (tmp_path / "meta.pt").touch()
-    read(tmp_path, "--ckpt_path")
-    with pytest.raises(ValueError, match="--checkpoint: expected a checkpoint, .*it is a folder"):
-        read_checkpoint(tmp_path, "--checkpoint")
+    with pytest.raises(ValueError, match="--ckpt_path: expected a checkpoint, .*it is a folder"):
+        read(tmp_path, "--ckpt_path")
 
 
 def test_wherever_it_is_torn(file):

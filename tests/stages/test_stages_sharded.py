@@ -1,5 +1,7 @@
 """Two processes that share a batch, or the weights too, train and log what one process does by itself."""
 
+import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -295,3 +297,12 @@ def test_the_docs_show_what_was_tested():
     text = page.read_text(encoding="utf-8")
     shown = text.split("<!-- strategies:start -->\n")[1].split("<!-- strategies:end -->")[0]
     assert shown == strategy_table.table()
+
+
+def test_the_docs_show_what_was_checked_on_a_gpu():
+    spec = importlib.util.spec_from_file_location("checks", TESTS / "gpu" / "__main__.py")
+    checks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(checks)
+    record = json.loads(checks.RECORD.read_text(encoding="utf-8")) if checks.RECORD.is_file() else {}
+    shown = checks.PAGE.read_text(encoding="utf-8").split(checks.START)[1].split(checks.END)[0]
+    assert shown == checks.table(record)
