@@ -42,7 +42,7 @@ PPO = [
     f"--data.max_prompt_length={PROMPT}",
 ]
 # Both sides of a pair have as many tokens as may be.
-PAIRS = ["--data.validation_fraction=0", f"--data.batch_size={ROWS // 2}", f"--data.max_length={PROMPT + NEW}"]
+PAIRS = ["--data.validation_fraction=0", f"--data.batch_size={ROWS // 4}", f"--data.max_length={PROMPT + NEW}"]
 SAVING = "--model.base.gradient_checkpointing=true"
 TRAINER = [
     "--trainer.accelerator=cpu",
@@ -82,15 +82,22 @@ def make_model(folder: Path, hidden: int, layers: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def make_data(folder: Path) -> tuple[Path, Path]:
-    """Prompts of exactly so many words, and pairs on them."""
+def make_data(folder: Path) -> dict[str, str]:
+    """Prompts of exactly so many words, pairs on them, and pairs that are nearly all response; as options by stage."""
     prompt = [" ".join(f"w{(7 * i + j) % 5000}" for j in range(PROMPT)) for i in range(4 * ROWS)]
     answers = [" ".join(f"w{(11 * i + j) % 5000}" for j in range(NEW - 1)) for i in range(8 * ROWS)]
     prompts, pairs = folder / "prompts.jsonl", folder / "pairs.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompt))
     rows = [{"prompt": p + " ", "chosen": answers[2 * i], "rejected": answers[2 * i + 1]} for i, p in enumerate(prompt)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return prompts, pairs
+    long = folder / "long.jsonl"
+    rows = [{"prompt": "w1 ", "chosen": p + " " + answers[i], "rejected": p} for i, p in enumerate(prompt)]
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "ppo": f"--data.prompts={prompts}",
+        "reward": f"--data.preferences={pairs}",
+        "sft": f"--data.preferences={long}",
+    }
 
 
 def cells() -> list[tuple[str, str, list[str]]]:
@@ -109,8 +116,13 @@ def cells() -> list[tuple[str, str, list[str]]]:
         ("ppo, LoRA, bf16, critic of adapters", "ppo", [*PPO, *HELD["bf16"], *adapted]),
     ]
     for name, options in {
-        "LoraEnsemble, 8-bit": ["--model.head=LoraEnsemble", *HELD["8-bit"]],
-        "LoraEnsemble, bf16, checkpointing": ["--model.head=LoraEnsemble", *HELD["bf16"], SAVING],
+        "LoraEnsemble, 8-bit": ["--model.head=LoraEnsemble", "--model.head.num_members=2", *HELD["8-bit"]],
+        "LoraEnsemble, bf16, checkpointing": [
+            "--model.head=LoraEnsemble",
+            "--model.head.num_members=2",
+            *HELD["bf16"],
+            SAVING,
+        ],
         "FullEnsemble of 2, fp32": ["--model.head=FullEnsemble", "--model.head.num_members=2", *HELD["fp32"]],
         "heads and backbone, bf16, checkpointing": ["--model.freeze_backbone=false", *HELD["bf16"], SAVING],
     }.items():
@@ -164,11 +176,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_model(folder / "model", options.hidden, options.layers)
-        prompts, pairs = make_data(folder)
+        data = make_data(folder)
         base = [f"--model.base.path={folder / 'model'}", f"--data.tokenizer={folder / 'model'}"]
         for number, (name, stage, words) in enumerate(c for c in cells() if options.only in c[0]):
-            data = f"--data.prompts={prompts}" if stage == "ppo" else f"--data.preferences={pairs}"
-            run = [*TRAINER, *base, data, f"--trainer.default_root_dir={folder / str(number)}", *words]
+            run = [*TRAINER, *base, data[stage], f"--trainer.default_root_dir={folder / str(number)}", *words]
             plan = read_settings(stage, run, on_cpu=True).plan()
             for phase, peak in (known.get(name) or measure(stage, run)["phases"]).items():
                 planned = sum(plan.phases[phase].values())

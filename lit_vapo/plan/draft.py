@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from lit_vapo.plan.gpus import Gpu
 
 # The columns of a table, from left to right.
 PARTS = ("weights", "gradients", "optimiser", "casts", "activations", "cache", "logits", "workspace")
+# Lightning drops the gradients of a step only when the next one has come to its way back.
+OF_LIGHTNING = (1,)
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -185,20 +187,20 @@ def planned(draft: Draft, setup: Setup) -> Plan:
     return Plan(setup, phases, draft)
 
 
-def training_moments(found: Found, kept: float, step: float, alone: bool) -> list[Moment]:
+def training_moments(found: Found, kept: float, step: float, without: Container[int]) -> list[Moment]:
     """The moments of a training pass and of the optimiser's step after it.
 
     Args:
-        found: The pass, beside gradients.
+        found: The pass, beside gradients: forward (0), back through the blocks (1), and what is left.
         kept: Bytes that are held besides.
         step: Bytes that the optimiser makes for a while.
-        alone: No pass comes before it, so that gradients come as activations go.
+        without: Numbers of the stretches in which no gradients are there, or come as activations go.
     """
     moments = []
     for number, parts in enumerate(found.moments):
         made = {name: size for name, size in parts.items() if name != "gradients"}
         made["workspace"] = made.get("workspace", 0.0) + kept
-        moments.append(Moment(made, gradients=not alone or number > 0))
+        moments.append(Moment(made, gradients=number not in without))
     return [*moments, Moment({"workspace": step + kept})]
 
 

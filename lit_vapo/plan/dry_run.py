@@ -186,6 +186,7 @@ class DryRun:
                     states = torch.zeros(rows, new, networks.policy.hidden_size, dtype=hidden.dtype)
                 with meter.part("activations"):
                     loss = loss + networks.values(batch, states).sum()
+            meter.cut()
             loss.backward()
             return _found(meter)
 
@@ -195,7 +196,9 @@ class DryRun:
             batch = _rows(rows, 1, length - 1)
             with meter.part("activations"):
                 hidden = policy.hidden("actor", batch.input_ids, batch.lengths).last
-            self._logprobs(policy, "actor", hidden, batch).sum().backward()
+            loss = self._logprobs(policy, "actor", hidden, batch).sum()
+            meter.cut()
+            loss.backward()
             return _found(meter)
 
     def read(self, run: Callable[[Tensor, Tensor, Tensor], Tensor], rows: int, length: int) -> Found:
@@ -217,7 +220,9 @@ class DryRun:
         with self._metered(trained) as meter, self._cut_below(meter):
             with meter.part("activations"):
                 features = encode(*_sequences(rows, length))
-            rewards(features).sum().backward()
+            loss = rewards(features).sum()
+            meter.cut()
+            loss.backward()
             return _found(meter)
 
     def _logprobs(self, policy: Policy, role: Role, hidden: Tensor, batch: TokenRows) -> Tensor:

@@ -132,7 +132,7 @@ def _draft(job: PPOJob, setup: Setup, depth: int) -> Draft:
     held = (states + kept) * (1 + 1 / job.minibatches)
     update = Phase(
         "update",
-        training_moments(learned, held, step_bytes(trained, setup), alone=batch >= each),
+        training_moments(learned, held, step_bytes(trained, setup), (0, 1) if batch >= each else ()),
         learned.flops * passes * job.epochs,
         gathers=2.0 * passes * job.epochs,
         exchanges=float(job.epochs * job.minibatches),

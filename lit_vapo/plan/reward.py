@@ -22,7 +22,7 @@ from lit_vapo.models.pretrained import (
 from lit_vapo.models.trunk import Pooling
 from lit_vapo.models.vocabulary import vocabulary_size
 from lit_vapo.models.weightless import weightless
-from lit_vapo.plan.draft import Draft, Moment, Phase, Setup, stretched, training_moments
+from lit_vapo.plan.draft import OF_LIGHTNING, Draft, Moment, Phase, Setup, stretched, training_moments
 from lit_vapo.plan.dry_run import DryRun, held_bytes, parameter_bytes
 from lit_vapo.plan.formulas import microbatch
 from lit_vapo.plan.ppo import gathered_bytes, step_bytes
@@ -112,7 +112,7 @@ def _training(job: RewardJob, setup: Setup, depth: int) -> Draft:
     run, model, backbone = _run(job, setup, depth, training=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     found = run.compare(model.encode, model.head.rewards, trained, 2 * job.pairs, job.length)
-    moments = training_moments(found, 0.0, step_bytes(trained, setup), alone=True)
+    moments = training_moments(found, 0.0, step_bytes(trained, setup), OF_LIGHTNING)
     phase = Phase("training", moments, found.flops, gathers=2.0, exchanges=1.0, backward=1.0)
     half = setup.mixed is not None or backbone.dtype != torch.float32
     # Adapters and heads are whole on each device.

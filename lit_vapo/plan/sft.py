@@ -10,7 +10,7 @@ from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.vocabulary import vocabulary_size
 from lit_vapo.models.weightless import weightless
-from lit_vapo.plan.draft import Draft, Phase, Setup, stretched, training_moments
+from lit_vapo.plan.draft import OF_LIGHTNING, Draft, Phase, Setup, stretched, training_moments
 from lit_vapo.plan.dry_run import DryRun, held_bytes, parameter_bytes
 from lit_vapo.plan.ppo import gathered_bytes, step_bytes
 
@@ -44,7 +44,7 @@ def _draft(job: SFTJob, setup: Setup, depth: int) -> Draft:
     lm, trained = policy.causal_lm, policy.actor_parameters()
     run = DryRun(policy, vocabulary_size(lm.config), setup.mixed, setup.on_cpu)
     found = run.imitate(policy, job.rows, job.length)
-    moments = training_moments(found, 0.0, step_bytes(trained, setup), alone=True)
+    moments = training_moments(found, 0.0, step_bytes(trained, setup), OF_LIGHTNING)
     phase = Phase("training", moments, found.flops, gathers=2.0, exchanges=1.0, backward=1.0)
     half = setup.mixed is not None or lm.dtype != torch.float32
     total = parameter_bytes(trained)
