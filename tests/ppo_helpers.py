@@ -12,10 +12,19 @@ from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
+from lit_vapo.models.pretrained import (
+    Lora,
+    Pretrained,
+    decoder_layers,
+    freeze,
+    hidden_size,
+    load_backbone,
+    load_tokenizer,
+)
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.rewards import load_reward
 from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.rewards.members.lora import LoraEnsemble
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.rollout import RolloutMaker
 from lit_vapo.stages.ppo.experience import compute_advantages
@@ -32,6 +41,20 @@ def ensemble(folder, model, members=3, layer=None, pooling="last", calibrated=Tr
     if calibrated:
         head.calibrate(torch.randn(64, 32, generator=torch.Generator().manual_seed(1)))
     RewardModel(FeatureSpec(Pretrained(model), layer, pooling, list(ends)), head, None).save_pretrained(folder)
+    return str(folder)
+
+
+def saved_ensemble(folder, model, quantization=None, layer=None, **kwargs):
+    """Two members with adapters of some size on the tiny model, saved into `folder`."""
+    spec = FeatureSpec(Pretrained(model, quantization=quantization), layer)
+    head = LoraEnsemble(2, rank=4, **kwargs)
+    head.build(hidden_size(spec.base))
+    backbone = freeze(load_backbone(spec.base, layer))
+    backbone = head.attach(backbone, decoder_layers(backbone))
+    for i, b in enumerate(head.lora_b.values()):
+        b.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(i))
+    head.calibrated.fill_(True)
+    RewardModel(spec, head, backbone).save_pretrained(folder)
     return str(folder)
 
 

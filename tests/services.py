@@ -23,12 +23,35 @@ def says(status=200, body=b"", kind="application/json", **headers):
     return status, raw, {"Content-Type": kind, **headers}
 
 
+class QuietHandler(BaseHTTPRequestHandler):
+    """Prints nothing of what is asked."""
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def loopback(handler, waits=True):
+    """A server of this machine for the length of a block; its address. It may leave requests behind that hang."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    server.block_on_close = waits
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 @contextmanager
 def service(answer):
     """A service on the loopback; `answer(number, request)` returns what `says` makes."""
     state = Service(answer)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             state.bodies.append(json.loads(body))
@@ -49,17 +72,5 @@ def service(answer):
             except OSError:
                 pass
 
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with loopback(Handler) as state.url:
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

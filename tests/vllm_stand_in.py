@@ -4,11 +4,11 @@ import json
 import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from services import QuietHandler, loopback
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -129,11 +129,11 @@ def stand_in(model, **wrong):
     """A server on the loopback for the length of a block."""
     state = StandIn(model, **wrong)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
+    class Handler(QuietHandler):
+        def do_GET(self):  # noqa: N802, as the library names it
             self.reply(None)
 
-        def do_POST(self):
+        def do_POST(self):  # noqa: N802
             self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         def reply(self, body):
@@ -151,18 +151,5 @@ def stand_in(model, **wrong):
             except OSError:
                 pass
 
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.block_on_close = False
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    state.address = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with loopback(Handler, waits=False) as state.address:
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

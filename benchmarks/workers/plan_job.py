@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lit_vapo.commands.plan_settings import STAGES
 from lit_vapo.commands.run import StageCLI
+from lit_vapo.commands.stages import STAGES
 from lit_vapo.models.pretrained import quiet
 from lit_vapo.rollout import RolloutMaker
 from lit_vapo.stages.ppo.update import PPOUpdate

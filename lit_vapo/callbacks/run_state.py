@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch.distributed
 from lightning.pytorch import Trainer
 
 from lit_vapo.callbacks.line_file import LineFile, position, rewind
 from lit_vapo.callbacks.random_numbers import random_states, set_random_states
+from lit_vapo.models.processes import of_all
 from lit_vapo.trackers import run_ids
 
 
@@ -70,7 +70,7 @@ class RunState:
             "reads": self.reads,
             "trackers": run_ids(self._loggers),
             "files": {name: position(file.path) for name, file in self._line_files.items()},
-            "random": _of_all(random_states()),
+            "random": of_all(random_states()),
         }
 
     def rewind(self) -> None:
@@ -100,12 +100,3 @@ class RunState:
             # Lightning counts the batch before once more, or not, by where it takes the checkpoint to be from.
             trainer.fit_loop.epoch_loop._batches_that_stepped = self.resumed["batches_that_stepped"]
         self.resumed = None
-
-
-def _of_all(value: Any) -> list[Any]:
-    """A value of every process, in all of them."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values

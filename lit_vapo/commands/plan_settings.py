@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
 
 from lit_vapo.advantages.gae import Gae
 from lit_vapo.commands.run import StageCLI
-from lit_vapo.data.datamodule import PreferenceDataModule, PromptDataModule, SFTDataModule
+from lit_vapo.commands.stages import STAGES
 from lit_vapo.models.exported import check_policy, is_adapter
 from lit_vapo.models.generation import Sampling
+from lit_vapo.models.sharding import check_cut
 from lit_vapo.plan.draft import Draft, Plan, Setup, planned
 from lit_vapo.plan.ppo import PPOJob, draft_ppo
 from lit_vapo.plan.reward import RewardJob, draft_reward
@@ -24,22 +23,6 @@ from lit_vapo.rewards import load_reward
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.stages.ppo.update import UpdateSettings, chosen_critic
 
-
-class _Stage(NamedTuple):
-    module: str
-    data: type[LightningDataModule]
-
-    def load(self) -> type[LightningModule]:
-        path, _, name = self.module.partition(":")
-        found: type[LightningModule] = getattr(importlib.import_module(path), name)
-        return found
-
-
-STAGES = {
-    "ppo": _Stage("lit_vapo.stages.ppo.module:PPOModule", PromptDataModule),
-    "reward": _Stage("lit_vapo.stages.reward.module:RewardModule", PreferenceDataModule),
-    "sft": _Stage("lit_vapo.stages.sft.module:SFTModule", SFTDataModule),
-}
 SHARDED = ("fsdp2", "shardedstrategy")
 EVERY = "every prompt and response is taken to be as long as it may be: most runs take less"
 
@@ -174,8 +157,8 @@ def read_settings(
     sharded = any(word in named for word in SHARDED) and count > 1
     setup = Setup(count, sharded, str(trainer.get("precision") or "32-true"), on_cpu)
     job = JOBS[stage](read.model_settings, read.data_settings, read.notes)
-    if sharded and job.base.quantization == "8bit":
-        raise ValueError("model.base.quantization: expected 4bit or null under fsdp2, got 8bit, which cannot be cut")
+    if sharded:
+        check_cut(job.base)
     return Settings(stage, job, setup, read.notes)
 
 

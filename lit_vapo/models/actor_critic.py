@@ -137,8 +137,7 @@ class ActorCritic(nn.Module):
         read_here = self.value_layer if self.critic_trunk == "reference" else None
         layers = [None, read_here, *(tap.layer for tap in taps)]
         last, valued, *tapped = self.policy.layers("reference", rows.input_ids, rows.lengths, layers)
-        responses = (rows.input_ids, rows.prompt_lengths, rows.response_mask)
-        logprobs = self.policy.logprobs("reference", last, *responses, shaping)
+        logprobs = self.policy.logprobs("reference", last, *rows, shaping)
         states = None
         if self.critic_trunk == "reference":
             states = response_states(valued, rows.prompt_lengths, rows.response_mask.shape[1])
@@ -150,9 +149,7 @@ class ActorCritic(nn.Module):
 
     def actor(self, rows: TokenRows, shaping: Shaping) -> TokenLogprobs:
         """Log-probabilities and entropies of the responses under the policy (B, T)."""
-        return self.policy.response_logprobs(
-            "actor", rows.input_ids, rows.lengths, rows.prompt_lengths, rows.response_mask, shaping
-        )
+        return self.policy.response_logprobs("actor", rows, shaping)
 
     def values(self, rows: TokenRows, value_states: Tensor | None) -> Tensor:
         """Values before each response token (B, T).

@@ -30,6 +30,7 @@ from lit_vapo.models.pretrained import (
 )
 from lit_vapo.models.shaping import Shaping
 from lit_vapo.models.sharding import Sharing, most_of, within
+from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.trunk import TrunkOutput, head_logprobs, response_states, run_layers
 
 Role = Literal["actor", "critic", "reference"]
@@ -191,20 +192,12 @@ class Policy(nn.Module):
         with self.acting_as(role) as lm:
             return within(lm, lambda: head_logprobs(lm, states, targets, response_mask, shaping))
 
-    def response_logprobs(
-        self,
-        role: Role,
-        input_ids: Tensor,
-        lengths: Tensor,
-        prompt_lengths: Tensor,
-        response_mask: Tensor,
-        shaping: Shaping,
-    ) -> TokenLogprobs:
-        """Log-probabilities and entropies (B, T) of the responses of right-padded sequences (B, L), in one pass."""
+    def response_logprobs(self, role: Role, rows: TokenRows, shaping: Shaping) -> TokenLogprobs:
+        """Log-probabilities and entropies (B, T) of responses, in one pass."""
 
         def work(lm: PreTrainedModel) -> TokenLogprobs:
-            hidden = self.hidden(role, input_ids, lengths).last
-            return self.logprobs(role, hidden, input_ids, prompt_lengths, response_mask, shaping)
+            hidden = self.hidden(role, rows.input_ids, rows.lengths).last
+            return self.logprobs(role, hidden, *rows, shaping)
 
         return self.within(role, work)
 

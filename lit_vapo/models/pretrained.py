@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lit_vapo.folders import absolute
-from lit_vapo.models.weightless import is_weightless, reader
+from lit_vapo.models.weightless import is_weightless, reader, shorten
 from lit_vapo.models.weights import check_model, loading
 from lit_vapo.ranges import PositiveFloat, PositiveInt, check_ranges
 
@@ -176,12 +176,7 @@ def recomputes_blocks(backbone: nn.Module) -> bool:
 def cut_off(backbone: PreTrainedModel, num_layers: int) -> None:
     """Drop all blocks of a backbone after the first `num_layers`."""
     del decoder_layers(backbone)[num_layers:]
-    config = backbone.config
-    config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num_layers]
-    if getattr(config, "max_window_layers", None):
-        config.max_window_layers = min(config.max_window_layers, num_layers)
+    shorten(backbone.config, num_layers)
 
 
 def model_config(spec: Pretrained, key: str = KEY) -> Any:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from lit_vapo.models.pretrained import decoder_layers
+from lit_vapo.models.pretrained import Pretrained, decoder_layers
 from lit_vapo.models.tensor_parallel import split
 
 T = TypeVar("T")
@@ -41,6 +41,19 @@ class Sharing(NamedTuple):
             split(model, self.tensor)
         if self.data.size() > 1:
             shard(model, self.data, whole)
+
+
+def check_cut(base: Pretrained) -> None:
+    """Refuse a base whose weights cannot be cut.
+
+    Raises:
+        ValueError: It is held in 8 bits.
+    """
+    if base.quantization == "8bit":
+        raise ValueError(
+            "model.base.quantization: expected 4bit or null under fsdp2, got 8bit, which cannot be cut: its layers "
+            "keep more than their weights. Choose 4bit, or the strategy ddp, which holds the base in every process."
+        )
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, whole: Iterable[nn.Parameter] = ()) -> None:

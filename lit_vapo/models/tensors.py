@@ -1,4 +1,4 @@
-"""Reading tensors from safetensors files."""
+"""Tensors in safetensors files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_vapo.folders import let_read
 from lit_vapo.integrity import fault_of
 
 
@@ -50,6 +52,19 @@ def read_metadata(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except Exception:
         raise _unreadable(path) from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors for whoever may read the folder; the library would write them for their owner alone.
+
+    Args:
+        path: The file.
+        tensors: By name.
+        metadata: What it is to say beside them.
+    """
+    given = None if metadata is None else dict(metadata)
+    save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata=given)
+    let_read(path)
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path, largest: float = float("inf")) -> None:

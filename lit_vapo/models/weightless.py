@@ -71,10 +71,13 @@ def _from_config(kind: Any, path: str, **kwargs: Any) -> PreTrainedModel:
 
 def shorten(config: Any, depth: int) -> None:
     """Leave a configuration the first `depth` of its blocks; all if that is 0."""
-    if depth:
-        config.num_hidden_layers = min(depth, config.num_hidden_layers)
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: config.num_hidden_layers]
+    if not depth:
+        return
+    config.num_hidden_layers = min(depth, config.num_hidden_layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    if getattr(config, "max_window_layers", None):
+        config.max_window_layers = min(config.max_window_layers, config.num_hidden_layers)
 
 
 # Quantised layers: those of bitsandbytes, which adapters know, with weights as they are once they are quantised.

@@ -22,23 +22,6 @@ def adam_bytes(trained: float) -> float:
     return 2.0 * trained
 
 
-def cache_bytes(layers: int, rows: int, tokens: int, width: int, item: int) -> float:
-    """Keys and values that generation keeps: 2 · layers · rows · tokens · width · item.
-
-    Args:
-        layers: Blocks that keep them.
-        rows: Responses drawn at once.
-        tokens: Tokens of the prompt and of the response.
-        width: Heads of keys times their size.
-        item: Bytes a number.
-
-    Example:
-        >>> cache_bytes(layers=28, rows=64, tokens=512, width=512, item=2)  # 2·28·64·512·512·2
-        1879048192.0
-    """
-    return 2.0 * layers * rows * tokens * width * item
-
-
 def sharded(whole: float, devices: int, gathered: float) -> float:
     """What a device holds of something that is divided, with what it gathers of it for a while.
 

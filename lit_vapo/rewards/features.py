@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_vapo.folders import let_read, write_whole
+from lit_vapo.folders import write_whole
 from lit_vapo.models.batching import TOKENS_PER_BATCH, even_batches, right_pad
 from lit_vapo.models.fingerprint import model_fingerprints
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
-from lit_vapo.models.tensors import check_finite, read_metadata, read_tensors
+from lit_vapo.models.tensors import check_finite, read_metadata, read_tensors, write_tensors
 from lit_vapo.models.trunk import pooled
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.types import TokenSequence
@@ -97,8 +96,7 @@ def save_features(folder: Path, key: str, features: Tensor) -> None:
     """Write a cache file, with a digest of what it holds; readers see all of it or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{key}.{os.getpid()}.partial"
-    save_file({FEATURES: features}, partial, metadata={DIGEST: _digest(features)})
-    let_read(partial)
+    write_tensors(partial, {FEATURES: features}, {DIGEST: _digest(features)})
     partial.replace(feature_path(folder, key))
 
 

@@ -15,7 +15,7 @@ from lit_vapo.models.fingerprint import model_fingerprints, named_folders
 from lit_vapo.models.older import update_checkpoint
 from lit_vapo.models.pretrained import Pretrained, model_config
 from lit_vapo.models.settings import whole_paths
-from lit_vapo.models.sharding import Sharing, local
+from lit_vapo.models.sharding import Sharing, check_cut, local
 from lit_vapo.models.tensor_parallel import KEY, check_split
 from lit_vapo.stages.checkpoint_file import FIGURES_KEY, STAGE_KEY
 from lit_vapo.stages.settings import plain
@@ -34,8 +34,6 @@ class TrainedWeightsModule(LightningModule):
 
     stage: str = ""
     base: Pretrained
-    # Whether a strategy that shards finds anything of the base to share.
-    shares_base = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,6 +41,11 @@ class TrainedWeightsModule(LightningModule):
         self.figures: dict[str, float] = {}
 
     # Strategies.
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether a strategy that shards finds anything of the base to share."""
+        return True
 
     def setup(self, stage: str) -> None:
         """Refuse a strategy under which the run would go wrong, before models are loaded.
@@ -55,11 +58,7 @@ class TrainedWeightsModule(LightningModule):
             return
         if sharing.tensor.size() > 1:
             self.check_tensor_parallel(sharing.tensor.size())
-        if self.base.quantization == "8bit":
-            raise ValueError(
-                "model.base.quantization: expected 4bit or null under fsdp2, got 8bit, whose layers keep more than "
-                "weights and cannot be cut. Choose 4bit, or the strategy ddp, which holds the base in every process."
-            )
+        check_cut(self.base)
 
     def check_tensor_parallel(self, size: int) -> None:
         """Refuse to split what cannot be split over so many processes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -22,12 +22,22 @@ def sum_of_all(module: LightningModule, x: Tensor) -> Tensor:
     return cast("Tensor", module.trainer.strategy.reduce(x.clone(), reduce_op="sum"))
 
 
-def sharers(module: LightningModule) -> tuple[int, int]:
-    """Number of processes that share a batch, and which of them this is."""
-    if module._trainer is None:
-        return 1, 0
-    shared = module.trainer.distributed_sampler_kwargs or {}
-    return int(shared.get("num_replicas", 1)), int(shared.get("rank", 0))
+class Sharers(NamedTuple):
+    """The processes that share a batch.
+
+    Attributes:
+        size: How many there are.
+        rank: Which of them this is.
+    """
+
+    size: int = 1
+    rank: int = 0
+
+
+def sharers(module: LightningModule) -> Sharers:
+    """The processes that share a batch; those that split products see the same rows, and count as one."""
+    shared = (None if module._trainer is None else module.trainer.distributed_sampler_kwargs) or {}
+    return Sharers(int(shared.get("num_replicas", 1)), int(shared.get("rank", 0)))
 
 
 def unsynced(module: LightningModule, last: bool) -> AbstractContextManager[None]:
@@ -73,7 +83,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
 
 def rows_of_all(module: LightningModule, x: Tensor) -> Tensor:
     """Rows of all processes (N·B, …), of which each has B."""
-    return x if sharers(module)[0] == 1 else cast("Tensor", module.all_gather(x)).flatten(0, 1)
+    return x if sharers(module).size == 1 else cast("Tensor", module.all_gather(x)).flatten(0, 1)
 
 
 def even_share(module: LightningModule, count: Tensor) -> Tensor:
@@ -87,7 +97,7 @@ def even_share(module: LightningModule, count: Tensor) -> Tensor:
         module: What is trained.
         count: Tokens or pairs of this process that count, (), an integer.
     """
-    return sum_of_all(module, count).clamp_min(1) / sharers(module)[0]
+    return sum_of_all(module, count).clamp_min(1) / sharers(module).size
 
 
 def loss_of_all(module: LightningModule, loss: Tensor, batch_idx: int) -> Tensor:
@@ -96,7 +106,7 @@ def loss_of_all(module: LightningModule, loss: Tensor, batch_idx: int) -> Tensor
     Raises:
         ValueError: It is not finite; all processes find that out, and none waits for the others.
     """
-    found = sum_of_all(module, loss.detach()) / sharers(module)[0]
+    found = sum_of_all(module, loss.detach()) / sharers(module).size
     if not torch.isfinite(found):
         raise ValueError(f"loss: expected a finite number, got {found.item()} in batch {batch_idx}")
     return found

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
-from ppo_helpers import fit_ppo, make_rollout, ppo_module, prompt_data, with_reward
+from ppo_helpers import fit_ppo, make_rollout, ppo_module, prompt_data, saved_ensemble, with_reward
 
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.pretrained import (
@@ -13,31 +13,15 @@ from lit_vapo.models.pretrained import (
     Pretrained,
     decoder_layers,
     freeze,
-    hidden_size,
     load_backbone,
     load_causal_lm,
 )
 from lit_vapo.rewards.features import compute_features
-from lit_vapo.rewards.members.lora import LoraEnsemble
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
+from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.types import TokenSequence
 
 CPU = torch.device("cpu")
 SEQUENCES = [TokenSequence(list(range(5, 5 + n)), 2) for n in (4, 9, 3, 6)]
-
-
-def saved_ensemble(folder, model, quantization=None, layer=None, **kwargs):
-    """Two members with adapters of some size, saved."""
-    spec = FeatureSpec(Pretrained(model, quantization=quantization), layer)
-    head = LoraEnsemble(2, rank=4, **kwargs)
-    head.build(hidden_size(spec.base))
-    backbone = freeze(load_backbone(spec.base, layer))
-    backbone = head.attach(backbone, decoder_layers(backbone))
-    for i, b in enumerate(head.lora_b.values()):
-        b.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(i))
-    head.calibrated.fill_(True)
-    RewardModel(spec, head, backbone).save_pretrained(folder)
-    return str(folder)
 
 
 def networks(model, reward, lora=True, quantization=None, critic=None):

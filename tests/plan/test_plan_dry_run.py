@@ -17,7 +17,6 @@ from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.weightless import weightless
 from lit_vapo.plan.draft import Setup, planned
 from lit_vapo.plan.dry_run import DryRun, held_bytes
-from lit_vapo.plan.formulas import cache_bytes
 from lit_vapo.plan.ppo import PPOJob, draft_ppo
 
 ROWS, PROMPT, NEW = 4, 24, 8
@@ -76,6 +75,23 @@ def test_quantised_weights_come_with_their_scales(bare_model, quantization, a_we
     # Embeddings, head and norms stay in bfloat16.
     rest = 2 * (2 * 500 * 64 + 5 * 2 * 64 + 64) + 64
     assert held_bytes(dry_lm(bare_model, dtype="bfloat16", quantization=quantization)) == blocks + rest
+
+
+def cache_bytes(layers: int, rows: int, tokens: int, width: int, item: int) -> float:
+    """Keys and values that generation keeps: 2 · layers · rows · tokens · width · item.
+
+    Args:
+        layers: Blocks that keep them.
+        rows: Responses drawn at once.
+        tokens: Tokens of the prompt and of the response.
+        width: Heads of keys times their size.
+        item: Bytes a number.
+
+    Example:
+        >>> cache_bytes(layers=28, rows=64, tokens=512, width=512, item=2)  # 2·28·64·512·512·2
+        1879048192.0
+    """
+    return 2.0 * layers * rows * tokens * width * item
 
 
 def test_the_cache_is_that_of_the_formula(bare_model):

@@ -23,11 +23,10 @@ from transformers import LlamaConfig, Qwen3Config
 
 from lit_vapo.cli import main
 from lit_vapo.models.generation import Shaping
-from lit_vapo.models.pretrained import Lora, Pretrained, decoder_layers, freeze, load_backbone
+from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.sharding import Sharing
 from lit_vapo.models.tensor_parallel import check_split
 from lit_vapo.rewards.members.lora import LoraEnsemble
-from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings
 from lit_vapo.stages.reward.module import RewardModule
 from lit_vapo.stages.sft.module import SFTModule
@@ -61,19 +60,6 @@ def together(*command, nodes=1, processes=2):
     return said
 
 
-def lora_members(folder, model):
-    """Two members with adapters of some size, saved."""
-    spec = FeatureSpec(Pretrained(model))
-    head = LoraEnsemble(2, rank=4)
-    head.build(32)
-    backbone = freeze(load_backbone(spec.base))
-    backbone = head.attach(backbone, decoder_layers(backbone))
-    for i, b in enumerate(head.lora_b.values()):
-        b.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(i))
-    head.calibrated.fill_(True)
-    RewardModel(spec, head, backbone).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A model with three ensembles."""
@@ -83,7 +69,7 @@ def folders(tmp_path_factory):
     helpers.tiny_model(model, tokenizer, layers=3, num_key_value_heads=2)
     ppo_helpers.ensemble(path / "heads", str(model))
     ppo_helpers.ensemble(path / "inner", str(model), layer=2)
-    lora_members(path / "members", str(model))
+    ppo_helpers.saved_ensemble(path / "members", str(model))
     return path
 
 
@@ -268,7 +254,7 @@ def test_heads_belong_to_one_process_and_so_do_their_norms(config, trains_all, m
 
 def test_members_on_the_policy_s_base_are_refused_where_it_would_be_split(folders, monkeypatch):
     module = ppo_helpers.ppo_module(str(folders / "model"), str(folders / "members"))
-    monkeypatch.setattr("lit_vapo.stages.ppo.scoring.sharing_of", lambda strategy: sharing(2))
+    monkeypatch.setattr("lit_vapo.stages.base.sharing_of", lambda strategy: sharing(2))
     module._trainer = SimpleNamespace(strategy=None)
     with pytest.raises(ValueError, match="tensor_parallel_size: expected 1 for a LoraEnsemble on the policy's base"):
         module.configure_model()

@@ -147,7 +147,7 @@ class PPOModule(ScoredPolicy):
         networks = self.load_networks()
         self.reward.prepare(networks.policy)
         networks.warm_start_critic(self.reward.linear_mean())
-        self.share(networks.share)
+        self.share(self.share_networks)
         if self.policy is not None:
             rank_zero_info(f"policy: starts from {self.policy}; its critic from {networks.critic_start}")
 
@@ -203,7 +203,7 @@ class PPOModule(ScoredPolicy):
         """
         started = time.perf_counter()
         assert self.maker is not None
-        with named(self.iteration), seeded_batch(self, sharers(self)[1]):
+        with named(self.iteration), seeded_batch(self, sharers(self).rank):
             values, version = self.advantage.needs_critic, self.weights_version
             rollout = self.maker.make(batch, self.objective, values=values, all_sum=self._sum, version=version)
             kl = global_kl(rollout, self._sum)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_vapo.data.datamodule import PromptDataModule
+from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.settings import whole_paths
 from lit_vapo.models.sharding import Sharing
 from lit_vapo.models.tensor_parallel import KEY
@@ -16,7 +17,6 @@ from lit_vapo.rewards import Responses, RewardSource
 from lit_vapo.rewards.reward_model import RewardModel
 from lit_vapo.stages.ppo.evaluation import EvaluatedPolicy
 from lit_vapo.stages.settings import plain
-from lit_vapo.stages.strategy import sharing_of
 
 # What the state of the source of rewards begins with.
 REWARD = "reward."
@@ -26,6 +26,7 @@ class ScoredPolicy(EvaluatedPolicy):
     """A policy with a source of rewards; training is the subclass's."""
 
     reward: RewardSource
+    networks: ActorCritic | None
 
     def setup(self, stage: str) -> None:
         """Refuse what the reward lacks before models are loaded.
@@ -39,20 +40,20 @@ class ScoredPolicy(EvaluatedPolicy):
             datamodule.check_columns(self.reward.columns)
         super().setup(stage)
 
-    def share(self, cut: Callable[[Sharing], None]) -> None:
-        """Share policy and reference with other processes.
+    def share_networks(self, sharing: Sharing) -> None:
+        """Share actor, reference and critic with other processes.
 
         Raises:
             ValueError: Members of the ensemble hang in matrix products that would be split.
         """
-        hung = [m for m in self.reward.modules() if isinstance(m, RewardModel) and m.lender is not None]
-        sharing = None if self._trainer is None else sharing_of(self.trainer.strategy)
-        if hung and sharing is not None and sharing.tensor.size() > 1:
+        assert self.networks is not None
+        hung = any(isinstance(m, RewardModel) and m.lender is not None for m in self.reward.modules())
+        if hung and sharing.tensor.size() > 1:
             raise ValueError(
                 f"{KEY}: expected 1 for a LoraEnsemble on the policy's base, got {sharing.tensor.size()}: its adapters "
                 "belong to whole layers. Share weights instead (data_parallel_size), or score with heads."
             )
-        super().share(cut)
+        self.networks.share(sharing)
 
     @torch.no_grad()
     def calibrate(self, references: Iterable[Responses]) -> None:

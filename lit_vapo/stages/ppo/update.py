@@ -160,7 +160,7 @@ class PPOUpdate:
             loss, terms = self._loss(part, train_actor)
             # Summed over tokens and divided by the global count, so that neither the number of microbatches nor
             # that of processes matters. Data-parallel strategies average gradients: undo that.
-            loss = loss / tokens.to(loss) * sharers(self.module)[0]
+            loss = loss / tokens.to(loss) * sharers(self.module).size
             with unsynced(self.module, last=number == len(batches)):
                 self.module.manual_backward(loss)
             ratio_max = torch.maximum(ratio_max, terms.pop("ratio_max").double())

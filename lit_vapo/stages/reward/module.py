@@ -135,7 +135,8 @@ class RewardModule(BuiltRewards):
         """Centre and scale the members as they are now, and save that with them."""
         self.settle()
         self.calibrate()
-        checkpoint["state_dict"] = self.trainer.strategy.lightning_module_state_dict()
+        # Nothing but the head has changed since the state was taken, and of a head every process has all.
+        checkpoint["state_dict"] |= {name: x for name, x in self.state_dict().items() if self._is_own_state(name)}
         super().on_save_checkpoint(checkpoint)
 
     def settle(self) -> None:
@@ -174,7 +175,7 @@ class RewardModule(BuiltRewards):
     # 2. Processes that share weights.
 
     @property
-    def shares_base(self) -> bool:  # type: ignore[override]
+    def shares_base(self) -> bool:
         """Whether weights are there while heads train; features are computed by the first process, with all of them."""
         return not self.frozen_features
 

@@ -14,6 +14,7 @@ from lit_vapo.models.digests import seal
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.models.shaping import Shaping
+from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.trunk import length_mask
 from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, check_ranges
@@ -74,8 +75,8 @@ class SFTModule(TrainedWeightsModule):
         prompts = batch.prompt_lengths.clamp_min(1)
         sizes = batch.lengths - prompts
         mask = length_mask(sizes, int(sizes.max()))
-        rows = (batch.input_ids, batch.lengths, prompts, mask)
-        return -self.policy.response_logprobs("actor", *rows, Shaping()).logprobs.sum(1), mask.sum(1)
+        rows = TokenRows(batch.input_ids, prompts, mask)
+        return -self.policy.response_logprobs("actor", rows, Shaping()).logprobs.sum(1), sizes
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """Loss of one batch: mean over the response tokens of all processes.

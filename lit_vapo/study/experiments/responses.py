@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_vapo.folders import let_read
+from lit_vapo.models.tensors import write_tensors
 from lit_vapo.objectives.base import Objective
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.heads import HeadEnsemble
@@ -43,8 +43,7 @@ class KnownResponses(NamedTuple):
     def save(self, folder: str | Path) -> None:
         """Write them into a folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({name: x.contiguous() for name, x in self._asdict().items()}, Path(folder) / NAME)
-        let_read(Path(folder) / NAME)
+        write_tensors(Path(folder) / NAME, self._asdict())
 
     @classmethod
     def load(cls, folder: str | Path) -> KnownResponses:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_vapo.folders import let_read
 from lit_vapo.models.pretrained import Pretrained
+from lit_vapo.models.tensors import write_tensors
 from lit_vapo.rewards.reward_model import FeatureSpec
 from lit_vapo.types import TextReward
 
@@ -88,8 +88,7 @@ class TrueReward:
             known["response_tokens"] = torch.tensor(self.response_tokens)
         if self.prompts is not None:
             known |= {"prompt_ids": self.prompts.ids, "prompt_values": self.prompts.values}
-        save_file({name: x.contiguous() for name, x in known.items()}, Path(folder) / NAME)
-        let_read(Path(folder) / NAME)
+        write_tensors(Path(folder) / NAME, known)
 
     @classmethod
     def load(cls, folder: str | Path) -> TrueReward:
