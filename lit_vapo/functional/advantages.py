@@ -18,10 +18,13 @@ class Advantages(NamedTuple):
     Attributes:
         advantages: `(B, T)`, zeros outside the mask; in units of reward, unless an estimator scales them.
         returns: `(B, T)`, advantages (unscaled) + values, zeros outside the mask; None without a critic.
+        scale: `()` or `(B, 1)`, what a unit of reward is in these advantages; None for 1, where they are in units of
+            reward. `advantages / scale` doubles where rewards and values do.
     """
 
     advantages: Tensor
     returns: Tensor | None
+    scale: Tensor | None = None
 
 
 def gae(
@@ -49,7 +52,7 @@ def gae(
         ValueError: if shapes differ, a coefficient is out of range, or a response has a gap or does not start
             at t = 0.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[True, True, False]])
         >>> rewards, values = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.6, 9.0]])
         >>> gae(rewards, values, mask, gae_lambda=0.5).advantages
@@ -116,7 +119,7 @@ def leave_one_out(rewards: Tensor, num_responses: int) -> Tensor:
     Raises:
         ValueError: if n < 2 or B is not a multiple of n.
 
-    Example:
+    Examples:
         >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0]), 3)  # 1 - 4, 2 - 3.5, 6 - 1.5
         tensor([-3.0000, -1.5000,  4.5000])
     """
@@ -143,15 +146,92 @@ def group_normalise(rewards: Tensor, num_responses: int, eps: float = 1e-4) -> T
     Raises:
         ValueError: if n < 2, B is not a multiple of n, or ε is not positive.
 
-    Example:
+    Examples:
         >>> group_normalise(torch.tensor([1.0, 2.0, 3.0, 5.0, 5.0, 5.0]), 3, eps=1.0)
         tensor([-0.5000,  0.0000,  0.5000,  0.0000,  0.0000,  0.0000])
     """
+    scale = group_scale(rewards, num_responses, eps)
+    return (group_centre(rewards, num_responses) / scale).to(rewards.dtype)
+
+
+def group_centre(rewards: Tensor, num_responses: int) -> Tensor:
+    """Rewards less the mean of the responses to the same prompt.
+
+    Args:
+        rewards: `(B,)`, one for each response; n rows of a prompt stand together.
+        num_responses: n >= 2.
+
+    Returns:
+        `(B,)`, in the unit of the rewards; each prompt's sum to 0.
+
+    Raises:
+        ValueError: if n < 2 or B is not a multiple of n.
+
+    Examples:
+        >>> group_centre(torch.tensor([1.0, 2.0, 6.0]), 3)
+        tensor([-2., -1.,  3.])
+    """
+    groups = _groups(rewards, num_responses)
+    return (groups - groups.mean(dim=1, keepdim=True)).flatten().to(rewards.dtype)
+
+
+def group_scale(rewards: Tensor, num_responses: int, eps: float = 1e-4) -> Tensor:
+    """Standard deviation over the responses to the same prompt, for each of them.
+
+    Args:
+        rewards: `(B,)`, one for each response; n rows of a prompt stand together.
+        num_responses: n >= 2.
+        eps: ε > 0, added to it, in the unit of the rewards.
+
+    Returns:
+        `(B,)`, std_j R_j + ε with the unbiased standard deviation (ddof 1), in the unit of the rewards.
+
+    Raises:
+        ValueError: if n < 2, B is not a multiple of n, or ε is not positive.
+    """
     if not eps > 0:
         raise ValueError(f"expected eps > 0, got {eps}")
-    groups = _groups(rewards, num_responses)
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    return (centred / (groups.std(dim=1, keepdim=True) + eps)).flatten().to(rewards.dtype)
+    scale = _groups(rewards, num_responses).std(dim=1) + eps
+    return scale.repeat_interleave(num_responses).to(rewards.dtype)
+
+
+def group_shrink(rewards: Tensor, noise: Tensor, num_responses: int) -> Tensor:
+    """What rewards with known noise say of the responses to a prompt, less the prompt's mean.
+
+    Rewards are taken for R_i = s_i + e_i, where the noise e_i has variance v_i and the s_i differ within the prompt
+    with variance S. The best linear guess of s_i shrinks towards the prompt's mean by its signal against its noise:
+
+        w_i·(R_i - m),    w_i = S/(S + v_i),    m = Σ_j w_j·R_j / Σ_j w_j,    S = max(0, var_j R_j - mean_j v_j)
+
+    S is what the noise leaves of the observed variance (ddof 1), by the method of moments. Without noise this is
+    `group_centre`. Where there is more noise than there are differences, S is 0 and nothing is left.
+
+    Source: signal and noise in the variance of a group's rewards, Pan et al., arXiv 2606.19818; the guess itself is
+    the empirical Bayes one of Efron & Morris (1973).
+
+    Args:
+        rewards: `(B,)`, R, in units of reward; n rows of a prompt stand together.
+        noise: `(B,)`, v >= 0, in units of reward squared.
+        num_responses: n >= 2.
+
+    Returns:
+        `(B,)`, in units of reward; each prompt's sum to 0.
+
+    Raises:
+        ValueError: if shapes differ, n < 2 or B is not a multiple of n.
+
+    Examples:
+        >>> group_shrink(torch.tensor([0.0, 0.0, 6.0]), torch.tensor([4.0, 4.0, 4.0]), 3)  # S = 12 - 4, w = 2/3
+        tensor([-1.3333, -1.3333,  2.6667])
+    """
+    check_same_shape(rewards=rewards, noise=noise)
+    groups, variance = _groups(rewards, num_responses), _groups(noise, num_responses)
+    signal = (groups.var(dim=1, keepdim=True) - variance.mean(dim=1, keepdim=True)).clamp_min(0)
+    tiny = torch.finfo(groups.dtype).tiny
+    # A response without noise in a prompt without differences has the prompt's mean.
+    weight = signal / (signal + variance).clamp_min(tiny)
+    mean = (weight * groups).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(tiny)
+    return (weight * (groups - mean)).flatten().to(rewards.dtype)
 
 
 def on_every_token(x: Tensor, response_mask: Tensor) -> Tensor:
@@ -167,7 +247,7 @@ def on_every_token(x: Tensor, response_mask: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes do not fit or the mask is not boolean.
 
-    Example:
+    Examples:
         >>> on_every_token(torch.tensor([2.0]), torch.tensor([[True, True, False]]))
         tensor([[2., 2., 0.]])
     """

@@ -33,7 +33,7 @@ def best_of_n(ranking: Tensor, values: Tensor) -> Tensor:
     Raises:
         ValueError: if shapes differ or are no (P, N) with P, N >= 1, or there is a NaN in `ranking`.
 
-    Example:
+    Examples:
         Of the three pairs, two contain the first response and one does not.
 
         >>> best_of_n(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[6.0, 0.0, 3.0]]))
@@ -81,7 +81,7 @@ def best_of_n_kl(n: Tensor) -> Tensor:
     Raises:
         ValueError: if some n is below 1.
 
-    Example:
+    Examples:
         >>> best_of_n_kl(torch.tensor([1, 2, 4]))
         tensor([0.0000, 0.1931, 0.6363])
     """

@@ -48,7 +48,7 @@ def preference_accuracy(margins: Tensor) -> Tensor:
     Raises:
         ValueError: if the shape is another or the batch is empty.
 
-    Example:
+    Examples:
         >>> preference_accuracy(torch.tensor([2.0, -1.0, 0.0, 0.5]))
         tensor(0.6250)
     """
@@ -109,7 +109,7 @@ def expected_calibration_error(probabilities: Tensor, correct: Tensor, bins: int
     Raises:
         ValueError: if shapes differ, the batch is empty, bins < 1, or a probability is outside [0, 1] or NaN.
 
-    Example:
+    Examples:
         >>> expected_calibration_error(torch.tensor([0.9, 0.9]), torch.tensor([True, False]))
         tensor(0.4000)
     """
@@ -163,7 +163,7 @@ def reliability_curve(margins: Tensor, bins: int = 10) -> ReliabilityCurve:
     Raises:
         ValueError: if the shape is another, there are no margins or a NaN among them, or bins < 1.
 
-    Example:
+    Examples:
         >>> curve = reliability_curve(torch.tensor(3.0).log() * torch.tensor([1.0, 1.0, -1.0, 0.0]), bins=2)
         >>> curve.confidence[1], curve.accuracy[1], curve.share
         (tensor(0.6875), tensor(0.6250), tensor([0., 1.]))

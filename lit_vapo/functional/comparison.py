@@ -46,7 +46,7 @@ def win_rate(ours: Tensor, theirs: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes do not fit.
 
-    Example:
+    Examples:
         >>> win_rate(torch.tensor([[2.0], [1.0]]), torch.tensor([[1.0], [1.0]]))
         tensor(0.7500)
     """
@@ -70,7 +70,7 @@ def paired_gain(ours: Tensor, theirs: Tensor) -> Gain:
     Raises:
         ValueError: if the shapes do not fit.
 
-    Example:
+    Examples:
         >>> gain = paired_gain(torch.tensor([[2.0], [1.0]]), torch.tensor([[1.0], [1.0]]))
         >>> gain.mean, gain.standard_error
         (tensor(0.5000), tensor(0.5000))

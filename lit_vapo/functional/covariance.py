@@ -45,7 +45,7 @@ def member_weights(gain: Tensor, penalty: float, bound: bool = False, noise: Ten
     Raises:
         ValueError: if there are fewer than two members.
 
-    Example:
+    Examples:
         >>> member_weights(torch.tensor([0.0, 1.0]), 0.25)  # 1/2 ∓ 2·0.25·(±0.5)
         tensor([0.7500, 0.2500])
     """
@@ -148,7 +148,7 @@ def covariance_optimal_policy(
     Raises:
         ValueError: if shapes do not fit, or λ or β is not positive.
 
-    Example:
+    Examples:
         >>> members, uniform = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([0.5, 0.5])
         >>> pi = covariance_optimal_policy(members, uniform, kl_coef=0.1, penalty=2.0)
         >>> round(pi[0].item(), 4)  # the mean alone would give sigmoid(5) = 0.9933

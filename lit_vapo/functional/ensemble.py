@@ -33,7 +33,7 @@ def ensemble_estimate(members: Tensor) -> RewardEstimate:
     Raises:
         ValueError: if `members` is not `(B, K)`.
 
-    Example:
+    Examples:
         >>> estimate = ensemble_estimate(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))
         >>> estimate.mean, estimate.variance
         (tensor([2., 2.]), tensor([2., 0.]))
@@ -60,7 +60,7 @@ def margin_estimate(chosen: Tensor, rejected: Tensor) -> RewardEstimate:
     Raises:
         ValueError: if the shapes are not `(B, K)` or differ.
 
-    Example:
+    Examples:
         >>> margin_estimate(torch.tensor([[1.0, 11.0]]), torch.tensor([[0.0, 10.0]])).variance
         tensor([0.])
     """
@@ -87,7 +87,7 @@ def fit_normaliser(members: Tensor, scale_floor: float = 1e-6) -> tuple[Tensor, 
         ValueError: if there are fewer than two responses, or a member has a score that is not finite (naming
             the member).
 
-    Example:
+    Examples:
         >>> fit_normaliser(torch.tensor([[0.0, 10.0], [2.0, 14.0]]))
         (tensor([ 1., 12.]), tensor([1.4142, 2.8284]))
     """
@@ -120,7 +120,7 @@ def normalise_members(members: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     Raises:
         ValueError: if shapes do not fit.
 
-    Example:
+    Examples:
         >>> normalise_members(torch.tensor([[3.0, 8.0]]), torch.tensor([1.0, 10.0]), torch.tensor([2.0, 4.0]))
         tensor([[ 1.0000, -0.5000]])
     """
@@ -148,7 +148,7 @@ def constant_share(members: Tensor) -> Tensor:
     Raises:
         ValueError: if `members` is not `(N, K)`.
 
-    Example:
+    Examples:
         >>> constant_share(torch.tensor([[1.0, 3.0], [2.0, 4.0]]))
         tensor(1.)
     """
@@ -176,7 +176,7 @@ def poisson_bootstrap(example_ids: Tensor, num_members: int, seed: int) -> Tenso
     Raises:
         ValueError: if the ids are not a vector of int64 or num_members < 1.
 
-    Example:
+    Examples:
         >>> a = poisson_bootstrap(torch.tensor([7, 8]), num_members=3, seed=0)
         >>> b = poisson_bootstrap(torch.tensor([8, 7]), num_members=3, seed=0)
         >>> bool((a == b.flip(0)).all())
@@ -205,7 +205,7 @@ def example_uniforms(example_ids: Tensor, count: int, seed: int) -> Tensor:
     Raises:
         ValueError: if the ids are not a vector of int64.
 
-    Example:
+    Examples:
         >>> example_uniforms(torch.tensor([7]), 1000, seed=0).mean().round(decimals=1)
         tensor(0.5000)
     """
@@ -241,7 +241,7 @@ def nuclear_diversity(matrices: Tensor) -> Tensor:
     Raises:
         ValueError: if the shape is another.
 
-    Example:
+    Examples:
         >>> nuclear_diversity(torch.eye(4).view(2, 2, 4)).item()
         1.0
         >>> nuclear_diversity(torch.ones(2, 2, 4)).item()

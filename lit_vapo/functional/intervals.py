@@ -29,7 +29,7 @@ def share_interval(share: float, count: int) -> Interval:
     Raises:
         ValueError: A number is out of its range.
 
-    Example:
+    Examples:
         >>> [round(x, 3) for x in share_interval(0.5, 4)]
         [0.15, 0.85]
     """
@@ -56,7 +56,7 @@ def auroc_interval(area: float, positives: int, negatives: int) -> Interval:
     Raises:
         ValueError: A number is out of its range.
 
-    Example:
+    Examples:
         >>> [round(x, 3) for x in auroc_interval(0.5, 2, 2)]
         [0.0, 1.0]
     """

@@ -32,7 +32,7 @@ def sequence_log_ratio(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Te
     Raises:
         ValueError: if shapes differ or the mask is not boolean.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[True, True, False]])
         >>> sequence_log_ratio(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-2.0, -2.5, -1.0]]), mask)
         tensor([1.5000])
@@ -76,7 +76,7 @@ def kl_k3(log_ratio: Tensor) -> Tensor:
         Same shape, in nats. The exponent is clamped at 60, so that one impossible sample cannot make the mean
         infinite.
 
-    Example:
+    Examples:
         >>> kl_k3(torch.tensor([0.0, 1.0]))  # exp(-1) - 1 + 1 = 0.3679
         tensor([0.0000, 0.3679])
     """
@@ -100,7 +100,7 @@ def weighted_k3(log_ratio: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes differ.
 
-    Example:
+    Examples:
         >>> weighted_k3(torch.tensor([1.0]), torch.tensor([2.0]))
         tensor([0.7358])
     """
@@ -127,7 +127,7 @@ def adapt_kl_coef(kl_coef: Tensor, kl: Tensor, target: float, gain: float) -> Te
     Raises:
         ValueError: if target or gain is out of range.
 
-    Example:
+    Examples:
         >>> adapt_kl_coef(torch.tensor(0.5), torch.tensor(4.4), 4.0, 0.1)  # 10% too far: up by 1%
         tensor(0.5050)
     """

@@ -56,7 +56,7 @@ def laplace_preference(
     Raises:
         ValueError: if a shape does not fit, the precision is not positive, or a feature is not finite.
 
-    Example:
+    Examples:
         >>> posterior = laplace_preference(torch.tensor([[1.0], [-1.0]]))  # one vote each way
         >>> posterior.mode.item(), round(posterior.factor.item() ** 2, 4)  # 1 / (1 + 2/4)
         (0.0, 0.6667)
@@ -121,7 +121,7 @@ def held_out_nll(train: FeaturePairs, held_out: FeaturePairs, prior_precision: f
     Returns:
         `()`, in nats; log 2 is a coin.
 
-    Example:
+    Examples:
         >>> from lit_vapo.types import PairLabels
         >>> labels = PairLabels(torch.zeros(1), torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.long))
         >>> pair = FeaturePairs(torch.ones(1, 1), torch.zeros(1, 1), labels)

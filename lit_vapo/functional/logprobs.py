@@ -1,7 +1,8 @@
-"""Log-probabilities and entropies of tokens from hidden states, without keeping all their logits."""
+"""Log-probabilities, entropies and KLs of tokens from hidden states, without keeping all their logits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ def token_logprobs(
         logits[v] = -inf  where token v is withheld
         logprob = logits[target] - logsumexp(logits)
 
-    The matrix product runs in the dtype of its inputs, everything after it in float32 (float64 stays). Rows
+    The matrix product runs in the dtype of its inputs, or that of autocast, everything after it in float32 (float64
+    stays). Where that is bfloat16, logits are rounded to eight bits before they get here. Rows
     are processed in chunks, and when a gradient is needed each chunk is recomputed in the backward pass, so
     that the logits of only one chunk are alive at a time. Pass the selected (response) positions only.
 
@@ -62,31 +64,112 @@ def token_logprobs(
     Raises:
         ValueError: if shapes do not fit, or if temperature, softcap or chunk_size is not positive.
 
-    Example:
+    Examples:
         >>> out = token_logprobs(torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([3]))
         >>> [round(x.item(), 4) for x in out]  # uniform over 4 tokens: log(1/4) and log(4)
         [-1.3863, 1.3863]
     """
     _check(hidden, weight, targets, bias, withheld)
-    for name, value in (("temperature", temperature), ("softcap", softcap), ("chunk_size", chunk_size)):
-        if value is not None and not value > 0:
-            raise ValueError(f"expected {name} > 0, got {value}")
+    _check_positive(temperature=temperature, softcap=softcap, chunk_size=chunk_size)
     where, ids = withheld if withheld is not None else (torch.zeros_like(targets, dtype=torch.bool), targets[:0])
+
+    def chunk(hidden: Tensor, targets: Tensor, where: Tensor) -> tuple[Tensor, ...]:
+        logits = _logits(hidden, weight, bias, temperature, softcap)
+        allowed = _withhold(logits, where, ids)
+        normaliser = allowed.logsumexp(dim=-1)
+        logprobs = allowed.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+        # A probability of 0 times a finite logit: 0·log 0 is 0, in the gradient too.
+        entropy = normaliser - (allowed.softmax(dim=-1) * logits).sum(dim=-1)
+        return logprobs, entropy
+
     rows = chunk_size or max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
-    if hidden.shape[0] <= rows:
-        return TokenLogprobs(*_chunk_logprobs(hidden, weight, targets, where, ids, bias, temperature, softcap))
-    needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
+    return TokenLogprobs(*_in_chunks(chunk, (hidden, targets, where), rows, (hidden, weight, bias)))
+
+
+def token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    withheld: tuple[Tensor, Tensor] | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Exact KL of the policy's next-token distribution from the reference's, at each position.
+
+        KL = Σ_v π(v) * ( log π(v) - log π0(v) ),    over tokens v that are not withheld
+
+    It is what the sampled log-ratio log π(a)/π0(a) is on average over the token a. Logits are made as in
+    `token_logprobs`, those of both with the same shaping, and with one chunk of each alive at a time. Source: Amini et
+    al., arXiv 2504.10637, whose estimator of the KL of whole responses is the sum over their tokens.
+
+    Args:
+        hidden: `(N, H)`, the policy's last hidden state at each position.
+        weight: `(V, H)`, its output embedding.
+        ref_hidden: `(N, H')`, the reference's states at the same positions.
+        ref_weight: `(V, H')`, its output embedding, over the same tokens.
+        bias: `(V,)`, or None.
+        ref_bias: `(V,)`, or None.
+        temperature: the one the tokens were sampled at, > 0.
+        softcap: c of a logit cap, > 0; None for no cap.
+        withheld: as for `token_logprobs`; these tokens have probability 0 under both.
+        chunk_size: rows in a chunk; by default what keeps the float32 logits of both below 256 MB.
+
+    Returns:
+        `(N,)`, in nats, in float32 (float64 stays). Rounding may put one that is 0 a millionth of a nat below.
+
+    Raises:
+        ValueError: if shapes do not fit, or if temperature, softcap or chunk_size is not positive.
+
+    Examples:
+        >>> state, head = torch.ones(1, 1), torch.tensor([[1.0], [3.0]]).log()
+        >>> token_kl(state, head, state, torch.zeros(2, 1))  # (1/4, 3/4) from (1/2, 1/2): log 2 - H(1/4)
+        tensor([0.1308])
+    """
+    positions = hidden.new_zeros(hidden.shape[:1], dtype=torch.int64)
+    _check(hidden, weight, positions, bias, withheld)
+    _check(ref_hidden, ref_weight, positions[: len(ref_hidden)], ref_bias, None)
+    if hidden.shape[0] != ref_hidden.shape[0]:
+        raise ValueError(f"expected as many positions of both, got {hidden.shape[0]} and {ref_hidden.shape[0]}")
+    if weight.shape[0] != ref_weight.shape[0]:
+        raise ValueError(f"expected as many tokens in both heads, got {weight.shape[0]} and {ref_weight.shape[0]}")
+    _check_positive(temperature=temperature, softcap=softcap, chunk_size=chunk_size)
+    where, ids = withheld if withheld is not None else (positions.bool(), positions[:0])
+
+    def chunk(hidden: Tensor, ref_hidden: Tensor, where: Tensor) -> tuple[Tensor, ...]:
+        logits = _logits(hidden, weight, bias, temperature, softcap)
+        ref_logits = _logits(ref_hidden, ref_weight, ref_bias, temperature, softcap)
+        allowed = _withhold(logits, where, ids)
+        # As for the entropy, logits that stay finite stand where the probability is 0.
+        gap = allowed.logsumexp(dim=-1) - _withhold(ref_logits, where, ids).logsumexp(dim=-1)
+        return ((allowed.softmax(dim=-1) * (logits - ref_logits)).sum(dim=-1) - gap,)
+
+    rows = chunk_size or max(1, _CHUNK_BYTES // (8 * weight.shape[0]))
+    (kl,) = _in_chunks(
+        chunk, (hidden, ref_hidden, where), rows, (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     )
-    parts = []
-    for chunk, wanted, here in zip(hidden.split(rows), targets.split(rows), where.split(rows), strict=True):
-        arguments = (chunk, weight, wanted, here, ids, bias, temperature, softcap)
-        parts.append(
-            checkpoint(_chunk_logprobs, *arguments, use_reentrant=False, preserve_rng_state=False)
-            if needs_grad
-            else _chunk_logprobs(*arguments)
-        )
-    return TokenLogprobs(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+    return kl
+
+
+def _in_chunks(
+    function: Callable[..., tuple[Tensor, ...]],
+    rows: tuple[Tensor, ...],
+    size: int,
+    differentiable: tuple[Tensor | None, ...],
+) -> tuple[Tensor, ...]:
+    """Columns that a function gives of rows, some rows at a time; recomputed in the backward pass if there is one."""
+    if len(rows[0]) <= size:
+        return function(*rows)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
+    parts = [
+        checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) if needs_grad else function(*chunk)
+        for chunk in zip(*(x.split(size) for x in rows), strict=True)
+    ]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def _check(
@@ -108,30 +191,26 @@ def _check(
         )
 
 
-def _chunk_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    where: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of one chunk of rows."""
+def _check_positive(**numbers: float | None) -> None:
+    """Raise ValueError where a number that was given is not above 0."""
+    for name, value in numbers.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"expected {name} > 0, got {value}")
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
+    """Logits of some rows, before tokens are withheld, in at least float32."""
     logits = linear(hidden, weight, bias)
     if logits.dtype != torch.float64:
         logits = logits.float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if temperature != 1.0:
-        logits = logits / temperature
-    allowed = logits
-    if len(ids):
-        tokens = torch.zeros(weight.shape[0], dtype=torch.bool, device=logits.device).index_fill(0, ids, True)
-        allowed = logits.masked_fill(where[:, None] & tokens, -torch.inf)
-    normaliser = allowed.logsumexp(dim=-1)
-    logprobs = allowed.gather(-1, targets[:, None]).squeeze(-1) - normaliser
-    # A probability of 0 times a finite logit: 0·log 0 is 0, in the gradient too.
-    entropy = normaliser - (allowed.softmax(dim=-1) * logits).sum(dim=-1)
-    return logprobs, entropy
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _withhold(logits: Tensor, where: Tensor, ids: Tensor) -> Tensor:
+    """The logits, -inf where a token could not be drawn."""
+    if not len(ids):
+        return logits
+    tokens = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device).index_fill(0, ids, True)
+    return logits.masked_fill(where[:, None] & tokens, -torch.inf)

@@ -105,7 +105,7 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     Raises:
         ValueError: if the mask is not boolean or its shape differs.
 
-    Example:
+    Examples:
         >>> masked_sum(torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([True, True, False]))
         tensor(3.)
     """
@@ -128,7 +128,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     Raises:
         ValueError: if the mask is not boolean or its shape differs.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0, 2.0, float("nan")], [4.0, 0.0, 0.0]])
         >>> masked_mean(x, torch.tensor([[True, True, False], [True, False, False]]), dim=1)
         tensor([1.5000, 4.0000])
@@ -155,7 +155,7 @@ def masked_var(
     Raises:
         ValueError: if the mask is not boolean or its shape differs.
 
-    Example:
+    Examples:
         >>> masked_var(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
         tensor(2.)
     """
@@ -201,14 +201,32 @@ def masked_whiten(x: Tensor, mask: Tensor, moments: Moments | None = None, eps: 
     Raises:
         ValueError: if the mask is not boolean or its shape differs.
 
-    Example:
+    Examples:
         >>> masked_whiten(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
         tensor([-0.7071,  0.7071,  0.0000])
     """
     selected = _select(x, mask)
-    count, total, total_sq = _moments(selected, mask) if moments is None else moments
-    mean = total / count.clamp(min=1)
-    # Rounding may leave a constant tensor with a variance just below zero.
-    variance = ((total_sq - total * mean) / (count - 1).clamp(min=1)).clamp(min=0)
-    whitened = (selected - mean) * torch.rsqrt(variance + eps)
+    found = _moments(selected, mask) if moments is None else moments
+    whitened = (selected - found.sum / found.count.clamp(min=1)) * whitening_scale(found, eps)
     return torch.where(mask, whitened, torch.zeros_like(whitened)).to(_float_dtype(x))
+
+
+def whitening_scale(moments: Moments, eps: float = 1e-8) -> Tensor:
+    """By what `masked_whiten` multiplies, 1 / sqrt(var + eps).
+
+    Args:
+        moments: what it whitens with.
+        eps: added to the variance.
+
+    Returns:
+        `()`, per unit of x.
+
+    Examples:
+        >>> x, mask = torch.tensor([1.0, 5.0]), torch.ones(2, dtype=torch.bool)
+        >>> whitening_scale(moments(x, mask), eps=1.0)  # variance 8
+        tensor(0.3333, dtype=torch.float64)
+    """
+    count, total, total_sq = moments
+    # Rounding may leave a constant tensor with a variance just below zero.
+    variance = ((total_sq - total * (total / count.clamp(min=1))) / (count - 1).clamp(min=1)).clamp(min=0)
+    return torch.rsqrt(variance + eps)

@@ -56,7 +56,7 @@ def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, response_mask
     Raises:
         ValueError: if shapes differ, the mask is not boolean, or the cap is not positive.
 
-    Example:
+    Examples:
         >>> learner, sampler = torch.tensor([[0.3, 0.9]]).log(), torch.tensor([[0.6, 0.3]]).log()
         >>> importance_weights(learner, sampler, torch.ones(1, 2, dtype=torch.bool), 2.0)
         tensor([[0.5000, 2.0000]])
@@ -86,7 +86,7 @@ def sampler_gap(
     Raises:
         ValueError: if shapes differ or the mask is not boolean.
 
-    Example:
+    Examples:
         >>> learner, sampler = torch.tensor([[0.3]]).log(), torch.tensor([[0.6]]).log()
         >>> sampler_gap(learner, sampler, torch.tensor([[True]])).kl  # 0.5 - 1 - log 0.5
         tensor(0.1931)

@@ -71,7 +71,7 @@ def policy_loss_terms(
     Raises:
         ValueError: if shapes differ, the mask is not boolean, or clip_range is out of range.
 
-    Example:
+    Examples:
         >>> new, old = torch.tensor([[2.0, 0.5]]).log(), torch.zeros(1, 2)
         >>> policy_loss_terms(new, old, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool), 0.2).loss
         tensor([[-1.2000, -0.5000]])
@@ -115,7 +115,7 @@ def value_loss_terms(
     Raises:
         ValueError: if shapes differ, the mask is not boolean, or clip_range is not positive.
 
-    Example:
+    Examples:
         >>> v, old, target = torch.tensor([[1.0]]), torch.tensor([[0.0]]), torch.tensor([[2.0]])
         >>> value_loss_terms(v, old, target, torch.tensor([[True]]), 0.5).loss  # 1/2 * (0.5 - 2)^2
         tensor([[1.1250]])

@@ -52,7 +52,7 @@ def bradley_terry_loss(
     Raises:
         ValueError: if shapes do not fit, the batch is empty, or an option is out of its range.
 
-    Example:
+    Examples:
         >>> bradley_terry_loss(torch.zeros(3, 2), torch.zeros(3, 2))  # a coin flip: log(2)
         tensor([0.6931, 0.6931])
     """

@@ -35,7 +35,7 @@ def repetition(responses: Sequence[str]) -> Repetition:
     Returns:
         Repetition.
 
-    Example:
+    Examples:
         Three word pairs, "so so" and twice "so good":
 
         >>> repetition(["So so good", "so good"])

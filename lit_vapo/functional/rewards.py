@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_vapo.functional.masked import check_mask
+from lit_vapo.functional.masked import check_mask, check_same_shape
 
 
 def clip_rewards(rewards: Tensor, limit: float | None) -> Tensor:
@@ -21,7 +21,7 @@ def clip_rewards(rewards: Tensor, limit: float | None) -> Tensor:
     Raises:
         ValueError: if limit is not positive.
 
-    Example:
+    Examples:
         >>> clip_rewards(torch.tensor([-7.0, 2.0]), 5.0)
         tensor([-5.,  2.])
     """
@@ -39,6 +39,7 @@ def token_rewards(
     kl_coef: float,
     response_mask: Tensor,
     shared_weight: Tensor | None = None,
+    kl_tokens: Tensor | None = None,
 ) -> Tensor:
     """Per-token rewards of the objective E[R] - β * D_w(π || π0).
 
@@ -62,6 +63,8 @@ def token_rewards(
         kl_coef: β >= 0, in units of reward per nat (per unit of weight).
         response_mask: bool `(B, T)`, True = counts.
         shared_weight: `()`, v; None for the mean of `kl_weight`. Processes that share a batch pass its mean.
+        kl_tokens: `(B, T)`, KL_t of each token's distribution (`token_kl`), in nats, to stand for log ρ_t in the
+            penalty at weight v; the caller adds `own_penalty` to the advantages. None for the sampled log-ratio.
 
     Returns:
         `(B, T)`, in units of reward, zeros outside the mask.
@@ -70,7 +73,7 @@ def token_rewards(
         ValueError: if shapes do not fit, kl_coef is negative, or a row has no response token to carry the
             score.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[True, True, False], [True, False, False]])
         >>> log_ratio = torch.tensor([[1.0, -2.0, 9.0], [0.0, 9.0, 9.0]])
         >>> token_rewards(torch.tensor([5.0, 1.0]), log_ratio, torch.tensor([3.0, 1.0]), 0.1, mask)
@@ -80,6 +83,8 @@ def token_rewards(
     if log_ratio_tokens.ndim != 2:
         raise ValueError(f"expected log_ratio_tokens of shape (B, T), got {tuple(log_ratio_tokens.shape)}")
     check_mask(log_ratio_tokens, response_mask, "log_ratio_tokens")
+    if kl_tokens is not None:
+        check_same_shape(log_ratio_tokens=log_ratio_tokens, kl_tokens=kl_tokens)
     for name, tensor in (("terminal", terminal), ("kl_weight", kl_weight)):
         if tensor.shape != log_ratio_tokens.shape[:1]:
             raise ValueError(f"expected {name} of shape ({log_ratio_tokens.shape[0]},), got {tuple(tensor.shape)}")
@@ -93,4 +98,42 @@ def token_rewards(
     score = terminal - kl_coef * (kl_weight - shared) * log_ratio.sum(1)
     positions = torch.arange(response_mask.shape[1], device=response_mask.device)
     last = torch.where(response_mask, positions, -1).amax(dim=1, keepdim=True)
-    return -kl_coef * shared * log_ratio + torch.where(positions == last, score[:, None], 0)
+    charged = log_ratio if kl_tokens is None else torch.where(response_mask, kl_tokens, torch.zeros_like(kl_tokens))
+    return -kl_coef * shared * charged + torch.where(positions == last, score[:, None], 0)
+
+
+def own_penalty(
+    log_ratio_tokens: Tensor, kl_tokens: Tensor, kl_coef: float, response_mask: Tensor, shared_weight: Tensor
+) -> Tensor:
+    """What a token's own draw cost more than its distribution does: a term of the advantage of this token alone.
+
+        -β * v * ( log ρ_t - KL_t )
+
+    With rewards that charge KL_t (`token_rewards`, where this is derived) it makes the gradient that of the penalty:
+    a token hears its own sampled log-ratio, and of later tokens their exact KLs. KL_t is in it so that its mean is 0,
+    whatever the tokens before; a baseline could be taken off instead.
+
+    Args:
+        log_ratio_tokens: `(B, T)`, log ρ_t = log π - log π0 of each sampled token, in nats.
+        kl_tokens: `(B, T)`, KL_t, in nats.
+        kl_coef: β >= 0, in units of reward per nat (per unit of weight).
+        response_mask: bool `(B, T)`, True = counts.
+        shared_weight: `()`, v, as in `token_rewards`.
+
+    Returns:
+        `(B, T)`, in units of reward, zeros outside the mask.
+
+    Raises:
+        ValueError: if shapes differ, the mask is not boolean, or kl_coef is negative.
+
+    Examples:
+        >>> mask = torch.tensor([[True, True]])
+        >>> own_penalty(torch.tensor([[1.0, -2.0]]), torch.full((1, 2), 0.5), 0.1, mask, torch.tensor(2.0))
+        tensor([[-0.1000,  0.5000]])
+    """
+    check_same_shape(log_ratio_tokens=log_ratio_tokens, kl_tokens=kl_tokens)
+    check_mask(log_ratio_tokens, response_mask, "log_ratio_tokens")
+    if not kl_coef >= 0:
+        raise ValueError(f"expected kl_coef >= 0, got {kl_coef}")
+    surplus = torch.where(response_mask, log_ratio_tokens - kl_tokens, torch.zeros_like(log_ratio_tokens))
+    return -kl_coef * shared_weight * surplus

@@ -36,7 +36,7 @@ def weighted_estimate(
     Raises:
         ValueError: The lists differ in length, or no weight is other than 0.
 
-    Example:
+    Examples:
         >>> one = RewardEstimate(torch.tensor([2.0]), torch.tensor([2.0]), torch.tensor([[1.0, 3.0]]))
         >>> both = weighted_estimate([one, one], [1.0, -1.0], [2, 2])
         >>> both.mean, both.variance

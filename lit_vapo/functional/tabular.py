@@ -49,7 +49,7 @@ def bregman_kl(policy: Tensor, ref_probs: Tensor, weight: Tensor | None = None) 
     Raises:
         ValueError: if the shapes differ.
 
-    Example:
+    Examples:
         >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
         >>> bregman_kl(p, q)  # 0.5 log 2 + 0.5 log(2/3)
         tensor(0.1438)
@@ -106,7 +106,7 @@ def optimal_policy(reward: Tensor, ref_probs: Tensor, kl_coef: float | Tensor, w
         ValueError: if shapes differ, an entry is not finite, π0 is no distribution, or β or a weight is not
             positive.
 
-    Example:
+    Examples:
         >>> pi = optimal_policy(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), kl_coef=1.0)
         >>> [round(p, 4) for p in pi.tolist()]  # sigmoid(1) = 0.7311
         [0.7311, 0.2689]

@@ -65,7 +65,7 @@ def auroc(scores: Tensor, positives: Tensor) -> Tensor:
     Raises:
         ValueError: if shapes differ, there are no scores or a NaN among them, or `positives` is not bool.
 
-    Example:
+    Examples:
         >>> auroc(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([False, False, True, True]))
         tensor(0.8750)
     """
@@ -91,7 +91,7 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: if shapes differ, or there are no values or a NaN among them.
 
-    Example:
+    Examples:
         >>> spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.1, 10.0, 7.0]))
         tensor(0.5000)
     """
@@ -126,7 +126,7 @@ def risk_coverage(uncertainty: Tensor, error: Tensor) -> RiskCoverage:
     Raises:
         ValueError: if shapes differ, or there are no pairs or a NaN among them.
 
-    Example:
+    Examples:
         >>> curve = risk_coverage(torch.tensor([0.3, 0.1, 0.2]), torch.tensor([1.0, 0.0, 0.0]))
         >>> curve.risk, curve.area
         (tensor([0.0000, 0.0000, 0.3333]), tensor(0.1111))
@@ -158,7 +158,7 @@ def disagreement(members: Tensor) -> Tensor:
     Raises:
         ValueError: if the shape is another, or there are no pairs or no members.
 
-    Example:
+    Examples:
         >>> disagreement(torch.tensor([[1.0, 2.0], [1.0, -2.0]]))
         tensor(0.5000)
     """
@@ -190,7 +190,7 @@ def fit_temperature(margins: Tensor, probability: Tensor | None = None) -> Tenso
     Raises:
         ValueError: if shapes differ, there are no margins or a NaN among them, or a probability is outside [0, 1].
 
-    Example:
+    Examples:
         Three of four right means odds of 3 to 1: margins of 2·log 3 are twice too large.
 
         >>> fit_temperature(2 * torch.tensor(3.0).log() * torch.tensor([1.0, 1.0, 1.0, -1.0]))

@@ -1,4 +1,4 @@
-"""Token log-probabilities and entropies from hidden states."""
+"""Log-probabilities, entropies and exact KLs of tokens from hidden states."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_vapo.functional import logprobs as module
-from lit_vapo.functional import token_logprobs
+from lit_vapo.functional import token_kl, token_logprobs
 
 N, H, V = 7, 5, 11
 
@@ -97,13 +97,13 @@ def test_equals_log_softmax_with_gradients_however_chunked(inputs, chunk_size, o
 def test_chunks_are_recomputed_for_a_gradient(inputs, monkeypatch):
     hidden, weight, targets, _ = inputs
     calls = []
-    plain = module._chunk_logprobs
+    plain = module._logits
 
     def counted(*arguments):
         calls.append(arguments[0].shape[0])
         return plain(*arguments)
 
-    monkeypatch.setattr(module, "_chunk_logprobs", counted)
+    monkeypatch.setattr(module, "_logits", counted)
     out = token_logprobs(hidden.requires_grad_(), weight, targets, chunk_size=3)
     assert calls == [3, 3, 1]
     out.logprobs.sum().backward()
@@ -121,8 +121,8 @@ def test_without_a_gradient_nothing_is_checkpointed(inputs, monkeypatch):
 def test_default_chunk_follows_the_memory_limit(inputs, monkeypatch):
     hidden, weight, targets, _ = inputs
     rows = []
-    plain = module._chunk_logprobs
-    monkeypatch.setattr(module, "_chunk_logprobs", lambda *a: rows.append(len(a[0])) or plain(*a))
+    plain = module._logits
+    monkeypatch.setattr(module, "_logits", lambda *a: rows.append(len(a[0])) or plain(*a))
     monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * V * 2)  # two rows of float32 logits
     token_logprobs(hidden, weight, targets)
     assert rows == [2, 2, 2, 1]
@@ -167,3 +167,111 @@ def test_bad_arguments_are_refused(inputs):
         token_logprobs(hidden, weight, targets, temperature=0.0)
     with pytest.raises(ValueError, match="expected chunk_size > 0, got 0"):
         token_logprobs(hidden, weight, targets, chunk_size=0)
+
+
+def kl_by_torch(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature=1.0, softcap=None, withheld=None):
+    """The same by torch's distributions, from which withheld tokens are taken out."""
+    both = []
+    for states, head, b in ((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)):
+        logits = states @ head.T + b
+        both.append((logits if softcap is None else softcap * torch.tanh(logits / softcap)) / temperature)
+    found = []
+    for i, (p, q) in enumerate(zip(*both, strict=True)):
+        taken = withheld[1].tolist() if withheld is not None and withheld[0][i] else []
+        left = [v for v in range(V) if v not in taken]
+        categorical = torch.distributions.Categorical
+        found.append(torch.distributions.kl_divergence(categorical(logits=p[left]), categorical(logits=q[left])))
+    return torch.stack(found)
+
+
+@pytest.fixture
+def two_sides(inputs):
+    hidden, weight, _, bias = inputs
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((N, H + 1), (V, H + 1), (V,))
+    ref_hidden, ref_weight, ref_bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    return (hidden, weight, ref_hidden, ref_weight), {"bias": bias, "ref_bias": ref_bias}
+
+
+def test_kl_hand_worked():
+    # (1/4, 3/4) from (1/2, 1/2): 1/4 log(1/2) + 3/4 log(3/2). The other way round: 1/2 log 2 + 1/2 log(2/3).
+    state = torch.ones(1, 1)
+    one, even = torch.tensor([[0.0], [math.log(3.0)]]), torch.zeros(2, 1)
+    expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    torch.testing.assert_close(token_kl(state, one, state, even), torch.tensor([expected]))
+    expected = 0.5 * math.log(2.0) + 0.5 * math.log(2 / 3)
+    torch.testing.assert_close(token_kl(state, even, state, one), torch.tensor([expected]))
+
+
+def test_kl_leaves_withheld_tokens_out():
+    # Odds 1 : 3 : 4 from 1 : 1 : 1. Without the last token (1/4, 3/4) from (1/2, 1/2), as above; row two has all.
+    states = torch.ones(2, 1)
+    head, even = torch.tensor([[0.0], [math.log(3.0)], [math.log(4.0)]]), torch.zeros(3, 1)
+    found = token_kl(states, head, states, even, withheld=(torch.tensor([True, False]), torch.tensor([2])))
+    whole = 1 / 8 * math.log(3 / 8) + 3 / 8 * math.log(9 / 8) + 1 / 2 * math.log(3 / 2)
+    torch.testing.assert_close(found, torch.tensor([0.25 * math.log(0.5) + 0.75 * math.log(1.5), whole]))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 100])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 2.0, "temperature": 1.3},
+        {"temperature": 0.7, "withheld": (torch.arange(N) % 3 == 0, torch.tensor([0, 3, 9]))},
+    ],
+)
+def test_kl_equals_torch_s_with_gradients_however_chunked(two_sides, chunk_size, options):
+    tensors, biases = two_sides
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    mine = token_kl(*leaves, **biases, chunk_size=chunk_size, **options)
+    theirs = kl_by_torch(*leaves, **biases, **options)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    mix = torch.arange(1.0, N + 1, dtype=torch.float64)
+    one, other = (torch.autograd.grad((mix * kl).sum(), leaves) for kl in (mine, theirs))
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_kl_is_the_mean_of_the_sampled_log_ratio(two_sides):
+    (hidden, weight, ref_hidden, ref_weight), biases = two_sides
+    kl, options = torch.zeros(N, dtype=torch.float64), {"temperature": 0.7}
+    for token in range(V):
+        targets = torch.full((N,), token)
+        logprobs = token_logprobs(hidden, weight, targets, bias=biases["bias"], **options).logprobs
+        ref = token_logprobs(ref_hidden, ref_weight, targets, bias=biases["ref_bias"], **options).logprobs
+        kl += logprobs.exp() * (logprobs - ref)
+    torch.testing.assert_close(token_kl(hidden, weight, ref_hidden, ref_weight, **biases, **options), kl)
+
+
+def test_kl_of_a_policy_from_itself_is_zero(inputs):
+    hidden, weight, _, bias = inputs
+    found = token_kl(hidden, weight, hidden.clone(), weight, bias=bias, ref_bias=bias)
+    assert found.tolist() == [0.0] * N
+
+
+def test_kl_in_half_precision_is_float32(two_sides):
+    tensors, _ = two_sides
+    halves = [x.bfloat16() for x in tensors]
+    p, q = ((states @ head.T).float().log_softmax(-1) for states, head in (halves[:2], halves[2:]))
+    found = token_kl(*halves)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1))
+
+
+def test_kl_keeps_no_more_logits_than_a_chunk(two_sides, monkeypatch):
+    tensors, biases = two_sides
+    rows, plain = [], module._logits
+    monkeypatch.setattr(module, "_logits", lambda *a: rows.append(len(a[0])) or plain(*a))
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 2 * 4 * V * 2)  # two rows of float32 logits of both
+    token_kl(*tensors, **biases)
+    assert rows == [2, 2, 2, 2, 2, 2, 1, 1]
+
+
+def test_kl_of_two_that_do_not_fit_is_refused(two_sides):
+    (hidden, weight, ref_hidden, ref_weight), _ = two_sides
+    with pytest.raises(ValueError, match="expected as many tokens in both heads, got 11 and 10"):
+        token_kl(hidden, weight, ref_hidden, ref_weight[:10])
+    with pytest.raises(ValueError, match="expected as many positions of both, got 7 and 6"):
+        token_kl(hidden, weight, ref_hidden[:6], ref_weight)
+    with pytest.raises(ValueError, match="expected softcap > 0, got 0"):
+        token_kl(hidden, weight, ref_hidden, ref_weight, softcap=0.0)
