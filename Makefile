@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export VENV PYTHON TORCH TORCH_INDEX
 
-.PHONY: help setup demo test faults strategies gpu lint format type audit lock validate image bench clean
+.PHONY: help setup demo test faults strategies gpu lint format type audit lock validate image site bench clean
 
 help: ## List the targets
 	@echo 'make <target>'
@@ -55,6 +55,9 @@ lock: setup ## Pin the packages of the image anew, after a change of dependencie
 
 validate: setup ## Check the Dockerfile and deploy/ by the tools that know them (hadolint, shellcheck, schemas, SkyPilot)
 	@bash scripts/validate.sh
+
+site: setup ## Build the documentation as a site, and fail on a broken link (zensical)
+	@$(BIN)/python scripts/website.py
 
 image: ## Build the image for a CPU and run the tiny pipeline in it (docker, podman, or buildah as root)
 	@bash scripts/image.sh

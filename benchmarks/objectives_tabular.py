@@ -30,6 +30,8 @@ from lit_vapo.functional import (
     optimal_policy,
 )
 from lit_vapo.objectives.base import Objective
+from lit_vapo.objectives.conditional_value_at_risk import ConditionalValueAtRisk
+from lit_vapo.objectives.entropic import Entropic
 from lit_vapo.objectives.lower_confidence import LowerConfidence
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.objectives.single_reward import SingleReward
@@ -92,8 +94,9 @@ def by_class(make: Callable[[], Objective], at: Landscape, true_variance: bool =
         if true_variance:
             estimate = estimate._replace(variance=variance)
         objective = make().double()
-        objective.prepare(members.shape[1], (ref * estimate.variance).sum())
-        score = objective(estimate)
+        objective.prepare(members.shape[1])
+        # Of the reference, which training measures by sampling; here it is known.
+        score = objective(estimate._replace(reference_variance=(ref * estimate.variance).sum()))
         rewards.append(score.reward)
         weights.append(score.kl_weight)
     reward, weight = torch.stack(rewards), torch.stack(weights)
@@ -130,6 +133,10 @@ def solvers(at: Landscape) -> Iterator[tuple[str, Solver]]:
     for penalty in (0.5, 1.0, 2.0):
         yield f"`LowerConfidence` λ = {penalty:g}", by_class(partial(LowerConfidence, penalty), at)
     yield "– λ = 1, true σ", by_class(LowerConfidence, at, true_variance=True)
+    for temperature in (0.3, 1.0, 3.0):
+        yield f"`Entropic` c = {temperature:g}", by_class(partial(Entropic, temperature), at)
+    for share in (0.3, 0.5, 0.7):
+        yield f"`ConditionalValueAtRisk` α = {share:g}", by_class(partial(ConditionalValueAtRisk, share), at)
     for form, penalty in (("bound", 0.3), ("bound", 1.0), ("bound", 3.0), ("variance", 1.0), ("variance", 10.0)):
         yield f"`CovarianceAware` {form}, λ = {penalty:g}", by_covariance(penalty, form, at)
 

@@ -1,11 +1,11 @@
-"""Checks `lit-vapo plan` against measured peaks of memory, on a CPU.
+"""Checks `lit-vapo plan` against measured peaks of memory, on a CPU, or on a GPU where there is one.
 
     python benchmarks/plan.py --output docs/evidence/plan.json
+    python benchmarks/plan.py --hidden 1024 --layers 24 --output docs/evidence/plan_gpu.json
 
 Each cell runs a stage on a random Llama in a process of its own and measures the peak of each phase in its last
-iteration: every allocation of PyTorch's CPU allocator, by its profiler, over the bytes of the loaded weights
-(`workers/plan_job.py`). The plan is made with the same options. Prompts have all the same length and responses never
-end, so that both speak of the same tokens.
+iteration (`workers/plan_job.py`). The plan is made with the same options. Prompts have all the same length and
+responses never end, so that both speak of the same tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -45,7 +46,7 @@ PPO = [
 PAIRS = ["--data.validation_fraction=0", f"--data.batch_size={ROWS // 4}", f"--data.max_length={PROMPT + NEW}"]
 SAVING = "--model.base.gradient_checkpointing=true"
 TRAINER = [
-    "--trainer.accelerator=cpu",
+    "--trainer.accelerator=auto",
     "--trainer.devices=1",
     "--trainer.max_epochs=1",
     "--trainer.limit_train_batches=2",
@@ -74,7 +75,7 @@ def make_model(folder: Path, hidden: int, layers: int) -> None:
         intermediate_size=hidden * 8 // 3 // 64 * 64,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64 // 3 or 1,
+        num_key_value_heads=hidden // 256 or 1,
         tie_word_embeddings=True,
         eos_token_id=VOCABULARY - 1,
         bos_token_id=None,
@@ -137,7 +138,7 @@ def cells() -> list[tuple[str, str, list[str]]]:
 
 def measure(stage: str, words: list[str]) -> dict[str, Any]:
     """What a process of its own measures."""
-    paths = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+    paths = [str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, str(WORKER), stage, *words], env=environment, capture_output=True, text=True, check=False
@@ -167,8 +168,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cells whose names hold this")
     parser.add_argument("--measured", type=Path, help="a record whose measurements are taken, to plan anew alone")
     options = parser.parse_args()
-    known: dict[str, dict[str, int]] = {}
-    for row in json.loads(options.measured.read_text())["cells"] if options.measured else ():
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    former: dict[str, Any] = (
+        json.loads(options.measured.read_text()) if options.measured else {"device": card, "cells": ()}
+    )
+    card, known = former["device"], {}
+    for row in former["cells"]:
         known.setdefault(row["cell"], {})[row["phase"]] = row["measured"]
     quiet()
     sys.path.insert(0, str(Path(__file__).parent))
@@ -180,7 +185,7 @@ def main() -> None:
         base = [f"--model.base.path={folder / 'model'}", f"--data.tokenizer={folder / 'model'}"]
         for number, (name, stage, words) in enumerate(c for c in cells() if options.only in c[0]):
             run = [*TRAINER, *base, data[stage], f"--trainer.default_root_dir={folder / str(number)}", *words]
-            plan = read_settings(stage, run, on_cpu=True).plan()
+            plan = read_settings(stage, run, on_cpu=card == "cpu").plan()
             for phase, peak in (known.get(name) or measure(stage, run)["phases"]).items():
                 planned = sum(plan.phases[phase].values())
                 rows.append({"cell": name, "phase": phase, "measured": peak, "planned": round(planned)})
@@ -188,7 +193,13 @@ def main() -> None:
     worst = max(abs(row["planned"] / row["measured"] - 1) for row in rows)
     print(f"worst: {worst:.1%}")
     if options.output:
-        record = {"hidden": options.hidden, "layers": options.layers, "vocabulary": VOCABULARY, "cells": rows}
+        record = {
+            "device": card,
+            "hidden": options.hidden,
+            "layers": options.layers,
+            "vocabulary": VOCABULARY,
+            "cells": rows,
+        }
         options.output.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -5,9 +5,9 @@
 
 A small Llama learns a made-up language. Words belong to topics, topics have a worth, and the gold reward of a response
 is the mean worth of its words. For each seed a linear reward head learns from few preferences, whose labels are drawn
-from the gold reward's odds: it errs, and PPO against it overshoots. Both sides start from the same policy, maximise
-the same head (TRL reads it as a sequence classifier) less β·KL, and their policies are judged by the same code on the
-same held-out prompts: gold, and the KL of whole responses.
+from the gold reward's odds: it errs, and PPO against it overshoots. Both sides start from the same policy, maximise the
+same head less β·KL (TRL reads it as a sequence classifier, up to the same token), and their policies are judged by the
+same code on the same held-out prompts: gold, and the KL of whole responses.
 
 Equal on both sides: policy, reward model, critic (a model of its own that starts from the reward model), prompts,
 batch, lengths, temperature, β, clipping, γ, λ, whitening, AdamW and its linear decay, one learning rate for policy and
@@ -15,11 +15,13 @@ critic, data type, one thread, and the number of times the weights change, which
 works only without gradient accumulation, so it runs without. TRL does not clip gradients, so we do not either.
 
 Not equal: TRL puts the reward one place after the token that ends a response, and its critic learns the value of that
-place. A third run is ours with our own default, a critic on the reference's hidden states, whose learning rate is ten
-times the policy's.
+place. Of the sides below, some are ours as we ship it: adapters in place of all weights, a critic on the reference's
+hidden states with a learning rate of its own, and the average of the policy's weights. The others leave out one or all
+of that, and one gives adapters to TRL. Some have another learning rate, and some take more iterations, since theirs are
+shorter: as many as fit into the processor time of TRL's.
 
-Every run has a process of its own; ours and TRL's alternate, and ratios are taken pair by pair. Times are processor
-times of whole iterations. Runs that are in `work` already are not repeated.
+Every run has a process of its own; the sides alternate, and ratios are taken pair by pair. Times are processor times of
+whole iterations. Runs that are in `work` already are not repeated.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,9 +53,56 @@ from lit_vapo.folders import claim_folder, new_folder, write_whole  # noqa: E402
 from lit_vapo.models.pretrained import quiet  # noqa: E402
 from lit_vapo.study.experiment import Record  # noqa: E402
 
-SAVED = [1, 2, 4, 7, 11, 17, 24]
-SIDES = {"ours": "ours", "trl": "TRL 1.12.0", "default": "ours, critic on the reference"}
-COLOURS = {"ours": BLUE, "trl": ORANGE, "default": GREY}
+# Prompts for runs that are so many times as long.
+MOST = 2
+SHARES = [1 / 24, 2 / 24, 4 / 24, 7 / 24, 11 / 24, 17 / 24, 1.0]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to run PPO.
+
+    Args:
+        label: What tables call it.
+        worker: The script that runs it.
+        rate: Learning rate, in multiples of the benchmark's.
+        critic: Ours alone.
+        lora_rank: Rank of the adapters that train; all weights train without.
+        ema_decay: Ours alone.
+        longer: Iterations, in multiples of the benchmark's.
+    """
+
+    label: str
+    worker: str = "ppo_ours.py"
+    rate: float = 1.0
+    critic: str = "reference"
+    lora_rank: int | None = None
+    ema_decay: float | None = None
+    longer: float = 1.0
+
+
+SIDES = {
+    "trl": Side("TRL 1.12.0", "ppo_trl.py"),
+    "trl_slow": Side("TRL, a third of the rate", "ppo_trl.py", rate=1 / 3),
+    "trl_fast": Side("TRL, three times the rate", "ppo_trl.py", rate=3),
+    "trl_lora": Side("TRL, adapters", "ppo_trl.py", rate=10 / 3, lora_rank=16),
+    "own": Side("ours, all weights, a critic of its own as TRL's", critic="own"),
+    "raw": Side("ours, all weights, not averaged"),
+    "raw_slow": Side("ours, all weights, not averaged, a third of the rate", rate=1 / 3),
+    "lora_raw": Side("ours, not averaged", rate=10 / 3, lora_rank=16),
+    "default": Side("ours", rate=10 / 3, lora_rank=16, ema_decay=0.9),
+    "default_long": Side("ours, half the rate, in TRL's time", rate=5 / 3, lora_rank=16, ema_decay=0.9, longer=1.75),
+}
+
+
+# How they are drawn; of those with a whole line, every run.
+LINES = {
+    "raw": (GREY, "-"),
+    "trl": (ORANGE, "-"),
+    "trl_slow": (ORANGE, "--"),
+    "default": (BLUE, "-"),
+    "default_long": (BLUE, "--"),
+}
 
 
 def run(python: str, worker: str, job: Job) -> Answer:
@@ -78,21 +128,41 @@ def judged(judge: Judge, job: Job, side: str, start: Judged) -> Record:
 
 
 def compare(records: dict[str, list[Record]], targets: list[float]) -> None:
-    """Gain in gold at equal KL: mean ± standard deviation over seeds, and paired differences to the peer's."""
+    """Gain in gold at equal KL: mean ± standard deviation over seeds, and pairs with the peer's, as it is and at best.
+
+    The peer's best is, for each KL, the side of its own with the largest mean that half of its runs arrive at.
+    """
+    peers = [side for side in records if SIDES[side].worker == "ppo_trl.py" and SIDES[side].lora_rank is None]
     for kl in targets:
         gains = {side: np.array([r.gain_at(kl) for r in runs], dtype=float) for side, runs in records.items()}
-        if any(np.isnan(gain).sum() > len(gain) - 2 for gain in gains.values()):
-            continue
-        print(f"gain in gold at {kl:g} nats")
+        best = max(
+            (side for side in peers if np.isnan(gains[side]).mean() <= 0.5),
+            key=lambda side: np.nanmean(gains[side]),
+            default=None,
+        )
+        print(f"gain in gold at {kl:g} nats" + (f" (the peer's best: {SIDES[best].label})" if best else ""))
         for side, gain in gains.items():
             there = gain[~np.isnan(gain)]
-            shown = f"  {SIDES[side]:28} {there.mean():.3f} ± {there.std(ddof=1):.3f}"
-            if side != "trl" and "trl" in gains:
-                pairs = ~np.isnan(gain) & ~np.isnan(gains["trl"])
-                low, high = stats.ttest_rel(gain[pairs], gains["trl"][pairs]).confidence_interval()
-                difference = (gain - gains["trl"])[pairs].mean()
-                shown += f", less TRL's {difference:+.3f} (95% {low:+.3f} to {high:+.3f}; {pairs.sum()} pairs)"
+            shown = f"  {SIDES[side].label:52} {len(there)} of {len(gain)} runs arrive"
+            if len(there) > 1:
+                shown += f", {there.mean():.3f} ± {there.std(ddof=1):.3f}"
+            for peer in dict.fromkeys(("trl", best)):
+                if side not in peers and peer in gains:
+                    shown += "; " + _pairs(gain, gains[peer], SIDES[peer].label)
             print(shown, flush=True)
+
+
+def _pairs(ours: np.ndarray, theirs: np.ndarray, label: str) -> str:
+    """Ours over theirs, and less theirs, by the seeds in which both arrive."""
+    count = min(len(ours), len(theirs))
+    there = ~np.isnan(ours[:count]) & ~np.isnan(theirs[:count])
+    if there.sum() < 2:
+        return f"too few pairs with {label}"
+    a, b = ours[:count][there], theirs[:count][there]
+    low, high = stats.ttest_rel(a, b).confidence_interval()
+    return (
+        f"{a.mean() / b.mean():.2f} times {label}'s, {(a - b).mean():+.3f} ({low:+.3f} … {high:+.3f}; {len(a)} pairs)"
+    )
 
 
 def cost(answers: dict[str, list[Answer]]) -> None:
@@ -103,7 +173,7 @@ def cost(answers: dict[str, list[Answer]]) -> None:
         "MB above what the imports take": lambda a: a.peak_mb - a.base_mb,
     }
     for side, runs in answers.items():
-        print(SIDES[side])
+        print(SIDES[side].label)
         for unit, quantity in quantities.items():
             shown = f"  {statistics.median(map(quantity, runs)):.3g} {unit}"
             if side != "trl" and "trl" in answers:
@@ -113,16 +183,21 @@ def cost(answers: dict[str, list[Answer]]) -> None:
 
 
 def draw(records: dict[str, list[Record]], path: Path) -> None:
-    """Gain in gold against KL: every run, and the mean over seeds at each saved iteration."""
+    """Gain in gold against KL: runs, and the mean over seeds at each saved iteration."""
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
-    for side, runs in records.items():
+    for side, (colour, style) in LINES.items():
+        runs = records.get(side, [])
+        if not runs:
+            continue
         points = np.array(
             [[(0.0, 0.0), *zip(r.kl, np.array(r.true_return) - r.reference_return, strict=True)] for r in runs]
         )
-        for one in points:
-            axes.plot(*one.T, color=COLOURS[side], alpha=0.25, linewidth=1)
-        axes.plot(*points.mean(0).T, color=COLOURS[side], linewidth=2, marker="o", markersize=4, label=SIDES[side])
+        if style == "-":
+            for one in points:
+                axes.plot(*one.T, color=colour, alpha=0.2, linewidth=1)
+        shown: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": 2, "marker": "o", "markersize": 4}
+        axes.plot(*points.mean(0).T, label=SIDES[side].label, **shown)
     axes.set_xlabel("KL(π‖π₀) of whole responses, nats (k1)")
     axes.set_ylabel("gain in gold reward over the reference")
     axes.spines[["top", "right"]].set_visible(False)
@@ -143,7 +218,8 @@ def main(
     pairs: int = 150,
     held_out: int = 512,
     pretraining: int = 300,
-    targets: list[float] = [1.0, 2.0, 4.0],  # noqa: B006
+    targets: list[float] = [0.5, 1.0, 2.0, 3.0],  # noqa: B006
+    sides: list[str] = list(SIDES),  # noqa: B006
 ) -> None:
     """Print the tables and draw the curves.
 
@@ -161,6 +237,7 @@ def main(
         held_out: Prompts of the judge.
         pretraining: Steps that teach the policy the language.
         targets: KLs to compare at, nats.
+        sides: Which to run; those of the peer are left out without one.
     """
     quiet()
     torch.set_num_threads(1)
@@ -174,40 +251,43 @@ def main(
     if not policy.is_dir():
         with new_folder(policy, "--work") as partial:
             make_policy(partial, language, pretraining)
-    count = batch_size * iterations
-    ids = language.write(count, PROMPT, torch.Generator().manual_seed(5))
+    ids = language.write(MOST * iterations * batch_size, PROMPT, torch.Generator().manual_seed(5))
     prompts = write_rows(root / "prompts.jsonl", [{"prompt": text} for text in texts(ids)])
     judge = Judge(policy, language, held_out)
     begin = judge(policy)
     print(f"the policy to start from: gold {begin.gold:.3f}, {begin.length:.1f} tokens a response", flush=True)
     answers: dict[str, list[Answer]] = {}
     records: dict[str, list[Record]] = {}
-    saved = [i for i in SAVED if i <= iterations]
-    updates = iterations * epochs * minibatches
     for seed in range(seeds or (10 if peer_python else 1)):
         reward = root / f"reward_{seed}"
         if not reward.is_dir():
             with new_folder(reward, "--work") as partial:
                 make_reward(partial, policy, language, pairs, seed)
-        job = Job(str(policy), f"{reward}/ensemble", f"{reward}/classifier", prompts, "", saved, *shape, seed=seed)
-        jobs = {
-            "ours": (sys.executable, "ppo_ours.py", replace(job, critic="own")),
-            "trl": (peer_python, "ppo_trl.py", job),
-            "default": (sys.executable, "ppo_ours.py", replace(job, critic="reference")),
-        }
-        for side in list(jobs)[:: -1 if seed % 2 else 1]:
-            python, worker, one = jobs[side]
+        job = Job(str(policy), f"{reward}/ensemble", f"{reward}/classifier", prompts, "", [], *shape, seed=seed)
+        for side in sides[:: -1 if seed % 2 else 1]:
+            about = SIDES[side]
+            python = peer_python if about.worker == "ppo_trl.py" else sys.executable
             if python is None:
                 continue
-            one = replace(one, output=f"{root}/{side}_{seed}")
-            answer = run(python, worker, one)
-            if answer.updates != updates:
-                raise SystemExit(f"{SIDES[side]}: expected {updates} weight updates, got {answer.updates}")
+            count = round(iterations * about.longer)
+            one = replace(
+                job,
+                output=f"{root}/{side}_{seed}",
+                saved=sorted({max(1, round(share * count)) for share in SHARES}),
+                iterations=count,
+                learning_rate=learning_rate * about.rate,
+                critic=about.critic,
+                lora_rank=about.lora_rank,
+                ema_decay=about.ema_decay,
+            )
+            answer = run(python, about.worker, one)
+            if answer.updates != count * epochs * minibatches:
+                raise SystemExit(f"{about.label}: {count * epochs * minibatches} weight updates, got {answer.updates}")
             record = judged(judge, one, side, begin)
             answers.setdefault(side, []).append(answer)
             records.setdefault(side, []).append(record)
             print(
-                f"seed {seed}, {SIDES[side]}: reward {answer.rewards[0]:.2f} to {answer.rewards[-1]:.2f}, gain in gold "
+                f"seed {seed}, {about.label}: reward {answer.rewards[0]:.2f} to {answer.rewards[-1]:.2f}, gain in gold "
                 f"{record.gain:.3f} at {record.kl[-1]:.2f} nats (k3 {record.extra['k3']:.2f}), "
                 f"{record.extra['length']:.1f} tokens",
                 flush=True,

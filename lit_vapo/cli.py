@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from lit_vapo import __version__
+from lit_vapo.commands.notices import silence
 from lit_vapo.console import lasting, reported
 
 
@@ -43,6 +44,11 @@ TABLE = {
         Command("plan", "say whether a stage will fit a GPU, and how long it takes", "lit_vapo.commands.plan:plan"),
         Command("export", "turn a checkpoint into a folder that others load", "lit_vapo.commands.export:export"),
     ),
+    "for what you made": (
+        Command("report", "one page about a run, or about two", "lit_vapo.commands.report:main"),
+        Command("chat", "talk to a policy, beside its reference and an ensemble", "lit_vapo.commands.chat:main"),
+        Command("score", "score responses, line by line", "lit_vapo.commands.score:main"),
+    ),
     "for rewards that are there": (
         Command("reward join", "make one ensemble of single members", "lit_vapo.commands.ensembles:join"),
         Command("reward calibrate", "centre and scale members anew", "lit_vapo.commands.ensembles:calibrate"),
@@ -52,6 +58,12 @@ TABLE = {
     ),
     "for data": (
         Command("data show", "show what training makes of a file, and its faults", "lit_vapo.commands.data_show:main"),
+    ),
+    "for this machine": (
+        Command("env", "say what is installed, for a report of a fault", "lit_vapo.commands.environment:environment"),
+    ),
+    "for those who come from elsewhere": (
+        Command("convert trl", "a configuration of TRL as one of ours", "lit_vapo.commands.convert:main"),
     ),
     "for repeated runs": (
         Command("study run", "run what is missing, and report", "lit_vapo.study.command:run", extra="study"),
@@ -156,6 +168,7 @@ def _call(command: Command, words: list[str]) -> None:
     Raises:
         ValueError: A package is missing that comes with an extra.
     """
+    silence()
     module, _, name = command.target.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)

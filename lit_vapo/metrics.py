@@ -16,7 +16,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lit_vapo.evaluation.policy_report import COLUMNS, PART_REWARD, PART_SIGMA, response_statistics
 from lit_vapo.evaluation.preference_report import PreferenceReport
-from lit_vapo.functional import masked_mean
+from lit_vapo.functional import masked_mean, masked_sum
 from lit_vapo.functional.masked import check_same_shape
 from lit_vapo.rollout import Rollout
 from lit_vapo.types import PairLabels, RewardEstimate
@@ -100,6 +100,10 @@ class PreferenceMetrics(ExampleMetric):
         """
         check_same_shape(margin=margin.mean, chosen=chosen.mean, rejected=rejected.mean, example_ids=labels.example_ids)
         numbers = [margin.mean, margin.variance, chosen.variance, rejected.variance, labels.probability]
+        # Who does not tell the noise of labels apart has none to say.
+        numbers += [
+            torch.full_like(x.mean, torch.nan) if x.aleatoric is None else x.aleatoric for x in (chosen, rejected)
+        ]
         parts = [torch.stack([x.float() for x in numbers], dim=1)]
         parts += [x for x in (margin.members, chosen.members, rejected.members) if x is not None]
         parts += [chosen.mean[:, None], rejected.mean[:, None]]
@@ -111,10 +115,10 @@ class PreferenceMetrics(ExampleMetric):
         tie = columns[:, 4] == 0.5
         ids, columns = ids[~tie], columns[~tie]
         # Margin, chosen and rejected by member, then the two means.
-        members, means = columns[:, 5:-2].unflatten(1, (3, -1)), columns[:, -2:, None]
+        members, means = columns[:, 7:-2].unflatten(1, (3, -1)), columns[:, -2:, None]
         margin = RewardEstimate(columns[:, 0], columns[:, 1], members[:, 0] if members.shape[2] else None)
         responses = torch.cat([members[:, 1:], means], dim=2)
-        return PreferenceReport(ids, margin, columns[:, 2:4], int(tie.sum()), responses)
+        return PreferenceReport(ids, margin, columns[:, 2:4], int(tie.sum()), responses, columns[:, 5:7])
 
 
 class ResponseMetrics(Metric):
@@ -168,8 +172,9 @@ def response_columns(rollout: Rollout) -> dict[str, Tensor]:
         "stopped": rollout.stopped.float(),
         "gold": rollout.gold,
         "members": estimate.members,
+        **rollout.marks,
     }
-    found = {name: column for name in COLUMNS if (column := columns[name]) is not None}
+    found = {name: column for name in COLUMNS if (column := columns.get(name)) is not None}
     for name, part in (estimate.parts or {}).items():
         found[f"{PART_REWARD}{name}"] = part.mean
         if part.members is None or part.members.shape[1] > 1:
@@ -187,7 +192,16 @@ def rollout_statistics(rollout: Rollout, all_rows: Callable[[Tensor], Tensor] = 
     found = response_statistics({name: all_rows(column) for name, column in response_columns(rollout).items()})
     if rollout.sampler is not None:
         found |= {f"sampler_{name}": x for name, x in rollout.sampler._asdict().items()}
+    if rollout.token_kl is not None:
+        found["kl_exact"] = all_rows(masked_sum(rollout.token_kl, rollout.response_mask, dim=1)).mean()
     return found
+
+
+def speeds(rollout: Rollout, total: float) -> dict[str, Tensor]:
+    """Response tokens of this process per second, of an iteration that took so many in all and of its phases."""
+    tokens = float(rollout.response_mask.sum())
+    phases = {f"{phase}_tokens_per_second": torch.tensor(tokens / x) for phase, x in rollout.seconds.items()}
+    return {"tokens_per_second": torch.tensor(tokens / total), **phases}
 
 
 def sample_rows(rollout: Rollout, policy: str, prompt_ids: Tensor) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ def stop_tokens(*sources: int | Sequence[int] | None) -> tuple[int, ...]:
     Args:
         sources: What the model's configurations, its tokenizer and the user say: one id, several, or nothing.
 
-    Example:
+    Examples:
         >>> stop_tokens(2, [7, 2], None)
         (2, 7)
     """
@@ -28,7 +28,7 @@ def end_of_response(ids: Sequence[int], stops: Sequence[int], start: int = 0) ->
         stops: Tokens that stop the model.
         start: Where to begin looking.
 
-    Example:
+    Examples:
         >>> end_of_response([5, 2, 6, 2], stops=[2])
         2
         >>> end_of_response([5, 2, 6, 2], stops=[2], start=2)

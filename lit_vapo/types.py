@@ -19,14 +19,18 @@ class RewardEstimate(NamedTuple):
 
     Attributes:
         mean: `(B,)`, mean score over the members, in units of reward.
-        variance: `(B,)`, unbiased variance over the members (ddof 1), in units of reward squared; 0 for a
-            single member, which cannot tell.
+        variance: `(B,)`, unbiased variance over the members (ddof 1), moderated if the ensemble is, in units of
+            reward squared; 0 for a single member, which cannot tell.
         members: `(B, K)`, each member's score, or None where the source has no discrete members.
         reference_variance: `()`, mean of the variance over responses of the reference policy, in units of reward
             squared: the unit in which a variance is large or small. None where nobody has measured it.
         parts: The estimates that this one was made of, by name, or None.
         applies: `(B,)` bool, whether there is a reward at all; mean and variance are 0 where there is none, which only
             another source in a sum can make up for. None where all responses have one.
+        weights: By how much each part counts in a sum of them, by name, or None.
+        features: `(B, H)`, what members read of each response, or None where nobody can tell.
+        aleatoric: `(B,)`, variance of what people say of each response about its reward, in units of reward squared:
+            noise of labels, which no ensemble takes away. None where nobody has told it apart.
     """
 
     mean: Tensor
@@ -35,6 +39,9 @@ class RewardEstimate(NamedTuple):
     reference_variance: Tensor | None = None
     parts: dict[str, RewardEstimate] | None = None
     applies: Tensor | None = None
+    weights: dict[str, float] | None = None
+    features: Tensor | None = None
+    aleatoric: Tensor | None = None
 
     @property
     def missing(self) -> Tensor:

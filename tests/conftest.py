@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread, a tiny model."""
 
 import os
+import sys
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -23,6 +24,15 @@ torch.set_num_threads(1)
 def same_random_numbers():
     """Every test starts from the same random numbers, in whatever order and process it runs."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_run_left_open():
+    """A process ends its run of W&B at its own end; tests share one, and the next would find the run still open."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,10 @@ class FixedRollout(PPOModule):
         trainer = self.trainer
         rollout = load_rollout(self.folder / "rollout.pt", trainer.global_rank, trainer.world_size)
         experience = compute_advantages(rollout, 0.05, self.advantage, self._sum)
-        learned = PPOUpdate(self, self.networks, self.update, Shaping()).run(experience, self.optimizers())
+        # So that halves are the same rows: by two rows each of one process, or by one of each of two.
+        each = 2 // trainer.world_size
+        updater = PPOUpdate(self, self.networks, self.update, Shaping())
+        learned = updater.run(experience, self.optimizers(), num_responses=each)
         report = {**rollout_statistics(rollout, partial(rows_of_all, self)), **learned}
         if trainer.is_global_zero:
             torch.save((ppo_helpers.state(self), report), self.folder / f"world_{trainer.world_size}.pt")

@@ -5,8 +5,9 @@ from dataclasses import replace
 import torch
 
 from lit_vapo.models.generation import Generator
+from lit_vapo.models.heads import head_logprobs
 from lit_vapo.models.transformers_generator import TransformersGenerator
-from lit_vapo.models.trunk import head_logprobs, length_mask, response_states, run_trunk
+from lit_vapo.models.trunk import length_mask, response_states, run_trunk
 
 
 class TruthfulGenerator(Generator):

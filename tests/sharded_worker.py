@@ -18,6 +18,7 @@ from lit_vapo.models.generation import Generated, Generator, Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.sharding import whole
 from lit_vapo.models.transformers_generator import TransformersGenerator
+from lit_vapo.stages.ppo.evaluation import AVERAGE
 from lit_vapo.stages.ppo.module import PPOModule
 from lit_vapo.stages.ppo.update import UpdateSettings
 from lit_vapo.stages.sharing import sharers
@@ -71,9 +72,9 @@ def ppo(lora=LORA, base=None, reward="heads", **kwargs):
 
 KINDS = {
     "lora_critic": ppo(critic=CriticSpec("lora"), reward="inner"),
-    "lora_own": ppo(critic=CriticSpec("own"), base={"gradient_checkpointing": True}),
-    "full_own": ppo(lora=None, critic=CriticSpec("own")),
-    "rloo": ppo(advantage=Rloo(), sampling=Sampling(6, num_responses=2)),
+    "lora_own": ppo(critic=CriticSpec("own"), base={"gradient_checkpointing": True}, ema_decay=0.5),
+    "full_own": ppo(lora=None, critic=CriticSpec("own"), kl_estimator="exact", ema_decay=0.5),
+    "rloo": ppo(advantage=Rloo(), sampling=Sampling(6, num_responses=2), kl_estimator="exact"),
     "members": ppo(reward="members"),
     "4bit": ppo(base={"quantization": "4bit"}),
     "8bit": ppo(base={"quantization": "8bit"}),
@@ -118,13 +119,17 @@ class Keep(Callback):
         self.logged = []
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        timed = ("second", "iteration")
+        # What is timed; and halves of minibatches, which are others in each process, and none where weights are cut.
+        unlike = ("second", "iteration", "actor_grad_cosine", "actor_grad_signal")
         found = trainer.callback_metrics.items()
-        self.logged.append({k: float(v) for k, v in found if k.startswith("train/") and not any(t in k for t in timed)})
+        self.logged.append(
+            {k: float(v) for k, v in found if k.startswith("train/") and not any(t in k for t in unlike)}
+        )
 
     def on_fit_end(self, trainer, pl_module):
         said = said_greedily(trainer, pl_module)
-        weights = {n: whole(p.detach()).clone() for n, p in pl_module.named_parameters() if p.requires_grad}
+        named = pl_module.named_parameters()
+        weights = {n: whole(p.detach()).clone() for n, p in named if p.requires_grad or n.startswith(AVERAGE)}
         sharded = any(isinstance(p, DTensor) for p in pl_module.parameters())
         if trainer.is_global_zero:
             left = {"logged": self.logged, "weights": weights, "sharded": sharded, "said": said}

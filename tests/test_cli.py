@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from helpers import CONFIGS, last
 from hostile_helpers import checkpoint
 from peft import PeftModel
@@ -30,7 +31,8 @@ def test_usage(capsys):
 
 
 def test_an_unknown_stage_is_refused():
-    message = r"expected a stage or command: sft, reward, ppo, plan, export, data or study, got 'dpo'\nAll of them"
+    known = "sft, reward, ppo, plan, export, report, chat, score, data, env, convert or study"
+    message = f"expected a stage or command: {known}, got 'dpo'\nAll of them"
     with pytest.raises(ValueError, match=message):
         main(["dpo", "fit"])
 
@@ -100,6 +102,18 @@ def test_usage_answers_without_loading_torch():
     assert "usage: lit-vapo" in done.stdout
 
 
+def test_the_model_s_path_is_given_once(stage_args, tmp_path, tiny_model_dir):
+    reference = ("--model.reference=base", "--model.reference_sampling.max_new_tokens=6", "--model.num_reference=12")
+    words = stage_args("reward", "fit", tmp_path / "run", *reference)
+    main([word for word in words if not word.startswith("--data.tokenizer")])
+    saved = yaml.safe_load((tmp_path / "run/logs/version_0/config.yaml").read_text())
+    assert saved["data"]["tokenizer"] == str(tiny_model_dir)
+    ensemble = tmp_path / "ensemble"
+    main(["export", f"--checkpoint={tmp_path}/run/checkpoints/last.ckpt", f"--output={ensemble}"])
+    # Members that saw no reference are not calibrated.
+    assert RewardModel.from_pretrained(ensemble).head.calibrated
+
+
 def test_export_explains_its_options(capsys):
     with pytest.raises(SystemExit):
         main(["export", "--help"])
@@ -118,6 +132,7 @@ def test_export_explains_its_options(capsys):
 
 OWN_HEAD = '''
 import torch
+import yaml
 from lit_vapo.functional import bradley_terry_loss
 from lit_vapo.rewards.members.base import RewardHead
 

@@ -59,6 +59,38 @@ def test_an_unknown_option_is_named(stage_args, tmp_path, capsys, untrained, opt
 
 
 @pytest.mark.parametrize(
+    ("options", "meant"),
+    [
+        (["--model.learningrate=1"], "--model.learning_rate"),
+        (["--trainer.max_epoch=1"], "--trainer.max_epochs"),  # a beginning is no option either
+        (["--model.head=HeadEnsembl"], "HeadEnsemble"),
+        (["--model.head=HeadEnsemble", "--model.head.num_member=3"], "num_members"),
+    ],
+)
+def test_who_mistypes_is_told_what_there_is(stage_args, tmp_path, capsys, untrained, options, meant):
+    with pytest.raises(SystemExit):
+        main(stage_args("reward", "fit", tmp_path / "run", *options))
+    said = capsys.readouterr().err
+    assert f"\nDid you mean {meant}?\n" in said
+    assert options[-1].partition("=")[0].removesuffix(".num_member").removeprefix("--") in said
+
+
+def test_a_mistyped_key_of_a_file_is_told_what_there_is(stage_args, tmp_path, capsys, untrained):
+    (tmp_path / "config.yaml").write_text("model:\n  learningrate: 1\n")
+    with pytest.raises(SystemExit):
+        main(stage_args("reward", "fit", tmp_path / "run", f"--config={tmp_path}/config.yaml"))
+    assert "Did you mean model.learning_rate?" in capsys.readouterr().err
+
+
+def test_classes_to_choose_from_are_listed(stage_args, tmp_path, capsys, untrained):
+    with pytest.raises(SystemExit):
+        main(stage_args("reward", "fit", tmp_path / "run", "--model.head=Unheard"))
+    said = capsys.readouterr().err
+    assert "expected one of AleatoricEnsemble, BayesianLinear" in said
+    assert "Did you mean" not in said
+
+
+@pytest.mark.parametrize(
     ("section", "key"), [("model", "learningrate"), ("data", "batchsize"), ("trainer", "epochs"), (None, "modle")]
 )
 def test_an_unknown_key_of_a_file_is_named(stage_args, tmp_path, capsys, untrained, section, key):

@@ -115,8 +115,10 @@ BEST = {"n": [1, 2], "kl_bound": [0.0, 0.19], "reward": [0.0, 0.6], "gold": [0.5
         ([], course(1)),
         ([], course(1, **NOBODY), {name: BEST[name] for name in ("n", "kl_bound", "reward")}),
         (course(4), course(1), BEST),
+        (course(4, outlier_share=0.02, relative_sigma=1.1),),
+        (course(4, outlier_share=0.0),),
     ],
-    ids=["one", "many", "no judge", "no spread", "test alone", "no judge in the test", "all"],
+    ids=["one", "many", "no judge", "no spread", "test alone", "no judge in the test", "all", "alarm", "no σ"],
 )
 def test_courses_are_drawn(tmp_path, arguments):
     figures.overoptimisation(tmp_path / "course.png", *arguments)
@@ -140,6 +142,21 @@ def test_gains_are_in_deviations_of_the_reference(tmp_path, monkeypatch):
     assert low[-1] == pytest.approx(0.4)
     assert high[-1] == pytest.approx(1.6)
     assert gold[-1] == pytest.approx(0.4)
+
+
+def test_outliers_are_drawn_below_the_gains(tmp_path, monkeypatch):
+    drawn = {}
+    plot = Axes.plot
+
+    def watch(self, x, y, *args, **kwargs):
+        drawn[kwargs.get("label")] = list(y)
+        return plot(self, x, y, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", watch)
+    rows = [{**row, "outlier_share": 0.01 * (i + 1), "relative_sigma": 1.0 + i} for i, row in enumerate(course(2))]
+    figures.overoptimisation(tmp_path / "course.png", rows)
+    assert drawn["unlike the reference's"] == pytest.approx([1.0, 2.0, 3.0])
+    assert drawn["members' disagreement"] == pytest.approx([1.0, 2.0, 3.0])
 
 
 def test_nothing_to_draw_is_refused(tmp_path):

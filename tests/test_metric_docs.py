@@ -15,6 +15,7 @@ from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.objectives.covariance_aware import CovarianceAware
 from lit_vapo.rewards import FunctionReward, WeightedSum
 from lit_vapo.rewards.members.heads import HeadEnsemble
+from lit_vapo.stages.ppo.alarm import AlarmSettings
 from lit_vapo.stages.reward.module import RewardModule
 from lit_vapo.stages.sft.module import SFTModule
 from lit_vapo.types import TextReward
@@ -71,9 +72,11 @@ def runs(tiny_model_dir, tiny_preferences_file, tmp_path_factory):
             tiny_model_dir,
             reward,
             gold=Judge(),
+            alarm=AlarmSettings(),
             sampling=sampling,
             objective=CovarianceAware(),
             generator=TruthfulGenerator(),
+            kl_estimator="exact",
         )
 
     return {

@@ -14,7 +14,7 @@ import pytest
 from lit_vapo.cli import COMMANDS, following
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIG_OPTIONS = {"--config", "--trainer", "--data", "--model"}
 
 
@@ -130,11 +130,32 @@ def test_commands_name_what_exists(readme: str) -> None:
     assert wrong == []
 
 
-def test_links_and_pictures_exist(readme: str) -> None:
-    targets = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", readme)
-    local = [a or b for a, b in targets if not re.match(r"https?://|#|mailto:", a or b)]
-    assert local
-    assert [path for path in local if not (ROOT / path.split("#")[0]).exists()] == []
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    kept = ("".join(c for c in h.lower() if c.isalpha() or c.isdecimal() or c in "_- ") for h in headings)
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+def lost_links(page: Path) -> list[str]:
+    """Links and pictures of a page that lead to no file, or to no heading of one."""
+    text = page.read_text(encoding="utf-8")
+    targets = [a or b for a, b in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)]
+    lost = []
+    for target in targets:
+        if re.match(r"https?://|mailto:", target):
+            continue
+        path, _, heading = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (heading and heading not in anchors(file.read_text(encoding="utf-8"))):
+            lost.append(target)
+    return lost
+
+
+def test_links_lead_to_files_and_headings(tmp_path: Path) -> None:
+    assert {str(page): lost for page in PAGES if (lost := lost_links(page))} == {}
+    (tmp_path / "a.md").write_text("# One, and σ² of it\n[x](#one-and-σ-of-it) [y](#two) [z](b.md) [w](a.md#three)\n")
+    assert lost_links(tmp_path / "a.md") == ["#two", "b.md", "a.md#three"]
 
 
 def test_named_configs_exist(readme: str) -> None:

@@ -22,6 +22,7 @@ from lit_vapo.rewards.members.full import FullEnsemble
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.members.lora import LoraEnsemble
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
+from lit_vapo.stages.ppo.update import PPOUpdate
 
 RECORDED = Path(__file__).parent / "recorded" / "ppo.json"
 STOPS = list(range(60))
@@ -47,20 +48,22 @@ def case(name, model, other, folder):
     """A small run: the reward and what differs from the others' options."""
     own = Pretrained(model)
     if name == "heads on the policy's base":
-        reward = saved(folder, HeadEnsemble(5), FeatureSpec(own, None, "mean", [0]))
+        reward = saved(folder, HeadEnsemble(5, moderated=False), FeatureSpec(own, None, "mean", [0]))
         return reward, {"objective": VarianceAware()}
     if name == "heads on an inner layer, not calibrated":
-        reward = saved(folder, HeadEnsemble(5), FeatureSpec(own, 1, "mean", [0]), calibrated=False)
+        reward = saved(folder, HeadEnsemble(5, moderated=False), FeatureSpec(own, 1, "mean", [0]), calibrated=False)
         return reward, {"objective": VarianceAware(), "critic": CriticSpec("lora"), "num_reference": 8}
     if name == "adapters on the policy's base":
-        reward = saved(folder, LoraEnsemble(2, rank=4), FeatureSpec(own))
+        reward = saved(folder, LoraEnsemble(2, rank=4, moderated=False), FeatureSpec(own))
         return reward, {"objective": CovarianceAware(), "critic": CriticSpec("own")}
     if name == "whole members":
-        reward = saved(folder, FullEnsemble(2), FeatureSpec(own))
+        reward = saved(folder, FullEnsemble(2, moderated=False), FeatureSpec(own))
         sampling = Sampling(6, stop_token_ids=STOPS, num_responses=2)
         return reward, {"objective": LowerConfidence(), "advantage": Rloo(), "sampling": sampling}
     assert name == "heads on another base, all weights trained"
-    reward = saved(folder, HeadEnsemble(5), FeatureSpec(Pretrained(other), None, "last", [0]), calibrated=False)
+    reward = saved(
+        folder, HeadEnsemble(5, moderated=False), FeatureSpec(Pretrained(other), None, "last", [0]), calibrated=False
+    )
     return reward, {"objective": VarianceAware(), "lora": None, "num_reference": 8, "learning_rate": 1e-3}
 
 
@@ -101,7 +104,9 @@ def figures(state, rows):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_weights_are_those_of_before(name, tmp_path):
+def test_the_weights_are_those_of_before(name, tmp_path, monkeypatch):
+    # Halves of a minibatch add up in another order, and Adam makes of rounding what it may move a weight.
+    monkeypatch.setattr(PPOUpdate, "_probe", lambda *_: None)
     found, known = figures(*train(name, tmp_path)), json.loads(RECORDED.read_text())[name]
     torch.testing.assert_close(torch.tensor(found["weights"]), torch.tensor(known["weights"]), atol=1e-5, rtol=1e-5)
     assert found["said"] == pytest.approx(known["said"], rel=1e-5, abs=1e-5)

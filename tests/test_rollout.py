@@ -91,7 +91,7 @@ def other_ensemble(folder):
     tokenizer = helpers.tiny_tokenizer(folder / "other", pad=False)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<x>"]})
     other = helpers.tiny_model(folder / "other", tokenizer, kind="gpt2", seed=5)
-    head = HeadEnsemble(3)
+    head = HeadEnsemble(3, moderated=False)
     head.build(32)
     RewardModel(FeatureSpec(Pretrained(other), pooling="mean"), head, None).save_pretrained(folder / "ensemble")
     return str(folder / "ensemble")

@@ -1,6 +1,7 @@
-"""Runs a stage on a CPU and measures the peak of each of its phases; `benchmarks/plan.py` starts it.
+"""Runs a stage and measures the peak of each of its phases; `benchmarks/plan.py` starts it.
 
-What is measured is every allocation of PyTorch's CPU allocator, by its profiler, over the bytes of the loaded weights.
+What is measured on a CPU is every allocation of PyTorch's allocator, by its profiler, over the bytes of the loaded
+weights; on a GPU the peak that its allocator tells.
 """
 
 from __future__ import annotations
@@ -29,13 +30,22 @@ def constant_rewards(completions: list[str]) -> list[float]:
     return [float(len(response)) for response in completions]
 
 
+# What a GPU's allocator told of the last time that each phase came.
+ON_GPU: dict[str, int] = {}
+
+
 def marked(owner: type, method: str, phase: str) -> None:
     """Mark the time that a method takes as a phase."""
     inner = getattr(owner, method)
 
     def outer(*args: Any, **kwargs: Any) -> Any:
-        with record_function(MARK + phase):
-            return inner(*args, **kwargs)
+        if not torch.cuda.is_available():
+            with record_function(MARK + phase):
+                return inner(*args, **kwargs)
+        torch.cuda.reset_peak_memory_stats()
+        out = inner(*args, **kwargs)
+        ON_GPU[phase] = torch.cuda.max_memory_allocated()
+        return out
 
     setattr(owner, method, outer)
 
@@ -52,10 +62,10 @@ def peaks(events: list[Any], weights: int) -> dict[str, int]:
     spans = {e.name(): (e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name().startswith(MARK)}
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     total, found = weights, dict.fromkeys(spans, 0)
-    for time, size in memory:
+    for moment, size in memory:
         total += size
         for name, (start, end) in spans.items():
-            if start <= time <= end:
+            if start <= moment <= end:
                 found[name] = max(found[name], total)
     return {name.removeprefix(MARK): peak for name, peak in found.items()}
 
@@ -83,9 +93,13 @@ def main(stage: str, words: list[str]) -> None:
     if stage != "ppo":
         # The way forward and back is within.
         marked(type(trainer.strategy), "optimizer_step", "training")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    if torch.cuda.is_available():
         trainer.fit(module, datamodule=run.datamodule)
-    found = peaks(list(profiler.profiler.kineto_results.events()), weights)
+        found = ON_GPU
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            trainer.fit(module, datamodule=run.datamodule)
+        found = peaks(list(profiler.profiler.kineto_results.events()), weights)
     print(json.dumps({"weights": weights, "phases": found}))
 
 

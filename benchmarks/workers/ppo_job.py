@@ -1,4 +1,4 @@
-"""What a worker of `benchmarks/trl_ppo.py` is told and what it answers; standard library and torch only.
+"""What a worker of `benchmarks/trl_ppo.py` or `ppo_speed.py` is told and what it answers; standard library, torch only.
 
 The workers run under different interpreters, which share nothing but this file and `job.py`.
 """
@@ -37,7 +37,11 @@ class Job:
         learning_rate: Of policy and critic; AdamW, falls linearly by iteration.
         kl_coef: β.
         critic: Ours alone: `own`, a model of its own as the peer's, or `reference`.
+        lora_rank: Rank of the adapters that train; `None` trains all weights.
+        ema_decay: Ours alone: the policies that are saved are averaged with this decay; `None` for those that sample.
         seed: Seed of the run.
+        objective: Ours alone, by class name.
+        dtype: Of frozen weights; what is trained is float32.
     """
 
     policy: str
@@ -55,7 +59,11 @@ class Job:
     learning_rate: float
     kl_coef: float
     critic: str = "own"
+    lora_rank: int | None = None
+    ema_decay: float | None = None
     seed: int = 0
+    objective: str = "SingleReward"
+    dtype: str = "float32"
 
 
 @dataclass
@@ -68,6 +76,8 @@ class Answer:
         base_mb: Memory resident before any model was loaded, in 10⁶ bytes.
         peak_mb: Most memory that was resident.
         rewards: Mean reward of each rollout.
+        phases: Ours alone: seconds of each iteration that passed in sampling, scoring and updating, by name.
+        tokens: Ours alone: tokens of the responses of each iteration.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -75,6 +85,8 @@ class Answer:
     base_mb: float = 0.0
     peak_mb: float = 0.0
     rewards: list[float] = field(default_factory=list)
+    phases: dict[str, list[float]] = field(default_factory=dict)
+    tokens: list[float] = field(default_factory=list)
 
 
 class Stopwatch:
@@ -91,7 +103,7 @@ class Stopwatch:
 
     def watch(self, optimizer: torch.optim.Optimizer, policy: torch.nn.Module) -> None:
         """Start the clock, and look at a weight of the policy after each step that the optimiser takes."""
-        weight = max(policy.parameters(), key=torch.numel)
+        weight = max((p for p in policy.parameters() if p.requires_grad), key=torch.numel)
         last = [float(weight.detach().double().sum())]
 
         def changed(*args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Our side of `benchmarks/trl_ppo.py`: the PPO stage itself, under a Lightning trainer."""
+"""Our side of `benchmarks/trl_ppo.py` and `ppo_speed.py`: the PPO stage itself, under a Lightning trainer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from ppo_job import Answer, Job, Stopwatch, serve
 
+from lit_vapo import objectives
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import Pretrained, quiet
-from lit_vapo.objectives.single_reward import SingleReward
+from lit_vapo.models.pretrained import Lora, Pretrained, quiet
 from lit_vapo.stages.ppo.module import PPOModule
 from lit_vapo.stages.ppo.update import UpdateSettings
+
+PHASES = ("generate", "score", "update")
 
 
 class Laps(Callback):
@@ -31,8 +33,26 @@ class Laps(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """An iteration is done."""
-        reward = float(trainer.callback_metrics["train/reward_mean"])
-        self.watch.lap(pl_module.networks.policy.causal_lm, reward)
+        figures = trainer.callback_metrics
+        reward = float(figures["train/reward_mean"])
+        answer = self.watch.answer
+        answer.tokens.append(float(figures["train/response_length"]) * self.watch.job.batch_size)
+        for phase in PHASES:
+            speed = float(figures[f"train/{phase}_tokens_per_second"])
+            answer.phases.setdefault(phase, []).append(answer.tokens[-1] / speed)
+        with pl_module.product():
+            self.watch.lap(pl_module.networks.policy, reward)
+
+
+def critic_speed(job: Job) -> float:
+    """How many times as fast as the policy the critic learns.
+
+    A head on frozen states may learn faster than a model of its own: ten times as fast, as our defaults are. Adapters
+    learn faster than all weights do, and that head no faster for it.
+    """
+    if job.critic == "own":
+        return 1
+    return 10 if job.lora_rank is None else 3
 
 
 def work(job: Job, answer: Answer) -> None:
@@ -49,17 +69,18 @@ def work(job: Job, answer: Answer) -> None:
         max_prompt_length=job.max_prompt_length,
     )
     module = PPOModule(
-        Pretrained(job.policy),
+        Pretrained(job.policy, dtype=job.dtype),
         job.ensemble,
-        SingleReward(),
+        getattr(objectives, job.objective)(),
+        lora=None if job.lora_rank is None else Lora(job.lora_rank, 2.0 * job.lora_rank),
         critic=CriticSpec(job.critic),
         sampling=Sampling(job.response_length),
         # The peer does not clip gradients.
         update=UpdateSettings(job.epochs, job.minibatches, max_grad_norm=1e9),
         learning_rate=job.learning_rate,
-        # A head on frozen states may learn faster than a model of its own: ten times as fast, as our defaults are.
-        critic_learning_rate=job.learning_rate * (10 if job.critic == "reference" else 1),
+        critic_learning_rate=job.learning_rate * critic_speed(job),
         kl_coef=job.kl_coef,
+        ema_decay=job.ema_decay,
     )
     trainer = Trainer(
         accelerator="cpu",

@@ -164,6 +164,29 @@ def make_reward(folder: Path, policy: Path, language: Language, pairs: int, seed
         rows.append({"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected})
     folder.mkdir(parents=True, exist_ok=True)
     preferences = write_rows(folder / "preferences.jsonl", rows)
+    train_heads(folder, policy, preferences, seed)
+
+
+def train_heads(
+    folder: Path,
+    policy: Path,
+    preferences: str,
+    seed: int,
+    members: int = 1,
+    max_length: int = PROMPT + RESPONSE,
+    response: int = RESPONSE,
+) -> None:
+    """Linear reward heads on a frozen policy, below `ensemble`; the same below `classifier` if there is one head.
+
+    Args:
+        folder: Where to.
+        policy: The policy.
+        preferences: A `.jsonl` with `prompt`, `chosen` and `rejected`.
+        seed: Seed of the training.
+        members: Heads.
+        max_length: Most tokens of prompt and response.
+        response: Most tokens of the responses that the heads are calibrated on.
+    """
     options = {
         "seed_everything": seed,
         "trainer.default_root_dir": folder / "run",
@@ -173,18 +196,22 @@ def make_reward(folder: Path, policy: Path, language: Language, pairs: int, seed
         "trainer.enable_model_summary": "false",
         "model.base.path": policy,
         "model.reference.path": policy,
-        "model.reference_sampling.max_new_tokens": RESPONSE,
+        "model.reference_sampling.max_new_tokens": response,
         "model.head": "lit_vapo.rewards.members.heads.HeadEnsemble",
-        "model.head.num_members": 1,
-        "model.head.bootstrap": "false",
+        "model.head.num_members": members,
+        "model.head.bootstrap": str(members > 1).lower(),
+        # What a classifier reads; and a critic that starts from it should be a whole model.
+        "model.pooling": "last",
+        "model.layer": "null",
         "model.learning_rate": 1e-2,
         "data.tokenizer": policy,
         "data.preferences": preferences,
         "data.batch_size": 16,
-        "data.max_length": 64,
+        "data.max_length": max(64, max_length),
         "overwrite": "true",
     }
     lit_vapo(["reward", "fit", *(f"--{name}={value}" for name, value in options.items())])
     checkpoint = f"--checkpoint={folder}/run/checkpoints/last.ckpt"
     lit_vapo(["export", checkpoint, f"--output={folder}/ensemble"])
-    lit_vapo(["export", checkpoint, f"--output={folder}/classifier", "--classifier=true"])
+    if members == 1:
+        lit_vapo(["export", checkpoint, f"--output={folder}/classifier", "--classifier=true"])

@@ -1,4 +1,4 @@
-"""The peer's side of `benchmarks/trl_ppo.py`: TRL's own PPO trainer, for its own interpreter.
+"""The peer's side of `benchmarks/trl_ppo.py` and `ppo_speed.py`: TRL's own PPO trainer, for its own interpreter.
 
 Needs trl 1.12.0 and nothing of ours.
 """
@@ -18,9 +18,10 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import datasets
 import torch
 import transformers
+from peft import LoraConfig
 from ppo_job import Answer, Job, Stopwatch, serve
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl.experimental.ppo import PPOConfig, PPOTrainer
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 
 class Laps(transformers.TrainerCallback):
@@ -43,6 +44,19 @@ class Laps(transformers.TrainerCallback):
         self.watch.lap(model.policy, self.reward)
 
 
+def leave_end_unread(reward: torch.nn.Module, end: int) -> None:
+    """Let the reward model take the token that ends a response for padding, as it does on our side.
+
+    It has not learned what that token is worth; TRL would read it there.
+    """
+    get_reward = ppo_trainer.get_reward
+
+    def unread(model: torch.nn.Module, ids: torch.Tensor, pad: int, context: int) -> Any:
+        return get_reward(model, ids.masked_fill(ids == end, pad) if model is reward else ids, pad, context)
+
+    ppo_trainer.get_reward = unread
+
+
 def work(job: Job, answer: Answer) -> None:
     """Run PPO."""
     warnings.simplefilter("ignore")
@@ -53,10 +67,19 @@ def work(job: Job, answer: Answer) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job.policy, padding_side="left")
     texts = [json.loads(line)["prompt"] for line in Path(job.prompts).read_text().splitlines()]
     rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in texts]
-    policy, reference = (AutoModelForCausalLM.from_pretrained(job.policy, dtype=torch.float32) for _ in range(2))
+    dtype = getattr(torch, job.dtype)
+    # Without adapters the policy trains whole.
+    held = torch.float32 if job.lora_rank is None else dtype
+    policy = AutoModelForCausalLM.from_pretrained(job.policy, dtype=held)
+    reference = AutoModelForCausalLM.from_pretrained(job.policy, dtype=dtype) if job.lora_rank is None else None
     reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(job.classifier, dtype=torch.float32) for _ in range(2)
+        AutoModelForSequenceClassification.from_pretrained(job.classifier, dtype=x) for x in (dtype, torch.float32)
     )
+    adapters = None
+    if job.lora_rank is not None:
+        rank = job.lora_rank
+        adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    leave_end_unread(reward, tokenizer.eos_token_id)
     with tempfile.TemporaryDirectory() as folder:
         options = PPOConfig(
             output_dir=folder,
@@ -93,6 +116,7 @@ def work(job: Job, answer: Answer) -> None:
             datasets.Dataset.from_list(rows),
             value,
             callbacks=[laps],
+            peft_config=adapters,
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()

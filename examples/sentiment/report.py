@@ -5,22 +5,20 @@ python -m examples.sentiment.report --output runs/demo
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
 from examples.sentiment.figures import Records, save_all, trained_metrics
 from lit_vapo.functional import repetition
+from lit_vapo.pages import html
 
 SHOWN = 10
-TEMPLATES = Path(__file__).with_name("templates")
 
 
 def summarise(reference: Records, policy: Records, judge: dict[str, Any], reward: dict[str, Any]) -> dict[str, Any]:
@@ -56,13 +54,9 @@ def _heat(value: float) -> str:
 
 def page(summary: dict[str, Any], pictures: dict[str, Path], reference: Records, policy: Records) -> str:
     """The report as one HTML page with its pictures inside."""
-    pages = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    pages.filters["heat"] = _heat
-    pages.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
     pairs = list(zip(reference, policy, strict=True))[:SHOWN]
-    return pages.get_template("report.html.j2").render(s=summary, pictures=pictures, pairs=pairs)
+    filters = {"heat": _heat}
+    return html("examples.sentiment", "report.html.j2", filters, s=summary, pictures=pictures, pairs=pairs)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lit_vapo.advantages.base import AdvantageEstimator, Reduce
-from lit_vapo.functional import Advantages, Moments, gae, masked_whiten, moments
+from lit_vapo.functional import Advantages, Moments, gae, masked_whiten, moments, whitening_scale
 from lit_vapo.ranges import ClosedUnitInterval, check_ranges
 from lit_vapo.types import RewardEstimate
 
@@ -41,8 +41,8 @@ class Gae(AdvantageEstimator):
         """Advantages, whitened if asked, and returns that are not."""
         if values is None:
             raise ValueError("Gae: expected the values of a critic, got None")
-        advantages, returns = gae(rewards, values, response_mask, self.gamma, self.gae_lambda)
-        if self.whiten:
-            total = Moments(*(all_sum(x) for x in moments(advantages, response_mask)))
-            advantages = masked_whiten(advantages, response_mask, total)
-        return Advantages(advantages, returns)
+        advantages, returns, _ = gae(rewards, values, response_mask, self.gamma, self.gae_lambda)
+        if not self.whiten:
+            return Advantages(advantages, returns)
+        total = Moments(*(all_sum(x) for x in moments(advantages, response_mask)))
+        return Advantages(masked_whiten(advantages, response_mask, total), returns, whitening_scale(total))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lit_vapo.advantages.base import GroupBaseline
-from lit_vapo.functional import group_normalise
+from lit_vapo.functional import group_normalise, group_scale
 from lit_vapo.ranges import PositiveFloat, check_ranges
 
 
@@ -31,3 +31,7 @@ class Grpo(GroupBaseline):
     def compare(self, rewards: Tensor, num_responses: int) -> Tensor:
         """Rewards (B,), centred and scaled within each prompt."""
         return group_normalise(rewards, num_responses, self.eps)
+
+    def scale(self, rewards: Tensor, num_responses: int) -> Tensor:
+        """One over the standard deviation of each prompt's rewards, plus ε (B,)."""
+        return 1 / group_scale(rewards, num_responses, self.eps)

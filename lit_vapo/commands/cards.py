@@ -42,6 +42,7 @@ def policy_card(module: PPOModule, target: Path, folder: str) -> ModelCard:
         "longest response (tokens)": module.sampling.max_new_tokens,
         "learning rate, actor": module.learning_rate,
         "learning rate, critic": module.critic_learning_rate,
+        "average of weights, decay": module.ema_decay or "none",
     }
     header = ModelCardData(
         base_model=module.base.path,

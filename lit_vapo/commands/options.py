@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace, _postponed_annotations, get_
 from jsonargparse._paths import Path as ConfigPath
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_vapo.commands.hints import hinted
 from lit_vapo.console import DEBUG, USAGE_ERROR, complain
 from lit_vapo.folders import absolute
 from lit_vapo.models.older import renamed
@@ -32,6 +33,10 @@ MAX_CHARACTERS, MAX_NODES, MAX_DEPTH = 1_000_000, 100_000, 100
 class Parser(ArgumentParser):
     """A parser whose errors are one message, and for which `~` is the home folder in every option."""
 
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        # A mistyped option would be taken for the one it begins.
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong and where help is, rather than all that could be given."""
         if not self.exit_on_error:
@@ -40,7 +45,7 @@ class Parser(ArgumentParser):
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         if os.environ.get(DEBUG):
             traceback.print_exc()
-        complain(f"{message}\nAll options: {parser.prog.replace(' [options]', '')} --help")
+        complain(f"{hinted(message, parser)}\nAll options: {parser.prog.replace(' [options]', '')} --help")
         raise SystemExit(USAGE_ERROR) from ex
 
     def _load_config_parser_mode(self, content: str, *args: Any, **kwargs: Any) -> Namespace:

@@ -205,6 +205,7 @@ def _ppo(model: dict[str, Any], data: dict[str, Any], notes: list[str]) -> PPOJo
         epochs=update.epochs,
         minibatches=min(update.minibatches, data["batch_size"] * sampling.num_responses),
         micro_batch_tokens=update.micro_batch_tokens,
+        averaged=model["ema_decay"] is not None,
     )
 
 
@@ -219,7 +220,7 @@ def _reward(model: dict[str, Any], data: dict[str, Any], notes: list[str]) -> Re
         layer=None if model["layer"] == "auto" else model["layer"],
         pooling=model["pooling"],
         frozen=model["freeze_backbone"],
-        reference=model["reference"],
+        reference=model["base"] if model["reference"] == "base" else model["reference"],
         sampling=model["reference_sampling"] or Sampling(),
         num_reference=model["num_reference"],
         pairs=data["batch_size"],

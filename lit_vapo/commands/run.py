@@ -20,8 +20,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_vapo.callbacks.checkpoint import RunCheckpoint
 from lit_vapo.callbacks.lineage import Lineage
 from lit_vapo.callbacks.metrics_file import MetricsFile
+from lit_vapo.callbacks.plain_progress import lines_for_bar
+from lit_vapo.callbacks.run_summary import RunSummary
 from lit_vapo.callbacks.samples import SampleTable
 from lit_vapo.commands.endings import told
+from lit_vapo.commands.notices import silence
 from lit_vapo.commands.options import StageParser, check_models, refuse_secrets
 from lit_vapo.commands.resume import WORDS, Found, checkpoint_meant, ends, found_to_resume, read
 from lit_vapo.commands.run_folder import (
@@ -42,16 +45,6 @@ from lit_vapo.trackers import go_on, lasting
 
 # What the best checkpoint is kept by, where the stage has one figure for that.
 MONITOR = {"reward": "val/nll", "sft": "val/loss"}
-NOISE = (
-    # Lightning is handed arguments while the command line has some: the stage's name, here.
-    ".*LightningCLI's args parameter is intended to run from within.*",
-    # A folder that holds a run is refused before this, unless it is resumed.
-    ".*Checkpoint directory .* exists and is not empty.*",
-    # Nobody who sets nothing aside for validation needs to hear that nothing was.
-    ".*Total length of `list` across ranks is zero.*",
-    # Frozen models belong in evaluation mode, and a policy has no dropout, so its mode does not matter.
-    ".*module\\(s\\) in eval mode at the start of training.*",
-)
 
 
 class StageCLI(LightningCLI):
@@ -82,8 +75,7 @@ class StageCLI(LightningCLI):
         self.claim: Claim | None = None
         self.trial = False
         quiet()
-        for message in NOISE:
-            warnings.filterwarnings("ignore", message=message)
+        silence()
         try:
             with told(self):
                 super().__init__(
@@ -151,6 +143,7 @@ class StageCLI(LightningCLI):
         check_folders(self.root, checkpoints, config["model"].get("feature_cache"))
         self._check_resumed(config)
         check_models(config)
+        config["data"]["tokenizer"] = config["data"]["tokenizer"] or config["model"]["base"]["path"]
         for name in ("reward", "policy"):
             # Like the models' own: what a checkpoint remembers is found from elsewhere.
             if isinstance(config["model"].get(name), str):
@@ -192,9 +185,11 @@ class StageCLI(LightningCLI):
         state = self.resumed.run_state if self.resumed is not None and self.own and self.subcommand == "fit" else {}
         checkpoint.state.began_with = state.get("reads", {})
         trainer = super().instantiate_trainer(**kwargs)
+        chosen = self._get(self.config_init, "trainer")["callbacks"]
+        trainer.callbacks = lines_for_bar(trainer.callbacks, chosen)  # type: ignore[attr-defined]
         if self.trial:
             return trainer
-        trainer.callbacks.insert(0, Lineage())  # type: ignore[attr-defined]
+        trainer.callbacks[:0] = [RunSummary(str(self.root), checkpoint), Lineage()]  # type: ignore[attr-defined]
         go_on(trainer.loggers, state.get("trackers", []))
         trainer.loggers = lasting(trainer.loggers, str(self.root))
         # Their files go on where a resumed run's stand.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import json
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -15,12 +14,12 @@ from typing import Any, cast
 
 import torch
 
-from lit_vapo.commands.sources import chosen_source, device_of, ready
+from lit_vapo.commands.sources import chosen_source, device_of, ready, row_responses, warn_of_units
 from lit_vapo.console import meant
 from lit_vapo.http_client import read_token
 from lit_vapo.rewards import RewardSource
 from lit_vapo.rewards.protocol import LARGEST_BODY, read_request
-from lit_vapo.rollout import Encoders, text_responses
+from lit_vapo.rollout import Encoders
 
 # A client that says nothing for so many seconds is left.
 PATIENCE = 60.0
@@ -61,8 +60,7 @@ def serve(
         )
     if source.columns:
         raise ValueError(f"--reward: expected a source that reads texts alone, got one that reads {source.columns}")
-    if not source.calibrated:
-        print("WARNING: members are not centred and scaled; `lit-vapo reward calibrate` does it", file=sys.stderr)
+    warn_of_units(source)
     with _Server((host, port), source, token) as server, _until_told(server):
         print(
             f"listening on http://{host}:{server.server_port} ({source.num_members} members); Ctrl-C ends it",
@@ -116,13 +114,8 @@ class _Server(ThreadingHTTPServer):
             ValueError: It is no request, or a response cannot be scored.
         """
         rows = read_request(body).rows
-        prompts, texts, ended = (
-            [row.asked() for row in rows],
-            [row.response for row in rows],
-            [row.finished for row in rows],
-        )
         with self.lock:
-            found = self.source.estimate(text_responses(prompts, texts, ended, self.encoders, device_of()))
+            found = self.source.estimate(row_responses(rows, self.encoders))
         if self.source.num_members == 1:
             return cast("list[float]", found.mean.tolist())
         if found.members is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from lit_vapo.data.conversation import last_answer
 from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.models.pretrained import check_tokenizer
 from lit_vapo.rewards import EnsembleReward, Responses, RewardSource, load_reward
-from lit_vapo.rollout import Encoders, token_responses
+from lit_vapo.rewards.protocol import Row
+from lit_vapo.rollout import Encoders, text_responses, token_responses
 from lit_vapo.types import TokenSequence
 
 
@@ -47,6 +49,24 @@ def ready(source: RewardSource, device: torch.device) -> RewardSource:
     source.check()
     source.prepare(None)
     return source.to(device).eval()
+
+
+def warn_of_units(source: RewardSource) -> None:
+    """Say where a source's members are not centred and scaled."""
+    if not source.calibrated:
+        print("WARNING: members are not centred and scaled; `lit-vapo reward calibrate` does it", file=sys.stderr)
+
+
+def row_responses(rows: Sequence[Row], encoders: Encoders, columns: Mapping[str, list[Any]] | None = None) -> Responses:
+    """What rows of JSON ask about, as responses to score.
+
+    Args:
+        rows: The rows.
+        encoders: Writes responses down for models.
+        columns: Further columns by name, a value for each row.
+    """
+    asked, texts, ended = [r.asked() for r in rows], [r.response for r in rows], [r.finished for r in rows]
+    return text_responses(asked, texts, ended, encoders, device_of(), columns)
 
 
 def check_tokens(source: RewardSource, data: PreferenceDataModule) -> None:

@@ -38,7 +38,7 @@ class Columns:
     Raises:
         ValueError: There is no column of that name to read.
 
-    Example:
+    Examples:
         >>> Columns({"prompt": "question"}).rename(Row({"question": "Why?", "id": 3}, "here")).values
         {'id': 3, 'prompt': 'Why?'}
     """
@@ -104,7 +104,7 @@ def further(values: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         values: The row, with our names.
 
-    Example:
+    Examples:
         >>> further({"prompt": "2 + 2?", "answer": 4, "subset": "sums"})
         {'answer': 4, 'subset': 'sums'}
         >>> further({"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "subset": "sums", "level": 1})
@@ -132,7 +132,7 @@ def _writable(value: Any) -> bool:
 def listed(names: Iterable[str]) -> str:
     """Names of columns for a message.
 
-    Example:
+    Examples:
         >>> listed(["b", "a"])
         "columns ['a', 'b']"
     """

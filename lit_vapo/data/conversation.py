@@ -37,7 +37,7 @@ def last_answer(prompt: Prompt, answer: str | Messages, place: str) -> tuple[Pro
     Raises:
         ValueError: The last message is no text.
 
-    Example:
+    Examples:
         >>> calls = [{"role": "assistant", "content": "Wait."}, {"role": "user", "content": "Yes?"}]
         >>> asked = Prompt([{"role": "user", "content": "Hello"}])
         >>> prompt, text = last_answer(asked, [*calls, {"role": "assistant", "content": "Here."}], "a file")

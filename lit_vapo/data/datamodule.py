@@ -28,7 +28,7 @@ class TextDataModule(TextLoaders, LightningDataModule):
     column `prompt`. docs/data.md shows all shapes, and the columns that say how clear a preference is.
 
     Args:
-        tokenizer: Folder or hub name of the tokenizer, usually that of the base model.
+        tokenizer: Folder or hub name of the tokenizer; in a run of the command line `null` takes that of `model.base`.
         preferences: Files (`.jsonl`, `.json`, `.parquet`; globs allowed) or hub names (`name`, `name:config`,
             `name:config:split`) of preferences. A mapping from these to ratios mixes them: as many rows as can be had
             in these shares without taking one twice.
@@ -70,7 +70,7 @@ class TextDataModule(TextLoaders, LightningDataModule):
 
     def __init__(
         self,
-        tokenizer: str,
+        tokenizer: str | None = None,
         preferences: Sources | None = None,
         preferences_validation: Sources | None = None,
         preferences_test: Sources | None = None,
@@ -119,6 +119,8 @@ class TextDataModule(TextLoaders, LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        if tokenizer is None:
+            raise ValueError("data.tokenizer: expected a folder or hub name, got null, and no model to take it from")
         self.encoder = load_encoder(
             tokenizer, append_eos, templated, chat_template_kwargs, stop_token_ids, trust_remote_code
         )

@@ -42,7 +42,7 @@ def counts(sizes: Sequence[int], parts: Sequence[float]) -> list[int]:
         sizes: Rows there are of each source.
         parts: Share of each source; together 1.
 
-    Example:
+    Examples:
         >>> counts([700, 90], [0.7, 0.3])
         [210, 90]
     """

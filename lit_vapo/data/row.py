@@ -64,7 +64,7 @@ def attempt(read: Callable[[Row], T], row: Row) -> T:
 def shown(value: Any, length: int = 60) -> str:
     """A value for a message: in one line, and not longer than that.
 
-    Example:
+    Examples:
         >>> shown("word " * 100, 20)
         "'word word word wor…"
         >>> shown([1, 2])

@@ -194,7 +194,7 @@ class ChatTemplate:
 def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many items, or characters, two sequences have in common at their beginning.
 
-    Example:
+    Examples:
         >>> shared("assistant", "assign")
         4
     """

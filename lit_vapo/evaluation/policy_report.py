@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_vapo.functional import best_of_n, best_of_n_kl, kl_k1, kl_k3, paired_gain, repetition, weighted_k3, win_rate
 
-# The numbers of a response, by their names in a record; a response need not have the last two.
+# The numbers of a response, by their names in a record; a response need not have those from gold on.
 COLUMNS = (
     "reward",
     "sigma",
@@ -25,6 +25,8 @@ COLUMNS = (
     "length",
     "stopped",
     "gold",
+    "distance",
+    "relative_sigma",
     "members",
 )
 # With the name of a part of a reward that is a sum: its mean, and its σ.
@@ -38,7 +40,7 @@ def response_statistics(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Figures of a set of R responses, each a scalar.
 
     Args:
-        columns: A tensor (R,) for each name of `COLUMNS`, `members` (R, K); `gold` and `members` where there are any.
+        columns: A tensor (R,) for each name of `COLUMNS`, `members` (R, K); those from `gold` on where there are any.
             `entropy` is the mean over the tokens of a response. And one (R,) for each number of a part.
     """
     reward, log_ratio, weight, length = (columns[name] for name in ("reward", "kl", "kl_weight", "length"))
@@ -60,6 +62,11 @@ def response_statistics(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "gold" in columns:
         statistics["gold"] = columns["gold"].mean()
         statistics["gold_std"] = columns["gold"].std(correction=0)
+    if "distance" in columns:
+        statistics["outlier_distance"] = columns["distance"].mean()
+        statistics["outlier_share"] = (columns["distance"] > 1).to(columns["distance"]).mean()
+    if "relative_sigma" in columns:
+        statistics["relative_sigma"] = columns["relative_sigma"].mean()
     if "members" in columns:
         statistics |= {
             f"reward_member_{k}": mean for k, mean in enumerate(columns["members"][:, :MEMBERS_SHOWN].mean(0))

@@ -47,6 +47,7 @@ def evaluation(
         "uncertainty": {
             "disagreement": float(report.disagreement),
             "margin_sigma": float(report.margin_sigma.mean()),
+            **report.noise,
             "sigma_constant_share": float(report.constant_share),
             "error_auroc": float(report.error_auroc),
             "error_spearman": float(report.error_spearman),
@@ -88,6 +89,9 @@ def write_report(folder: str | Path, report: PreferenceReport, record: Mapping[s
 
     names = ["example_id", "margin_mean", "margin_sigma", "chosen_sigma", "rejected_sigma"]
     columns = [report.example_ids, report.margin.mean, report.margin_sigma, *report.response_sigma.T]
+    if report.noise:
+        names += ["chosen_noise", "rejected_noise"]
+        columns += report.response_noise.T
     if report.margin.members is not None:
         columns += report.margin.members.T
     pairs = zip(*(column.tolist() for column in columns), strict=True)

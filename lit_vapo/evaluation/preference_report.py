@@ -43,6 +43,8 @@ class PreferenceReport:
         response_variance: Variance of the normalised reward of the chosen and the rejected response (N, 2).
         num_ties: How many pairs were left out because nobody preferred either response.
         responses: Normalised reward of both responses by each member, and last by their mean (N, 2, K + 1).
+        response_noise: Variance of what people say of both responses (N, 2), in the same unit; NaN, or None for all,
+            where the estimator does not tell it apart.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class PreferenceReport:
         response_variance: Tensor,
         num_ties: int = 0,
         responses: Tensor | None = None,
+        response_noise: Tensor | None = None,
     ) -> None:
         self.example_ids = example_ids
         self.margin = margin
@@ -59,6 +62,8 @@ class PreferenceReport:
         self.response_sigma = response_variance.clamp_min(0).sqrt()
         self.num_ties = num_ties
         self.responses = responses
+        noise = torch.full_like(response_variance, torch.nan) if response_noise is None else response_noise
+        self.response_noise = noise.sqrt()
 
     @property
     def num_pairs(self) -> int:
@@ -134,6 +139,14 @@ class PreferenceReport:
         members = self.responses[..., :-1].flatten(0, 1)
         return constant_share(members) if members.shape[1] else torch.tensor(torch.nan)
 
+    @property
+    def noise(self) -> dict[str, float]:
+        """Mean σ of a response over members and over people, by name; empty where nobody tells the noise of labels."""
+        if bool(self.response_noise.isnan().all()):
+            return {}
+        means = self.response_sigma.mean(), self.response_noise.mean()
+        return {"response_sigma": float(means[0]), "response_noise": float(means[1])}
+
     @cached_property
     def risk_coverage(self) -> RiskCoverage:
         """Error rate of the mean among the pairs with the least σ_Δ, and the area under that curve."""
@@ -147,7 +160,8 @@ class PreferenceReport:
         mean, variance, members = self.margin[:3]
         margin = RewardEstimate(mean[index], variance[index], None if members is None else members[index])
         responses = None if self.responses is None else self.responses[index]
-        return PreferenceReport(self.example_ids[index], margin, self.response_sigma[index].square(), 0, responses)
+        variances = self.response_sigma[index].square(), self.response_noise[index].square()
+        return PreferenceReport(self.example_ids[index], margin, variances[0], 0, responses, variances[1])
 
     def summary(self) -> dict[str, float]:
         """What is logged of a split, by the names of docs/metrics.md; `member_*` only where there are members."""

@@ -21,13 +21,15 @@ def subset_table(report: PreferenceReport, names: Sequence[str]) -> list[dict[st
         names: The subset of each pair, in the order of `report.example_ids`.
 
     Returns:
-        One row for each subset: `subset`, `num_pairs`, `accuracy`, `nll`, `ece`, `sigma` (mean σ of the margin) and
-        `auroc` (σ of the margin against errors; NaN on a subset without errors, or with nothing else).
+        One row for each subset: `subset`, `num_pairs`, `accuracy`, `nll`, `ece`, `sigma` (mean σ of the margin),
+        `response_sigma` and `response_noise` where the estimator tells noise of labels (mean σ of a response's
+        normalised reward over members, and over people) and `auroc` (σ of the margin against errors; NaN on a subset
+        without errors, or with nothing else).
 
     Raises:
         ValueError: if there is not one name for each pair.
 
-    Example:
+    Examples:
         >>> from lit_vapo.functional import ensemble_estimate
         >>> margin = ensemble_estimate(torch.tensor([[1.0, 3.0], [2.0, -4.0], [1.0, 1.0]]))
         >>> report = PreferenceReport(torch.tensor([3, 5, 8]), margin, torch.zeros(3, 2))
@@ -48,6 +50,7 @@ def _subset_row(name: str, part: PreferenceReport) -> dict[str, Any]:
         "nll": float(part.nll[-1]),
         "ece": float(part.ece[-1]),
         "sigma": float(part.margin_sigma.mean()),
+        **part.noise,
         "auroc": float(part.error_auroc),
     }
 

@@ -14,6 +14,7 @@ from lit_vapo.figures.drawing import BLUE, GREY, ORANGE, drawing
 Evaluations = Sequence[Mapping[str, Any]]
 # Name of a score -> its mean among the figures of an evaluation, what it is called, its colour.
 SCORES = {"reward": ("reward_mean", "ensemble's mean", ORANGE), "gold": ("gold", "gold", BLUE)}
+SHARE, VIOLET = "outlier_share", "#CC79A7"
 SHOWN = 7
 
 
@@ -36,7 +37,8 @@ def overoptimisation(
 
     Both scores are in standard deviations over the reference's responses, which makes them comparable: where the
     ensemble still rises and gold no longer does, the policy learns the ensemble's mistakes. The band is what the single
-    members see. Axes after Gao, Schulman & Hilton, arXiv 2210.10760, figure 1; KL by k1, below zero drawn as zero.
+    members see. Below, if there is an alarm, how many responses are unlike the reference's. Axes after Gao, Schulman &
+    Hilton, arXiv 2210.10760, figure 1; KL by k1, below zero drawn as zero.
 
     Args:
         path: The PNG.
@@ -49,8 +51,11 @@ def overoptimisation(
     """
     if not course and not test:
         raise ValueError("expected evaluations to draw, got none")
-    with drawing(path, 6.4, 4.3) as figure:
-        axis = figure.subplots()
+    watched = [row for row in course if not math.isnan(row.get(SHARE, math.nan))]
+    with drawing(path, 6.4, 6.2 if watched else 4.3) as figure:
+        axis, *below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1]) if watched else [figure.subplots()]
+        if watched:
+            _draw_alarm(below[0], watched)
         axis.axhline(0, color=GREY, linewidth=1)
         legend = [artist for name in SCORES for artist in _draw_score(axis, name, course, test, best_of_n)]
         if len(course) > 1:
@@ -59,13 +64,30 @@ def overoptimisation(
         axis.annotate("reference", (0, 0), (5, -14), textcoords="offset points", fontsize=8.5)
         axis.set(
             title="What the policy gains as it moves away",
-            xlabel="√KL from the reference (KL in nats per response)",
             ylabel="gain over the reference ± standard error\n(standard deviations of its responses)",
         )
         bottom, top = axis.get_ylim()
         axis.set_xlim(left=-0.02 * axis.get_xlim()[1])
         axis.set_ylim(min(bottom, -0.08 * top), top)
         axis.legend(handles=legend, loc="best", fontsize=8.5)
+        (below or [axis])[-1].set_xlabel("√KL from the reference (KL in nats per response)")
+
+
+def _draw_alarm(axis: Any, rows: Evaluations) -> None:
+    """Draw how many responses are unlike the reference's, and how much more members disagree about them."""
+    x, shares = [_distance(row) for row in rows], [100 * row[SHARE] for row in rows]
+    legend = axis.plot(x, shares, "o-", color=VIOLET, markersize=4, linewidth=2, label="unlike the reference's")
+    if rows[0]["policy"] == "reference":
+        axis.axhline(shares[0], color=VIOLET, linestyle="--", linewidth=1)
+    axis.set_ylabel("outliers (%)")
+    axis.set_ylim(bottom=-0.04 * max(shares))
+    doubts = [row.get("relative_sigma", math.nan) for row in rows]
+    if not any(map(math.isnan, doubts)):
+        right = axis.twinx()
+        right.grid(visible=False)
+        right.set_ylabel("σ, reference = 1")
+        legend += right.plot(x, doubts, "s:", color=GREY, markersize=3, label="members' disagreement")
+    axis.legend(handles=legend, loc="best", fontsize=8.5)
 
 
 def _draw_score(

@@ -43,12 +43,14 @@ class ReferencePass(NamedTuple):
         entropy: Entropy of the reference at each position (B, T), nats.
         value_states: States for the critic (B, T, H), or `None` if it has another trunk.
         pooled: Pooled hidden states (B, H) for each tap that was asked for.
+        states: States that predict each response token (B, T, H), or `None` if nobody asked.
     """
 
     logprobs: Tensor
     entropy: Tensor
     value_states: Tensor | None
     pooled: list[Tensor]
+    states: Tensor | None = None
 
 
 class ActorCritic(nn.Module):
@@ -129,27 +131,48 @@ class ActorCritic(nn.Module):
             self.critic_start = "the mean reward"
 
     @torch.no_grad()
-    def reference(self, rows: TokenRows, shaping: Shaping, taps: Sequence[Tap] = ()) -> ReferencePass:
+    def reference(
+        self, rows: TokenRows, shaping: Shaping, taps: Sequence[Tap] = (), keep_states: bool = False
+    ) -> ReferencePass:
         """One pass through the frozen base."""
-        return self.policy.within("reference", lambda _: self._reference(rows, shaping, taps))
+        return self.policy.within("reference", lambda _: self._reference(rows, shaping, taps, keep_states))
 
-    def _reference(self, rows: TokenRows, shaping: Shaping, taps: Sequence[Tap]) -> ReferencePass:
+    def _reference(self, rows: TokenRows, shaping: Shaping, taps: Sequence[Tap], keep_states: bool) -> ReferencePass:
         read_here = self.value_layer if self.critic_trunk == "reference" else None
         layers = [None, read_here, *(tap.layer for tap in taps)]
         last, valued, *tapped = self.policy.layers("reference", rows.input_ids, rows.lengths, layers)
         logprobs = self.policy.logprobs("reference", last, *rows, shaping)
-        states = None
+        size = rows.response_mask.shape[1]
+        states = response_states(last, rows.prompt_lengths, size) if keep_states else None
+        value_states = None
         if self.critic_trunk == "reference":
-            states = response_states(valued, rows.prompt_lengths, rows.response_mask.shape[1])
+            value_states = response_states(valued, rows.prompt_lengths, size)
         pooled = []
         for tap, hidden in zip(taps, tapped, strict=True):
             read = content_lengths(rows.input_ids, rows.lengths, rows.prompt_lengths, tap.ends)
             pooled.append(pool(hidden, read, rows.prompt_lengths, tap.pooling))
-        return ReferencePass(logprobs.logprobs, logprobs.entropy, states, pooled)
+        return ReferencePass(logprobs.logprobs, logprobs.entropy, value_states, pooled, states)
 
     def actor(self, rows: TokenRows, shaping: Shaping) -> TokenLogprobs:
         """Log-probabilities and entropies of the responses under the policy (B, T)."""
         return self.policy.response_logprobs("actor", rows, shaping)
+
+    def actor_with_kl(self, rows: TokenRows, shaping: Shaping, ref_states: Tensor) -> tuple[TokenLogprobs, Tensor]:
+        """The same, and the exact KL of each token's distribution from the reference's (B, T), nats, from one pass.
+
+        Args:
+            rows: The sequences.
+            shaping: How the responses were drawn.
+            ref_states: What `reference` kept of its states (B, T, H).
+        """
+
+        def work(_: object) -> list[Tensor]:
+            hidden = self.policy.hidden("actor", rows.input_ids, rows.lengths).last
+            kl = self.policy.kl(hidden, ref_states, rows, shaping)
+            return [*self.policy.logprobs("actor", hidden, *rows, shaping), kl]
+
+        *logprobs, kl = self.policy.within("actor", work)
+        return TokenLogprobs(*logprobs), kl
 
     def values(self, rows: TokenRows, value_states: Tensor | None) -> Tensor:
         """Values before each response token (B, T).

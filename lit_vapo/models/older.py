@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 # Modules whose classes may be named in files: where they stood, and where they stand.
 MOVED = {
     "lit_vapo.uncertainty.base": "lit_vapo.rewards.members.base",
@@ -31,6 +34,8 @@ WEIGHTS = {
     "networks.reward_model.": "reward.model.",
     "objective.reference_variance": None,
 }
+# What ensembles did not keep, and what it was: variances of members stayed as they came.
+UNMODERATED = {"typical_variance": 1.0, "shrinkage": 0.0}
 
 
 def renamed(settings: Any) -> Any:
@@ -50,13 +55,20 @@ def renamed(settings: Any) -> Any:
 
 
 def update_checkpoint(checkpoint: dict[str, Any]) -> None:
-    """Rename classes and weights of a checkpoint in place; one of this version stays as it is."""
+    """Rename classes and weights of a checkpoint in place, and add what it lacks; one of this version stays so."""
     if "hyper_parameters" in checkpoint:
         checkpoint["hyper_parameters"] = renamed(checkpoint["hyper_parameters"])
     state = checkpoint["state_dict"]
     # The price of a nat is in every checkpoint of PPO.
     if "kl_coef" in state:
-        checkpoint["state_dict"] = {new: value for key, value in state.items() if (new := _new_name(key)) is not None}
+        state = {new: value for key, value in state.items() if (new := _new_name(key)) is not None}
+    heads = [key.removesuffix("reference_variance") for key in state if key.endswith("head.reference_variance")]
+    checkpoint["state_dict"] = {prefix + k: v for prefix in heads for k, v in unmoderated().items()} | state
+
+
+def unmoderated() -> dict[str, Tensor]:
+    """What the weights of an ensemble lack that knows nothing of moderated variances."""
+    return {name: torch.tensor(value) for name, value in UNMODERATED.items()}
 
 
 def _new_name(key: str) -> str | None:

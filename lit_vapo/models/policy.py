@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, TypeVar, cast
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,19 +18,20 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.exported import is_adapter, load_adapter_weights
+from lit_vapo.models.heads import head_kl, head_logprobs
 from lit_vapo.models.pretrained import (
     Lora,
     Pretrained,
     decoder_layers,
     disable_dropout,
     freeze,
-    keep_differentiable,
     load_causal_lm,
 )
+from lit_vapo.models.quantised import keep_differentiable
 from lit_vapo.models.shaping import Shaping
 from lit_vapo.models.sharding import Sharing, most_of, within
 from lit_vapo.models.token_rows import TokenRows
-from lit_vapo.models.trunk import TrunkOutput, head_logprobs, response_states, run_layers
+from lit_vapo.models.trunk import TrunkOutput, response_states, response_tokens, run_layers
 
 Role = Literal["actor", "critic", "reference"]
 T = TypeVar("T")
@@ -192,6 +192,22 @@ class Policy(nn.Module):
         with self.acting_as(role) as lm:
             return within(lm, lambda: head_logprobs(lm, states, targets, response_mask, shaping))
 
+    def kl(self, hidden: Tensor, ref_states: Tensor, rows: TokenRows, shaping: Shaping) -> Tensor:
+        """Exact KL of each response token's distribution from the reference's (B, T), nats.
+
+        Args:
+            hidden: The policy's hidden states (B, L, H).
+            ref_states: The reference's states that predict each response token (B, T, H).
+            rows: The sequences.
+            shaping: How the responses were drawn.
+        """
+        states = response_states(hidden, rows.prompt_lengths, rows.response_mask.shape[1])
+        lm = self.causal_lm
+        # Heads have no adapters: without a model of its own, the reference has the policy's.
+        reference = lm if self.reference_lm is None else self.reference_lm
+        arguments = (lm, states, reference, ref_states, rows.response_mask, shaping)
+        return within(lm, lambda: within(reference, lambda: head_kl(*arguments)))
+
     def response_logprobs(self, role: Role, rows: TokenRows, shaping: Shaping) -> TokenLogprobs:
         """Log-probabilities and entropies (B, T) of responses, in one pass."""
 
@@ -240,12 +256,6 @@ def _parent(folder: str | Path) -> Path:
     parent = Path(folder).resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     return parent
-
-
-def response_tokens(input_ids: Tensor, prompt_lengths: Tensor, size: int) -> Tensor:
-    """Response tokens (B, T) of right-padded sequences (B, L); anything past a response's end."""
-    offsets = prompt_lengths[:, None] + torch.arange(size, device=input_ids.device)
-    return input_ids.gather(1, offsets.clamp_max(input_ids.shape[1] - 1))
 
 
 def lora_config(lora: Lora, lm: PreTrainedModel, depth: int | None = None) -> LoraConfig:

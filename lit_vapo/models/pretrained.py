@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lit_vapo.folders import absolute
+from lit_vapo.models.quantised import let_inputs_go
 from lit_vapo.models.weightless import is_weightless, reader, shorten
 from lit_vapo.models.weights import check_model, loading
 from lit_vapo.ranges import PositiveFloat, PositiveInt, check_ranges
@@ -41,8 +42,8 @@ class Pretrained:
 
     Args:
         path: Folder or hub name of a whole transformers model; an adapter is merged first.
-        dtype: Data type of the weights; `auto` takes the one they are stored in. Weights that are trained are held
-            in float32, adapters included.
+        dtype: Data type of the weights; `auto` takes the one they are stored in, or float32 on a processor that is
+            slow in half precision (`halves_are_slow`). Weights that are trained are held in float32, adapters included.
         quantization: `8bit` (LLM.int8) or `4bit` (nf4) weights through bitsandbytes; `null` for none. A quantised
             base is frozen: train adapters or heads on it.
         attn_implementation: Attention kernel, such as `sdpa` or `flash_attention_2`; `null` lets transformers choose.
@@ -93,10 +94,23 @@ class Lora:
             raise ValueError("model.lora.target_modules: expected names of layers or `all-linear`, got none")
 
 
+def halves_are_slow() -> bool:
+    """Whether models run on a processor that has no instructions for half precision: AVX2 takes ten times as long."""
+    fast = torch.accelerator.is_available() or torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
+    return not fast
+
+
+def _dtype(spec: Pretrained) -> torch.dtype | Literal["auto"]:
+    if spec.dtype != "auto":
+        return cast("torch.dtype", getattr(torch, spec.dtype))
+    # Without weights, a model is being planned for a GPU.
+    return torch.float32 if spec.quantization is None and not is_weightless() and halves_are_slow() else "auto"
+
+
 def load_kwargs(spec: Pretrained) -> dict[str, Any]:
     """How a model of `spec` is read: arguments of `from_pretrained`."""
     kwargs: dict[str, Any] = {
-        "dtype": spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
+        "dtype": _dtype(spec),
         "revision": spec.revision or "main",
         "trust_remote_code": spec.trust_remote_code,
         "use_safetensors": True,
@@ -165,6 +179,8 @@ def load_backbone(spec: Pretrained, num_layers: int | None = None, key: str = KE
 def _marked(model: PreTrainedModel, spec: Pretrained) -> PreTrainedModel:
     """A model whose backbone knows whether its blocks are to be computed again."""
     setattr(model.base_model, RECOMPUTES, spec.gradient_checkpointing)
+    if spec.quantization == "8bit" and not is_weightless():
+        let_inputs_go(model)
     return model
 
 
@@ -259,17 +275,6 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "attn_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def keep_differentiable(model: nn.Module) -> None:
-    """Let gradients pass 4-bit layers on a CPU, even after they have been used for inference.
-
-    In evaluation mode bitsandbytes repacks such a layer at its first use without a gradient, for a kernel that has no
-    backward pass; adapters below it would then get no gradient, without a word.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            cast("Any", module).support_avx512bf16_for_cpu = False
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -103,7 +103,7 @@ def classify(model: PreTrainedModel, sequences: Sequence[Sequence[int]], tokens:
     parts, order = [], []
     # Each model has a precision of its own, whatever the trainer's is.
     with torch.autocast(device.type, enabled=False):
-        for rows in length_batches([len(s) for s in sequences], tokens):
+        for rows in length_batches([len(s) for s in sequences], device, tokens):
             order += rows
             chosen = [sequences[i] for i in rows]
             fill = _fill(model, {s[-1] for s in chosen})

@@ -1,7 +1,4 @@
-"""One forward pass through a backbone, and what is read off it: hidden states, features, log-probabilities.
-
-The (B, T, V) logits are never made: the head is applied to the response positions only, in chunks.
-"""
+"""One forward pass through a backbone, and what is read off it: hidden states and features."""
 
 from __future__ import annotations
 
@@ -13,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_vapo.functional import TokenLogprobs, token_logprobs
 from lit_vapo.models.pretrained import decoder_layers, final_norm
 from lit_vapo.models.recompute import Again, recomputed
-from lit_vapo.models.shaping import Shaping
 
 Pooling = Literal["last", "mean"]
 
@@ -234,44 +229,7 @@ def response_states(hidden: Tensor, prompt_lengths: Tensor, size: int) -> Tensor
     return hidden.gather(1, index)
 
 
-def head_logprobs(
-    lm: PreTrainedModel, states: Tensor, targets: Tensor, response_mask: Tensor, shaping: Shaping
-) -> TokenLogprobs:
-    """Log-probabilities and entropies (B, T) of response tokens; zeros where the mask is False.
-
-    Args:
-        lm: The language model whose head is applied.
-        states: States that predict each response token (B, T, H).
-        targets: Response tokens (B, T).
-        response_mask: True where a token counts (B, T).
-        shaping: What happened to the logits when the tokens were drawn.
-    """
-    head = lm.get_output_embeddings()
-    scale = _logit_scale(lm)
-    withheld = None
-    if shaping.min_new_tokens:
-        early = torch.arange(response_mask.shape[1], device=states.device) < shaping.min_new_tokens
-        stops = torch.tensor(shaping.stops, device=states.device, dtype=targets.dtype)
-        withheld = early.expand_as(response_mask)[response_mask], stops
-    out = token_logprobs(
-        states[response_mask],
-        head.weight,
-        targets[response_mask],
-        bias=getattr(head, "bias", None),
-        temperature=shaping.temperature / scale,
-        softcap=getattr(lm.config, "final_logit_softcapping", None),
-        withheld=withheld,
-    )
-    logprobs = torch.zeros(response_mask.shape, dtype=torch.float32, device=states.device)
-    entropy = torch.zeros_like(logprobs)
-    return TokenLogprobs(
-        logprobs.masked_scatter(response_mask, out.logprobs),
-        entropy.masked_scatter(response_mask, out.entropy),
-    )
-
-
-def _logit_scale(lm: PreTrainedModel) -> float:
-    """Some architectures multiply (Cohere) or divide (Granite) their logits by a constant."""
-    return float(getattr(lm.config, "logit_scale", None) or 1.0) / float(
-        getattr(lm.config, "logits_scaling", None) or 1.0
-    )
+def response_tokens(input_ids: Tensor, prompt_lengths: Tensor, size: int) -> Tensor:
+    """Response tokens (B, T) of right-padded sequences (B, L); anything past a response's end."""
+    offsets = prompt_lengths[:, None] + torch.arange(size, device=input_ids.device)
+    return input_ids.gather(1, offsets.clamp_max(input_ids.shape[1] - 1))

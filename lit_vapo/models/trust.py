@@ -26,7 +26,7 @@ def check_trusted(settings: Any, trust: Sequence[str] | None, asker: str) -> Non
     Raises:
         ValueError: They ask for something that is not allowed, or there is no end to them.
 
-    Example:
+    Examples:
         >>> check_trusted({"class_path": "lit_vapo.objectives.mean_reward.MeanReward"}, None, "a checkpoint")
         >>> check_trusted({"class_path": "mine.Head"}, ["mine"], "a checkpoint")
     """

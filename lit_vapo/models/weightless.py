@@ -124,14 +124,13 @@ def quantised_forward(module: nn.Module, on_cpu: bool) -> Callable[[Tensor], Ten
 
 
 class _Quantised(torch.autograd.Function):
-    """y = x·Wᵀ + b with quantised W. In 8 bit the input is kept for the way back, as bitsandbytes does."""
+    """y = x·Wᵀ + b with quantised W; nothing is kept for the way back."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, int], eight: bool, on_cpu: bool
     ) -> Tensor:
         """Multiply; of what is made on the way only the output stays."""
-        ctx.save_for_backward(*((x,) if eight and x.requires_grad else ()))
         ctx.shape, ctx.dtype = shape, x.dtype
         rows = x.reshape(-1, shape[1])
         if eight:

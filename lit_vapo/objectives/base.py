@@ -82,6 +82,14 @@ class Objective(nn.Module, ABC):
         """
         return
 
+    def price(self, kl_coef: Tensor) -> None:
+        """Take β (), the price of a nat; told before each iteration, for objectives whose reward depends on it.
+
+        Raises:
+            ValueError: The objective cannot be used at this price.
+        """
+        return
+
     @abstractmethod
     def forward(self, estimate: RewardEstimate) -> Score:
         """Score an estimate of B responses, and change nothing."""

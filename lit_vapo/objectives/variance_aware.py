@@ -37,13 +37,21 @@ class VarianceAware(Objective):
         member: int | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= min_weight <= max_weight:
-            raise ValueError(f"expected 0 <= min_weight <= max_weight, got {min_weight} and {max_weight}")
+        self.check_limits(min_weight, max_weight)
         self.scale = scale
         self.min_weight = min_weight
         self.max_weight = max_weight
         self.member = member
         self.needs_members = member is not None
+
+    def check_limits(self, min_weight: float, max_weight: float) -> None:
+        """Refuse limits between which there is no weight.
+
+        Raises:
+            ValueError: Not 0 <= min_weight <= max_weight.
+        """
+        if not 0 <= min_weight <= max_weight:
+            raise ValueError(f"expected 0 <= min_weight <= max_weight, got {min_weight} and {max_weight}")
 
     def check_members(self, num_members: int, separate: bool = True) -> None:
         """Refuse a source with fewer than two members, or without the chosen one.

@@ -11,7 +11,7 @@ import torch
 from lit_vapo.models.pretrained import Pretrained, model_config
 from lit_vapo.models.weightless import weightless
 from lit_vapo.plan.dry_run import Found
-from lit_vapo.plan.formulas import BANDWIDTH_USE, UTILISATION, adam_bytes, seconds, sharded
+from lit_vapo.plan.formulas import BANDWIDTH_USE, CUBLAS, UTILISATION, adam_bytes, seconds, sharded
 from lit_vapo.plan.gpus import Gpu
 
 # The columns of a table, from left to right.
@@ -182,6 +182,7 @@ def planned(draft: Draft, setup: Setup) -> Plan:
         for moment in phase.moments:
             gradients = copies * trained if moment.gradients else 0.0
             held = {"weights": weights, "gradients": gradients, "optimiser": adam_bytes(trained)}
+            held["workspace"] = 0.0 if setup.on_cpu else CUBLAS
             found.append({part: held.get(part, 0.0) + moment.parts.get(part, 0.0) for part in PARTS})
         phases[phase.name] = max(found, key=lambda parts: sum(parts.values()))
     return Plan(setup, phases, draft)
@@ -210,7 +211,7 @@ def training_moments(found: Found, kept: float, step: float, without: Container[
 def period(config: Any) -> int:
     """After how many blocks a model's kinds of blocks repeat.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> period(SimpleNamespace(layer_types=["s", "s", "f", "s", "s", "f"])), period(SimpleNamespace())
         (3, 1)

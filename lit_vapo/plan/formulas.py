@@ -10,12 +10,15 @@ MARGIN = 0.10
 # Shares of a GPU's rates that a plan counts on. Assumptions too: PyTorch in eager mode reaches a third to a half of the
 # products of a data sheet in large batches, and half of the bandwidth when it generates token by token.
 UTILISATION, BANDWIDTH_USE = 0.35, 0.5
+# What cuBLAS works in: PyTorch gives it 32 MiB on Hopper and later (8 before), for the thread of the passes forward and
+# for that of the way back.
+CUBLAS = 2 * 32 * 2.0**20
 
 
 def adam_bytes(trained: float) -> float:
     """AdamW's two moments, each as large as what is trained.
 
-    Example:
+    Examples:
         >>> adam_bytes(4e6)
         8000000.0
     """
@@ -30,7 +33,7 @@ def sharded(whole: float, devices: int, gathered: float) -> float:
         devices: Among how many it is divided.
         gathered: What is whole at a time: the blocks at work.
 
-    Example:
+    Examples:
         >>> sharded(80.0, 8, 4.0)
         14.0
         >>> sharded(80.0, 1, 4.0)  # one device has nothing to gather
@@ -42,7 +45,7 @@ def sharded(whole: float, devices: int, gathered: float) -> float:
 def microbatch(rows: int, width: int, tokens: int) -> int:
     """Rows in a pass of at most so many tokens, or one row.
 
-    Example:
+    Examples:
         >>> microbatch(rows=16, width=768, tokens=4096)
         5
         >>> microbatch(rows=16, width=768, tokens=512)
@@ -54,7 +57,7 @@ def microbatch(rows: int, width: int, tokens: int) -> int:
 def attention_flops(query: Sequence[int], key: Sequence[int]) -> float:
     """Products of attention with queries (B, heads, L, D) and keys (B, heads, S, D): 2·B·heads·L·S·D, twice.
 
-    Example:
+    Examples:
         >>> attention_flops((1, 2, 4, 8), (1, 2, 4, 8))
         1024.0
     """
@@ -65,7 +68,7 @@ def attention_flops(query: Sequence[int], key: Sequence[int]) -> float:
 def seconds(flops: float, rate: float, traffic: float, bandwidth: float) -> float:
     """Time of work that waits for products or for memory, whichever takes longer.
 
-    Example:
+    Examples:
         >>> seconds(flops=10.0, rate=5.0, traffic=6.0, bandwidth=2.0)
         3.0
     """
@@ -75,7 +78,7 @@ def seconds(flops: float, rate: float, traffic: float, bandwidth: float) -> floa
 def fits(peak: float, memory: float) -> bool:
     """Whether a peak leaves the margin free.
 
-    Example:
+    Examples:
         >>> fits(71e9, 80e9), fits(73e9, 80e9)
         (True, False)
     """

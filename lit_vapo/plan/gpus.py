@@ -62,7 +62,7 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         ValueError: There is none of that name.
 
-    Example:
+    Examples:
         >>> find_gpu("rtx 4090").memory
         24000000000.0
     """

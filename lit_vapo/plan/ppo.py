@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lit_vapo.models.actor_critic import ActorCritic
-from lit_vapo.models.batching import TOKENS_PER_BATCH
+from lit_vapo.models.averaging import WeightAverage
+from lit_vapo.models.batching import TOKENS_ON_CPU, TOKENS_PER_BATCH
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.pretrained import Lora, Pretrained, decoder_layers
 from lit_vapo.models.vocabulary import vocabulary_size
@@ -40,6 +41,7 @@ class PPOJob:
         epochs: Passes over a rollout.
         minibatches: Weight updates of a pass.
         micro_batch_tokens: Tokens of a microbatch.
+        averaged: Whether an average of what trains is held.
     """
 
     base: Pretrained
@@ -54,6 +56,7 @@ class PPOJob:
     epochs: int
     minibatches: int
     micro_batch_tokens: int
+    averaged: bool = False
 
 
 def draft_ppo(job: PPOJob, setup: Setup) -> Draft:
@@ -81,11 +84,12 @@ def _networks(job: PPOJob) -> ActorCritic:
 def _draft(job: PPOJob, setup: Setup, depth: int) -> Draft:
     with weightless(depth):
         networks = _networks(job)
+        averages = [WeightAverage(networks.actor_parameters, 0.5)] if job.averaged else []
         scorers = []
         if job.reward is not None:
             job.reward.prepare(networks.policy)
             scorers = job.reward.scorers()
-    everything = nn.ModuleList([networks, *(scorer.model for scorer in scorers)])
+    everything = nn.ModuleList([networks, *averages, *(scorer.model for scorer in scorers)])
     lm = networks.policy.causal_lm
     run = DryRun(everything, vocabulary_size(lm.config), setup.mixed, setup.on_cpu)
     trained = [*networks.actor_parameters(), *networks.critic_parameters()]
@@ -108,7 +112,7 @@ def _draft(job: PPOJob, setup: Setup, depth: int) -> Draft:
     if networks.critic_trunk == "reference":
         item = 2 if setup.mixed or lm.dtype != torch.float32 else 4
         states = float(rows * job.new * networks.policy.hidden_size * item)
-    batch = microbatch(rows, width, TOKENS_PER_BATCH)
+    batch = microbatch(rows, width, TOKENS_ON_CPU if setup.on_cpu else TOKENS_PER_BATCH)
     passes = -(-rows // batch)
     taps = () if job.reward is None else job.reward.taps
     scored = run.score(networks, batch, job.prompt_length, job.new, taps)
@@ -125,7 +129,8 @@ def _draft(job: PPOJob, setup: Setup, depth: int) -> Draft:
     score = Phase("scoring", moments, flops, gathers=2 * passes)
     # Update.
     each = -(-rows // job.minibatches)
-    batch = microbatch(each, width, job.micro_batch_tokens)
+    tokens = min(job.micro_batch_tokens, TOKENS_ON_CPU) if setup.on_cpu else job.micro_batch_tokens
+    batch = microbatch(each, width, tokens)
     passes = job.minibatches * -(-each // batch)
     learned = run.learn(networks, batch, job.prompt_length, job.new)
     # The rollout, and of it the minibatch.
@@ -141,7 +146,7 @@ def _draft(job: PPOJob, setup: Setup, depth: int) -> Draft:
     half = setup.mixed is not None or lm.dtype != torch.float32
     trunk = networks.critic.trunk if networks.critic is not None else None
     cut = [
-        *(networks.actor_parameters() if job.lora is None else ()),
+        *((*networks.actor_parameters(), *(x for a in averages for x in a.weights)) if job.lora is None else ()),
         *(trunk.parameters() if trunk is not None else ()),
     ]
     return Draft(

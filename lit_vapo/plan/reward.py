@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lit_vapo.models.batching import TOKENS_PER_BATCH
+from lit_vapo.models.batching import TOKENS_ON_CPU, TOKENS_PER_BATCH
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import (
@@ -26,7 +26,6 @@ from lit_vapo.plan.draft import OF_LIGHTNING, Draft, Moment, Phase, Setup, stret
 from lit_vapo.plan.dry_run import DryRun, held_bytes, parameter_bytes
 from lit_vapo.plan.formulas import microbatch
 from lit_vapo.plan.ppo import gathered_bytes, step_bytes
-from lit_vapo.rewards.features import TOKENS_ON_CPU
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 

@@ -106,6 +106,11 @@ class WeightedSum(RewardSource):
             self.normaliser = self.normaliser or Normaliser(self.num_members)
 
     @property
+    def named(self) -> tuple[str, ...]:
+        """The sources that count."""
+        return tuple(name for name, weight in self._weights.items() if weight)
+
+    @property
     def _measured(self) -> bool:
         """Whether the typical variance does not follow from those of the sources."""
         return self.aligned and len(self._uncertain) > 1
@@ -144,7 +149,7 @@ class WeightedSum(RewardSource):
             self.normaliser.measure(torch.cat([self.score(responses).variance for responses in batches]))
 
     def score(self, responses: Responses) -> RewardEstimate:
-        """The sum; its parts are the estimates of the sources, each in its own unit.
+        """The sum; its parts are the estimates of the sources, each in its own unit; its features the first of theirs.
 
         Raises:
             ValueError: A source cannot score a response; the message names both.
@@ -157,7 +162,8 @@ class WeightedSum(RewardSource):
         total = weighted_estimate(list(parts.values()), list(self._weights.values()), counts, self.aligned)
         if self.normaliser is not None:
             total = total._replace(reference_variance=self.normaliser.reference_variance)
-        return total._replace(parts=parts)
+        features = next((part.features for part in parts.values() if part.features is not None), None)
+        return total._replace(parts=parts, weights=dict(self._weights), features=features)
 
     def own_state(self) -> set[str]:
         """What the sources keep, and the typical variance of the sum."""

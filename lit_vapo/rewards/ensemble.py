@@ -66,8 +66,11 @@ class PlacedEnsemble(RewardSource):
 
     def score(self, responses: Responses) -> RewardEstimate:
         """Mean, variance and members (B, K), in standard deviations of the reference's rewards."""
-        estimate: RewardEstimate = self.head(self._features(responses))
-        return estimate._replace(reference_variance=self.head.reference_variance)
+        features = self._features(responses)
+        estimate: RewardEstimate = self.head(features)
+        # Where members differ in what they read, what they read on average.
+        shown = features if features.ndim == 2 else features.mean(1)
+        return estimate._replace(reference_variance=self.head.reference_variance, features=shown)
 
     def _features(self, responses: Responses) -> Tensor:
         assert self._placement is not None, "`prepare` comes first"

@@ -21,12 +21,11 @@ from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.tensors import check_finite, read_metadata, read_tensors, write_tensors
 from lit_vapo.models.trunk import pooled
+from lit_vapo.progress import watched
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
 from lit_vapo.types import TokenSequence
 
 FEATURES, DIGEST = "features", "sha256"
-# What a layer makes of more tokens than these no longer stays in a processor's cache.
-TOKENS_ON_CPU = 1024
 
 
 def compute_features(model: RewardModel, sequences: Sequence[TokenSequence], device: torch.device) -> Tensor:
@@ -47,8 +46,7 @@ def compute_layers(
     if not sequences:
         raise ValueError("expected at least one sequence, got none")
     batches, order = [], []
-    tokens = TOKENS_ON_CPU if device.type == "cpu" else TOKENS_PER_BATCH
-    for rows in even_batches([len(s.ids) for s in sequences], tokens, model.most):
+    for rows in even_batches([len(s.ids) for s in sequences], TOKENS_PER_BATCH, model.most, device):
         order += rows
         prompts = torch.tensor([sequences[i].prompt_length for i in rows], device=device)
         batches.append((*right_pad([sequences[i].ids for i in rows], device), prompts))
@@ -57,7 +55,8 @@ def compute_layers(
     outputs: list[list[Tensor]] = [[] for _ in layers]
 
     def every_batch(backbone: PreTrainedModel) -> list[list[Tensor]]:
-        return [[features.cpu() for features in pooled(backbone, *batch, *reads)] for batch in batches]
+        every = watched(batches, "features: batch")
+        return [[features.cpu() for features in pooled(backbone, *batch, *reads)] for batch in every]
 
     # All batches for one model before the next, which may have to be read from disk.
     for parts in model.each_pass(every_batch):

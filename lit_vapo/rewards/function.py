@@ -218,7 +218,7 @@ def import_function(path: str) -> Callable[..., Any]:
 def conversation(prompt: Prompt, response: str) -> tuple[str | list[Message], str | list[Message]]:
     """A prompt and a response as TRL's reward functions get them.
 
-    Example:
+    Examples:
         >>> conversation(Prompt("2 + 2 ="), " 4")
         ('2 + 2 =', ' 4')
         >>> conversation(Prompt([{"role": "user", "content": "2 + 2?"}]), "4")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_vapo.models.digests import check_sealed, seal
+from lit_vapo.models.older import UNMODERATED, unmoderated
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import decoder_layers, freeze, load_backbone, load_tokenizer
 from lit_vapo.models.settings import Component, import_class, make
@@ -24,6 +25,7 @@ from lit_vapo.rewards.adapters import load_adapter, save_adapter
 from lit_vapo.rewards.ensemble_file import CONFIG_NAME, WEIGHTS_NAME, EnsembleConfig, read_trusted_config, write_config
 from lit_vapo.rewards.ensemble_file import FeatureSpec as FeatureSpec
 from lit_vapo.rewards.members.base import RewardHead
+from lit_vapo.rewards.moderated import check_moderation
 from lit_vapo.types import RewardEstimate
 
 BACKBONE_NAME = "backbone"
@@ -217,7 +219,7 @@ def _load_head(folder: Path, config: EnsembleConfig) -> RewardHead:
     """The head with the weights that are saved beside backbone and adapters."""
     path, where = folder / WEIGHTS_NAME, folder / CONFIG_NAME
     check_sealed(folder, WEIGHTS_NAME)
-    shapes = read_shapes(path)
+    shapes = dict.fromkeys(UNMODERATED, ()) | read_shapes(path)
     members = shapes.get("reward_loc")
     if members != (config.num_members,):
         raise ValueError(f"{path}: expected reward_loc of shape ({config.num_members},), got {members}")
@@ -236,7 +238,7 @@ def _load_head(folder: Path, config: EnsembleConfig) -> RewardHead:
         name = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))[0]
         raise ValueError(f"{path}: expected {name} of shape {expected.get(name)}, got {shapes.get(name)}")
     head.build(config.hidden_size)
-    weights = read_tensors(path)
+    weights = unmoderated() | read_tensors(path)
     own = head.saved_state()
     for name, value in weights.items():
         if value.dtype != own[name].dtype:
@@ -246,6 +248,7 @@ def _load_head(folder: Path, config: EnsembleConfig) -> RewardHead:
         least = weights[name].min()
         if least < 0 or (least == 0 and name == "reward_scale"):
             raise ValueError(f"{path}: expected {name} above 0, got {float(least)}")
+    check_moderation(weights, path)
     head.load_state_dict(weights, strict=False)
     return head
 

@@ -110,6 +110,11 @@ class RewardSource(nn.Module, ABC):
     # 1. Before anything is loaded.
 
     @property
+    def named(self) -> tuple[str, ...]:
+        """Names of the rewards that estimates are sums of (`RewardEstimate.parts`), as far as they count."""
+        return ()
+
+    @property
     @abstractmethod
     def num_members(self) -> int:
         """Members K behind each estimate; with fewer than 2 nothing is known of its variance."""

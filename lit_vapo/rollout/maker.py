@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lit_vapo.data.collate import PromptBatch
-from lit_vapo.functional import clip_rewards, sequence_log_ratio
-from lit_vapo.models.actor_critic import ActorCritic
+from lit_vapo.functional import TokenLogprobs, clip_rewards, sequence_log_ratio
+from lit_vapo.models.actor_critic import ActorCritic, ReferencePass
 from lit_vapo.models.batching import even_batches
 from lit_vapo.models.generation import Generated, Generator, Sampling, stop_ids
 from lit_vapo.models.policy import Role
@@ -28,7 +28,7 @@ from lit_vapo.rollout.ending import EndingWatch
 from lit_vapo.rollout.responses import Encoders
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
 from lit_vapo.rollout.sampler import compared, refuse_stale
-from lit_vapo.types import Prompt, TextReward
+from lit_vapo.types import Prompt, RewardEstimate, TextReward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +40,7 @@ class _Scored(NamedTuple):
     ref_logprobs: Tensor
     values: Tensor | None
     value_states: Tensor | None
+    kl: Tensor | None
     pooled: list[Tensor]
 
 
@@ -56,6 +57,8 @@ class RolloutMaker:
         missing_eos_penalty: Taken off the reward of a response that no stop token ended.
         tokens_per_batch: Tokens of a scoring pass, padding included.
         generator: Who draws the responses; transformers, unless said otherwise.
+        marks: What to note of each response besides its scores, by name, from its estimate.
+        exact_kl: In training, also find the exact KL of each token's distribution from the reference's.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class RolloutMaker:
         missing_eos_penalty: float = 0.0,
         tokens_per_batch: int = 4096,
         generator: Generator | None = None,
+        marks: Callable[[RewardEstimate], dict[str, Tensor]] | None = None,
+        exact_kl: bool = False,
     ) -> None:
         self.networks = networks
         self.reward = reward
@@ -81,6 +86,8 @@ class RolloutMaker:
         self.stops = stop_ids(networks.policy.causal_lm, sampling, tokenizer.eos_token_id)
         self.shaping = sampling.shaping(self.stops)
         self.generator = generator or TransformersGenerator()
+        self.marks = marks
+        self.exact_kl = exact_kl
         self._warned = False
         self._ending = EndingWatch()
         self._encoders = Encoders()
@@ -130,7 +137,7 @@ class RolloutMaker:
         prompts = [prompt for prompt in batch.prompts for _ in range(each)]
         texts = self._decode(rows)
         generated_at = time.perf_counter()
-        scored = self._score(rows, role, values)
+        scored = self._score(rows, role, values, self.exact_kl and all_sum is not None)
         sampler_logprobs, sampler = compared(generated, scored.logprobs, rows.response_mask, self.generator.max_kl)
         responses = self._responses(batch, rows, texts, generated.stopped, scored.pooled)
         estimate = self.reward.estimate(responses)
@@ -164,6 +171,8 @@ class RolloutMaker:
             columns=dict(responses.columns),
             sampler_logprobs=sampler_logprobs,
             sampler=sampler,
+            marks={} if self.marks is None else self.marks(estimate),
+            token_kl=scored.kl,
         )
 
     @torch.no_grad()
@@ -221,16 +230,23 @@ class RolloutMaker:
         bounds = zip(rows.input_ids, rows.prompt_lengths, rows.lengths, strict=True)
         return [self.tokenizer.decode(ids[start:end], skip_special_tokens=True) for ids, start, end in bounds]
 
-    def _score(self, rows: TokenRows, role: Role, values: bool) -> _Scored:
+    def _score(self, rows: TokenRows, role: Role, values: bool, exact_kl: bool = False) -> _Scored:
         """Log-probabilities, values and what rewards read, in batches of similar length."""
         size = rows.response_mask.shape[1]
         parts: list[Tensor] = []
         outputs: list[_Scored] = []
-        for chosen in even_batches(rows.lengths.tolist(), self.tokens_per_batch, self.networks.policy.most):
+        for chosen in even_batches(
+            rows.lengths.tolist(), self.tokens_per_batch, self.networks.policy.most, rows.input_ids.device
+        ):
             index = torch.tensor(chosen, device=rows.input_ids.device)
             part = rows.select(index)
-            reference = self.networks.reference(part, self.shaping, self.reward.taps)
-            sampler = self.networks.actor(part, self.shaping) if role == "actor" else reference
+            reference = self.networks.reference(part, self.shaping, self.reward.taps, keep_states=exact_kl)
+            sampler: TokenLogprobs | ReferencePass = reference
+            kl = None
+            if reference.states is not None:
+                sampler, kl = self.networks.actor_with_kl(part, self.shaping, reference.states)
+            elif role == "actor":
+                sampler = self.networks.actor(part, self.shaping)
             outputs.append(
                 _Scored(
                     widen(sampler.logprobs, size),
@@ -238,6 +254,7 @@ class RolloutMaker:
                     widen(reference.logprobs, size),
                     widen(self.networks.values(part, reference.value_states), size) if values else None,
                     None if reference.value_states is None or not values else widen(reference.value_states, size),
+                    None if kl is None else widen(kl, size),
                     reference.pooled,
                 )
             )

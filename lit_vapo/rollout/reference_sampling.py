@@ -10,6 +10,7 @@ from lit_vapo.data.collate import PromptBatch
 from lit_vapo.models.generation import Sampling, stop_ids
 from lit_vapo.models.transformers_generator import TransformersGenerator
 from lit_vapo.models.vocabulary import check_embeddings, vocabulary_size
+from lit_vapo.progress import watched
 from lit_vapo.rewards.source import Responses
 from lit_vapo.rollout.responses import Encoders, token_responses
 from lit_vapo.rollout.rollout import assemble_rows
@@ -57,7 +58,7 @@ def _sampled(
     """Each prompt, its tokens with those of the response, and whether that ended by itself."""
     sampling, generator = replace(sampling, num_responses=1), TransformersGenerator()
     stops = stop_ids(lm, sampling, tokenizer.eos_token_id)
-    for batch in batches:
+    for batch in watched(list(batches), "reference: batch"):
         check_embeddings(lm.config, tokenizer, int(batch.input_ids.max()), "a prompt", "the reference")
         ids, lengths = batch.input_ids.to(lm.device), batch.lengths.to(lm.device)
         generated = generator(lm, tokenizer, ids, lengths, sampling, stops)

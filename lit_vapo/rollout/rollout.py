@@ -42,6 +42,8 @@ class Rollout:
         columns: Further columns of the prompts' file by name, B values each.
         sampler_logprobs: Log-probabilities that the sampler says its tokens had (B, T), if it says so.
         sampler: How far the sampler is from the model that learns, over all processes, if it says so.
+        marks: Further numbers of each response (B,), by name.
+        token_kl: Exact KL of each token's distribution from the reference's (B, T), nats, if the penalty is by it.
     """
 
     rows: TokenRows
@@ -62,6 +64,8 @@ class Rollout:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     sampler_logprobs: Tensor | None = None
     sampler: SamplerGap | None = None
+    marks: dict[str, Tensor] = field(default_factory=dict)
+    token_kl: Tensor | None = None
 
     @property
     def response_mask(self) -> Tensor:

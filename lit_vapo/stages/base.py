@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lit_vapo.models.fingerprint import model_fingerprints, named_folders
 from lit_vapo.models.older import update_checkpoint
-from lit_vapo.models.pretrained import Pretrained, model_config
+from lit_vapo.models.pretrained import Lora, Pretrained, model_config
 from lit_vapo.models.settings import whole_paths
 from lit_vapo.models.sharding import Sharing, check_cut, local
 from lit_vapo.models.tensor_parallel import KEY, check_split
@@ -23,6 +23,11 @@ from lit_vapo.stages.sharing import average_gradients, clip_gradients, sum_of_al
 from lit_vapo.stages.strategy import check_strategy, sharing_of
 
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+
+
+def trained(lora: Lora | None) -> str:
+    """What of a model trains, in words."""
+    return "all weights" if lora is None else f"adapters of rank {lora.rank}"
 
 
 class TrainedWeightsModule(LightningModule):
@@ -39,6 +44,11 @@ class TrainedWeightsModule(LightningModule):
         super().__init__()
         # What the run had logged when it was last saved, by key: a model card tells it.
         self.figures: dict[str, float] = {}
+
+    def about(self) -> dict[str, str]:
+        """What a run of this is about, in a few lines by what they are called."""
+        held = self.base.quantization or ("" if self.base.dtype == "auto" else self.base.dtype)
+        return {"model": self.base.path + (f", {held}" if held else "")}
 
     # Strategies.
 

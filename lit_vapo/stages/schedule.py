@@ -20,6 +20,17 @@ def linear_decay(total: int, warmup: int = 0, floor: float = 0.0) -> Callable[[i
     return factor
 
 
+def planned_iterations(module: LightningModule, updates: int) -> int:
+    """Planned iterations of a whole run of PPO, each of so many weight updates.
+
+    Raises:
+        ValueError: The run has no end.
+    """
+    iterations, most = total_steps(module), module.trainer.max_steps
+    # Lightning counts weight updates there, the schedule counts iterations.
+    return min(iterations, -(-most // updates)) if most > 0 else iterations
+
+
 def total_steps(module: LightningModule) -> int:
     """Planned batches of the whole run.
 

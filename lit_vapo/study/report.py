@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import re
@@ -11,11 +10,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from lit_vapo.commands import markdown
 from lit_vapo.folders import write_whole
+from lit_vapo.pages import html
 from lit_vapo.study.execution import Results, Study
 from lit_vapo.study.figures import distributions, effects, mean_risk, return_against_kl
 from lit_vapo.study.statistics import Interval
@@ -202,16 +201,7 @@ def _inline(line: str) -> Markup:
 
 
 def _html(title: str, sections: Sequence[Section]) -> str:
-    pages = Environment(
-        loader=PackageLoader("lit_vapo.study"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    pages.filters["inline"] = _inline
-    pages.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
-    return pages.get_template("report.html.j2").render(title=title, sections=sections)
+    return html("lit_vapo.study", "report.html.j2", {"inline": _inline}, title=title, sections=sections)
 
 
 def _json(summary: Mapping[str, Any]) -> str:

@@ -101,6 +101,7 @@ def test_estimators_are_discovered():
         "FullEnsemble",
         "BayesianLinear",
         "McDropout",
+        "AleatoricEnsemble",
     }
 
 
@@ -181,6 +182,24 @@ class TestEveryHead:
         assert (units[:-1] - 1).abs().max() < 1e-5 or abs(units[-1] - 1) < 1e-5
         torch.testing.assert_close(estimate.variance.mean(), head.reference_variance)
         assert bool(head.calibrated)
+
+    def test_moderation_moves_variances_to_the_typical_one_and_nothing_else(self, kind):
+        if "moderated" not in inspect.signature(kind).parameters:
+            pytest.skip("its variance is no estimate from members")
+        plain, _ = trained(built(kind, moderated=False))
+        moderated, _ = trained(built(kind, moderated=True))
+        x = features(plain, 500)
+        for head in (plain, moderated):
+            head.calibrate(x)
+        share, typical = moderated.shrinkage, moderated.typical_variance
+        assert plain.shrinkage == 0 < share <= 1
+        one, other = plain(x), moderated(x)
+        torch.testing.assert_close((other.mean, other.members), (one.mean, one.members), atol=0, rtol=0)
+        torch.testing.assert_close(other.variance - typical, (1 - share) * (one.variance - typical))
+        torch.testing.assert_close(other.variance.mean(), moderated.reference_variance)
+        # Anew, from variances as they come.
+        moderated.calibrate(x)
+        torch.testing.assert_close((moderated.shrinkage, moderated.typical_variance), (share, typical))
 
     def test_calibration_refuses_too_few_responses(self, kind):
         head = built(kind)

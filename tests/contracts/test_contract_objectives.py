@@ -7,9 +7,12 @@ from helpers import concrete_subclasses
 import lit_vapo.objectives
 from lit_vapo.functional import ensemble_estimate, fit_normaliser, normalise_members
 from lit_vapo.objectives.base import Objective
+from lit_vapo.objectives.conditional_value_at_risk import ConditionalValueAtRisk
 from lit_vapo.objectives.covariance_aware import CovarianceAware
+from lit_vapo.objectives.entropic import Entropic
 from lit_vapo.objectives.lower_confidence import LowerConfidence
 from lit_vapo.objectives.mean_reward import MeanReward
+from lit_vapo.objectives.precision_weighted import PrecisionWeighted
 from lit_vapo.objectives.single_reward import SingleReward
 from lit_vapo.objectives.uncertainty_weighted import UncertaintyWeighted
 from lit_vapo.objectives.variance_aware import VarianceAware
@@ -48,7 +51,7 @@ SCORED = pytest.mark.parametrize("scored", [in_evaluation, in_training])
 
 def test_all_are_discovered():
     found = {MeanReward, SingleReward, VarianceAware, WorstCase, UncertaintyWeighted, LowerConfidence, CovarianceAware}
-    assert found <= set(OBJECTIVES)
+    assert found | {Entropic, ConditionalValueAtRisk, PrecisionWeighted} <= set(OBJECTIVES)
 
 
 @SCORED
@@ -186,7 +189,7 @@ def test_no_penalty_is_the_mean_reward(kind):
     torch.testing.assert_close(kind(penalty=0.0)(estimate), MeanReward()(estimate))
 
 
-@pytest.mark.parametrize("kind", [UncertaintyWeighted, LowerConfidence, WorstCase])
+@pytest.mark.parametrize("kind", [UncertaintyWeighted, LowerConfidence, WorstCase, Entropic, ConditionalValueAtRisk])
 def test_doubt_never_raises_a_reward(kind):
     estimate = estimated(members())
     assert (kind()(estimate).reward <= estimate.mean).all()

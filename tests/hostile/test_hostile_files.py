@@ -221,6 +221,8 @@ def test_no_key_is_missing(folder):
         ("reward_scale", -1.0, "expected reward_scale above 0, got -1.0"),
         ("reference_variance", -1.0, "expected reference_variance above 0, got -1.0"),
         ("reference_variance", float("nan"), "expected reference_variance to be finite"),
+        ("typical_variance", -1.0, "expected typical_variance of at least 0, got -1.0"),
+        ("shrinkage", 1.5, r"expected shrinkage in \[0, 1\], got 1.5"),
     ],
 )
 def test_a_weight_that_makes_no_sense_is_refused(folder, name, value, reason):

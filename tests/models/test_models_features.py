@@ -8,7 +8,7 @@ import ppo_helpers
 import pytest
 import torch
 
-from lit_vapo.models.batching import length_batches, right_pad
+from lit_vapo.models.batching import PASS_ON_CPU, length_batches, right_pad
 from lit_vapo.models.pretrained import Pretrained, hidden_size, load_backbone
 from lit_vapo.models.trunk import last_rows_only, pool, run_trunk
 from lit_vapo.rewards.features import compute_features, feature_key, load_features, save_features
@@ -25,22 +25,44 @@ def bare(spec, backbone):
     return RewardModel(spec, HeadEnsemble(2), backbone)
 
 
-def test_batches_hold_each_row_once_within_the_budget():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_hold_each_row_once_within_the_budget(device):
     lengths = torch.randint(1, 50, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    batches = list(length_batches(lengths, 120))
+    batches = length_batches(lengths, torch.device(device), 120)
     assert sorted(row for batch in batches for row in batch) == list(range(200))
     assert all(len(b) * max(lengths[i] for i in b) <= 120 for b in batches)
-    # Each batch is as full as its next row allows.
-    for b, following in itertools.pairwise(batches):
-        assert (len(b) + 1) * lengths[following[0]] > 120
-    assert list(length_batches([500], 120)) == [[0]]
-    assert list(length_batches([], 120)) == []
+    if device == "cuda":
+        # Each batch is as full as its next row allows.
+        for b, following in itertools.pairwise(batches):
+            assert (len(b) + 1) * lengths[following[0]] > 120
+    assert length_batches([500], torch.device(device), 120) == [[0]]
+    assert length_batches([], torch.device(device), 120) == []
+
+
+def spent(lengths, batches):
+    """What batches take of a processor."""
+    return sum(len(b) * max(lengths[i] for i in b) + PASS_ON_CPU for b in batches)
+
+
+def test_a_processor_is_given_what_takes_least_of_it():
+    # Twenty tokens of padding are cheaper than another pass, and two hundred are not.
+    assert length_batches([10, 30], CPU) == [[0, 1]]
+    assert length_batches([100, 10, 100, 10, 10], CPU) == [[1, 3, 4], [0, 2]]
+    # No other way to cut the rows is cheaper: all of them were tried.
+    lengths = torch.randint(1, 80, (9,), generator=torch.Generator().manual_seed(0)).tolist()
+    order = sorted(range(9), key=lambda i: (lengths[i], i))
+    cuts = [[0, *c, 9] for n in range(9) for c in itertools.combinations(range(1, 9), n)]
+    ways = [[order[i:j] for i, j in itertools.pairwise(cut)] for cut in cuts]
+    fitting = [w for w in ways if all(len(b) * lengths[b[-1]] <= 200 for b in w)]
+    found = length_batches(lengths, CPU, 200)
+    assert 1 < len(found) < 9
+    assert spent(lengths, found) == min(spent(lengths, way) for way in fitting)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("tokens", [1, 20, 4096])
 def test_features_do_not_depend_on_batching(tiny_model_dir, monkeypatch, pooling, tokens):
-    monkeypatch.setattr("lit_vapo.rewards.features.TOKENS_ON_CPU", tokens)
+    monkeypatch.setattr("lit_vapo.models.batching.TOKENS_ON_CPU", tokens)
     spec = FeatureSpec(Pretrained(tiny_model_dir), 1, pooling)
     backbone = load_backbone(spec.base, spec.layer)
     features = compute_features(bare(spec, backbone), SEQUENCES, CPU)

@@ -1,5 +1,6 @@
 """Gradient checkpointing: the same gradients, and a fraction of the memory."""
 
+import weakref
 from dataclasses import replace
 
 import helpers
@@ -115,3 +116,21 @@ def test_nothing_is_computed_again_where_no_gradient_is_wanted(deep):
     plain = load_backbone(replace(Pretrained(deep)))
     with recomputed(plain):
         assert "forward" not in vars(decoder_layers(plain)[0])
+
+
+def test_layers_in_8_bits_keep_nothing_of_what_they_read(deep):
+    plain, base = (load_backbone(Pretrained(deep, quantization="8bit")) for _ in range(2))
+    layers = [decoder_layers(b)[0].mlp.up_proj.eval().requires_grad_(False) for b in (plain, base)]
+    layers[0]._forward_hooks.clear()
+    found = []
+    for layer in layers:
+        x = torch.randn(6, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        read = x * 2
+        out = layer(read).square().sum()
+        seen = weakref.ref(read)
+        del read
+        found.append((seen() is None, torch.autograd.grad(out, x)[0]))
+    (let_go, expected), (let_go_too, got) = found
+    assert not let_go
+    assert let_go_too
+    torch.testing.assert_close(got, expected, atol=0, rtol=0)

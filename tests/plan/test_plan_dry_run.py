@@ -16,7 +16,7 @@ from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.weightless import weightless
 from lit_vapo.plan.draft import Setup, planned
-from lit_vapo.plan.dry_run import DryRun, held_bytes
+from lit_vapo.plan.dry_run import DryRun, held_bytes, parameter_bytes
 from lit_vapo.plan.ppo import PPOJob, draft_ppo
 
 ROWS, PROMPT, NEW = 4, 24, 8
@@ -193,3 +193,20 @@ def test_few_blocks_stretch_to_all(tmp_path, changed, words, monkeypatch):
     for name, parts in whole.phases.items():
         assert short.phases[name] == pytest.approx(parts, rel=1e-4)
     assert short.draft.phases[2].flops == pytest.approx(whole.draft.phases[2].flops, rel=1e-6)
+
+
+def test_an_average_is_held_beside_what_trains(bare_model):
+    setup = Setup(on_cpu=True)
+    plain, averaged = (draft_ppo(job_of(bare_model, averaged=x), setup) for x in (False, True))
+    # The critic, a number for each of 64 features and one more, is not averaged.
+    adapters = plain.trained - 4 * 65
+    assert averaged.weights - plain.weights == averaged.whole - plain.whole == adapters
+    full, averaged = (draft_ppo(job_of(bare_model, lora=None, averaged=x), setup) for x in (False, True))
+    assert averaged.cut - full.cut == parameter_bytes(networks_of(bare_model, lora=False).actor_parameters())
+
+
+def test_products_on_a_gpu_have_room_to_work_in(bare_model):
+    draft = draft_ppo(job_of(bare_model), Setup(on_cpu=True))
+    cpu, gpu = (planned(draft, Setup(on_cpu=x)).phases for x in (True, False))
+    # cuBLAS: 32 MiB for each of two threads.
+    assert {name: gpu[name]["workspace"] - cpu[name]["workspace"] for name in cpu} == dict.fromkeys(cpu, 64 * 2.0**20)

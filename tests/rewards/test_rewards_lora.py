@@ -17,9 +17,9 @@ from lit_vapo.models.pretrained import (
     decoder_layers,
     freeze,
     hidden_size,
-    keep_differentiable,
     load_backbone,
 )
+from lit_vapo.models.quantised import keep_differentiable
 from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.lora import LoraEnsemble
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel

@@ -132,7 +132,11 @@ def test_members_trained_alone_and_joined_are_those_trained_together(full, tmp_p
     joint, members = full
     main(["reward", "join", f"--members=[{members[1]},{members[0]}]", f"--output={tmp_path / 'joined'}"])
     assert "joined 2 members" in capsys.readouterr().out
-    torch.testing.assert_close(scores(tmp_path / "joined"), scores(joint), atol=1e-5, rtol=1e-4)
+    got, expected = scores(tmp_path / "joined"), scores(joint)
+    for found, wanted in ((got.mean, expected.mean), (got.members, expected.members)):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    # Not moderated before that either.
+    torch.testing.assert_close(got.variance, expected.members.var(1), atol=1e-5, rtol=1e-4)
     # Their typical variance is not known before they are calibrated together: PPO then does it.
     assert bool(RewardModel.from_pretrained(joint).head.calibrated)
     assert not bool(RewardModel.from_pretrained(tmp_path / "joined").head.calibrated)
@@ -224,11 +228,13 @@ def test_calibrate_writes_a_new_folder(tiny_ensemble_dir, tiny_model_dir, tiny_p
         main(words)
 
 
-def test_disagreement_draws_members_and_sigma(tiny_ensemble_dir, tiny_model_dir, tiny_preferences_file, tmp_path):
+def test_disagreement_draws_members_and_sigma(tiny_model_dir, tiny_preferences_file, tmp_path):
+    # Its variances are as they come.
+    ensemble = ppo_helpers.ensemble(tmp_path / "ensemble", tiny_model_dir)
     words = [
         "reward",
         "disagreement",
-        f"--ensemble={tiny_ensemble_dir}",
+        f"--ensemble={ensemble}",
         f"--data.tokenizer={tiny_model_dir}",
         f"--data.preferences={tiny_preferences_file}",
         "--data.max_length=64",

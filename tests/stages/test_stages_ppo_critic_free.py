@@ -16,6 +16,7 @@ from lit_vapo.functional import token_rewards
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling, Shaping
 from lit_vapo.objectives.variance_aware import VarianceAware
+from lit_vapo.rewards import FunctionReward, WeightedSum
 from lit_vapo.stages.ppo.experience import compute_advantages
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings
 
@@ -38,7 +39,9 @@ def reward(tiny_model_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", CRITIC_FREE)
 def test_a_run_without_a_critic_has_no_trace_of_one(tiny_model_dir, reward, tmp_path, monkeypatch, kind):
-    module = ppo_module(tiny_model_dir, reward, advantage=kind(), sampling=PAIRS)
+    # Some compare named rewards.
+    source = WeightedSum({"ensemble": reward, "length": FunctionReward("reward_functions:length")})
+    module = ppo_module(tiny_model_dir, source, advantage=kind(), sampling=PAIRS)
     asked = []
     monkeypatch.setattr("lit_vapo.models.actor_critic.ActorCritic.values", lambda *args: asked.append(args))
     data = prompt_data(tiny_model_dir, tmp_path)

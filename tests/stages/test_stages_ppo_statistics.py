@@ -140,6 +140,24 @@ def minibatch_values(rows, passes):
     return {**out, "ratio_max": max(seen["ratio"])}
 
 
+def flat_gradient(nets):
+    """The actor's gradient as it stands, as numbers."""
+    parameters = nets.actor_parameters()
+    return [x for p in parameters for x in (torch.zeros_like(p) if p.grad is None else p.grad).flatten().tolist()]
+
+
+def signal_values(seen):
+    """Cosine of the gradients of halves, every other row of the first minibatch, and the share that is signal."""
+    rows = sorted(number for number, *_ in seen["minibatches"][0])
+    (first,) = [gradient for done, gradient in seen["gradients"] if done == set(rows[::2])]
+    whole = seen["gradients"][-1][1]
+    second = [a - b for a, b in zip(whole, first, strict=True)]
+    one, two, both = (math.sqrt(sum(x * x for x in g)) for g in (first, second, whole))
+    dot, share = sum(a * b for a, b in zip(first, second, strict=True)), len(rows[::2]) / len(rows)
+    cosine = dot / (one * two)
+    return {"actor_grad_cosine": cosine, "actor_grad_signal": dot / (share * (1 - share) * both * both)}
+
+
 class Watch:
     """Records what an iteration works with: the rollout, every pass of its update, every gradient, its time."""
 
@@ -158,7 +176,7 @@ class Watch:
             made.reference_variance = module.reward.head.reference_variance
             rows = loop_rollout(maker.networks, made, own)
             loop_advantages(rows)
-            self.iterations.append({"made": made, "rows": rows, "minibatches": [], "norms": []})
+            self.iterations.append({"made": made, "rows": rows, "minibatches": [], "norms": [], "gradients": []})
             return made
 
         def watched_accumulate(updater, *args):
@@ -167,6 +185,9 @@ class Watch:
 
         def watched_loss(updater, part, train_actor):
             nets, known = updater.networks, self.iterations[-1]
+            if len(known["minibatches"]) == 1:
+                done = {number for number, *_ in known["minibatches"][0]}
+                known["gradients"].append((done, flat_gradient(nets)))
             with torch.no_grad():
                 logprobs = nets.actor(part.rows, updater.shaping).logprobs
                 values = nets.values(part.rows, part.value_states)
@@ -180,6 +201,8 @@ class Watch:
             return loss(updater, part, train_actor)
 
         def watched_step(updater, *args):
+            if not self.iterations[-1]["norms"]:
+                self.iterations[-1]["gradients"].append((None, flat_gradient(updater.networks)))
             groups = updater.networks.actor_parameters(), updater.networks.critic_parameters()
             norms = [math.sqrt(sum(float(x) ** 2 for p in group for x in p.grad.flatten())) for group in groups]
             self.iterations[-1]["norms"].append(norms)
@@ -214,6 +237,7 @@ def expected_values(number, seen):
         **rollout_values(seen["rows"]),
         **{name: mean([part[name] for part in parts]) for name in parts[0]},
         "ratio_max": max(part["ratio_max"] for part in parts),
+        **signal_values(seen),
         "first_ratio": parts[0]["ratio"],
         "first_ratio_max": parts[0]["ratio_max"],
         "actor_grad_norm": mean([norms[0] for norms in seen["norms"]]),

@@ -5,7 +5,10 @@ import pytest
 import torch
 from ppo_helpers import LoneModule, state
 
+from lit_vapo.advantages.gae import Gae
 from lit_vapo.models.generation import Shaping
+from lit_vapo.objectives.variance_aware import VarianceAware
+from lit_vapo.stages.ppo.experience import compute_advantages
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings
 
 
@@ -62,7 +65,7 @@ def test_an_epoch_sees_each_row_once_and_epochs_are_shuffled_apart(tiny_model_di
     experience = ppo_helpers.make_experience(nets, tiny_model_dir)
     updater, seen = PPOUpdate(LoneModule(), nets, settings, Shaping()), []
     accumulate = updater._accumulate
-    updater._accumulate = lambda part, train: seen.append(part.rows) or accumulate(part, train)
+    updater._accumulate = lambda part, *rest: seen.append(part.rows) or accumulate(part, *rest)
     torch.manual_seed(0)
     updater.run(experience, ppo_helpers.optimizer(nets))
     ids = [[row[:n].tolist() for row, n in zip(r.input_ids, r.lengths, strict=True)] for r in (*seen, experience.rows)]
@@ -231,6 +234,24 @@ def test_mixed_precision_sees_each_minibatch_s_own_weights(tiny_model_dir, rewar
     torch.testing.assert_close(inside, outside)
     assert (inside - experience.logprobs).abs().max() > 0.01
     assert report["first_ratio"].item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("critic", ["reference", "lora", "own"])
+def test_mixed_precision_keeps_log_probabilities_and_advantages_in_float32(tiny_model_dir, reward, critic):
+    nets = ppo_helpers.networks(tiny_model_dir, reward, critic=critic)
+    maker = ppo_helpers.maker(nets, tiny_model_dir, exact_kl=True)
+    batch, objective = ppo_helpers.prompt_batch(tiny_model_dir), VarianceAware()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rollout = maker.make(batch, objective, all_sum=lambda x: x)
+        inside = compute_advantages(rollout, 0.1, Gae(), lambda x: x)
+    made = ("logprobs", "ref_logprobs", "entropy", "values", "token_kl", "reward", "kl_weight")
+    numbers = {name: getattr(rollout, name) for name in made}
+    numbers |= {name: getattr(inside, name) for name in ("advantages", "returns")}
+    assert {name: x.dtype for name, x in numbers.items()} == dict.fromkeys(numbers, torch.float32)
+    # The sums of GAE are not rounded either.
+    outside = compute_advantages(rollout, 0.1, Gae(), lambda x: x)
+    assert torch.equal(inside.advantages, outside.advantages)
+    assert torch.equal(inside.returns, outside.returns)
 
 
 @pytest.mark.parametrize(

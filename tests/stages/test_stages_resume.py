@@ -18,6 +18,7 @@ from lit_vapo.rewards.members.bayesian import BayesianLinear
 from lit_vapo.rewards.members.dropout import McDropout
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.members.lora import LoraEnsemble
+from lit_vapo.stages.ppo.alarm import AlarmSettings
 from lit_vapo.stages.reward.module import RewardModule
 from lit_vapo.stages.sft.module import SFTModule
 
@@ -77,6 +78,7 @@ RUNS = {
     "reward adapters": lambda made: made.reward(LoraEnsemble(2)),
     "trained backbone": lambda made: made.reward(HeadEnsemble(3), freeze_backbone=False),
     "ppo": lambda made: made.ppo(kl_target=1.0),
+    "ppo with an alarm": lambda made: made.ppo(alarm=AlarmSettings(level=0.2, stop_share=0.9), num_reference=8),
     "ppo without critic": lambda made: made.ppo(
         advantage=Rloo(), objective=CovarianceAware(), sampling=Sampling(6, num_responses=2)
     ),

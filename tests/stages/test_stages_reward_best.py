@@ -68,3 +68,4 @@ def test_a_test_ends_with_its_verdict_in_words_and_figures(stage_args, tmp_path,
     told = capsys.readouterr().out
     assert "What the test pairs say of this ensemble" in told
     assert all(sentence in told for sentence in verdict["sentences"])
+    assert "Temperature: 4 validation pairs are few to fit one on; with it, the ECE" in told

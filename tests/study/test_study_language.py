@@ -296,6 +296,34 @@ def test_what_is_noted_is_what_the_rollouts_were(prepared, monkeypatch):
     assert abs(noisy.extra["correlation"]) < 0.9
 
 
+def averaged(**options):
+    return training(**{"ema_decay": 0.9, "evaluations": 3, "held_out": 8} | options)
+
+
+def test_points_may_be_evaluations_of_the_averaged_policy(prepared, monkeypatch):
+    seen, kl = [], []
+
+    class Spy(language.TrainingCourse):
+        def on_validation_end(self, trainer, *args):
+            super().on_validation_end(trainer, *args)
+            seen.append(float(trainer.callback_metrics["val/reward_mean"]))
+            kl.append(float(trainer.callback_metrics["val/kl_k1"]))
+
+    monkeypatch.setattr(language, "TrainingCourse", Spy)
+    experiment = known(prepared, {"mean": MeanReward()}, noise=1e-4, training=averaged())
+    (record,) = experiment.run("noise_ratio=10", Repetition(0, 0))
+    assert record.kl == kl
+    assert len(kl) == 3
+    # Without noise, the ensemble's mean is the truth, of the policy alone and not of the reference that answers, too.
+    assert record.true_return == pytest.approx(seen, abs=1e-3)
+    # The average lags behind the policy that learns.
+    plain = replace(experiment.training, ema_decay=None)
+    (live,) = known(prepared, {"mean": MeanReward()}, noise=1e-4, training=plain).run(
+        "noise_ratio=10", Repetition(0, 0)
+    )
+    assert 0 < record.kl[-1] < 0.5 * live.kl[-1]
+
+
 class CountsLetters(TextReward):
     """Calls a text as good as it has letters."""
 
@@ -347,6 +375,15 @@ def test_bad_input_is_refused(prepared):
     longer = training(sampling=Sampling(TOKENS + 1, num_responses=2))
     with pytest.raises(ValueError, match=rf"training\.sampling: expected .*max_new_tokens={TOKENS}.*, got .*tokens=5"):
         known(prepared, training=longer).run("noise_ratio=10", Repetition(0, 0))
+    with pytest.raises(ValueError, match=r"expected at least 16 prompts \(held_out\), got"):
+        known(prepared, training=averaged(held_out=16)).run("noise_ratio=10", Repetition(0, 0))
+    for name, value, said in (
+        ("evaluations", 0, "expected some, of the averaged policy, got 0"),
+        ("evaluations", 2, "expected a divisor of iterations = 3, got 2"),
+        ("held_out", 12, "expected a multiple of batch_size = 8, got 12"),
+    ):
+        with pytest.raises(ValueError, match=rf"training\.{name}: {said}"):
+            averaged(**{name: value})
     cold = training(sampling=Sampling(TOKENS, num_responses=2, temperature=0.5))
     with pytest.raises(ValueError, match=r"training\.sampling: expected .*, got .*temperature=0\.5"):
         known(prepared, training=cold).run("noise_ratio=10", Repetition(0, 0))

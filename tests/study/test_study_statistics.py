@@ -126,7 +126,7 @@ def test_intervals_of_the_variance_ratio_cover_the_truth(heavy):
     for a, b in zip(*pairs(rng, (runs, 48), heavy=heavy), strict=True):
         low, high = compare_variances(a, 2 * b, draws=200).ratio[1:]
         hits += low <= 4 <= high
-    # The bootstrap covers a little less than it says with so few repetitions: docs/evidence.md says so.
+    # The bootstrap covers a little less than it says with so few repetitions: docs/evidence/protocol.md says so.
     assert 0.87 <= hits / runs <= 0.98
 
 

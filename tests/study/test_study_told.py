@@ -1,16 +1,20 @@
 """Objectives that are told another variance: what reaches them, by hand, and what does not change."""
 
+import math
+
 import pytest
 import torch
 
 from lit_vapo.objectives.covariance_aware import CovarianceAware
 from lit_vapo.objectives.mean_reward import MeanReward
+from lit_vapo.objectives.precision_weighted import PrecisionWeighted
 from lit_vapo.objectives.variance_aware import VarianceAware
 from lit_vapo.study.experiments.variance import (
     Constant,
     Honest,
     Inverted,
     LogNormal,
+    Moderated,
     Power,
     Shuffled,
     Told,
@@ -45,6 +49,13 @@ def weights(variance, estimate=ESTIMATE):
 )
 def test_weights_by_hand(variance, expected):
     torch.testing.assert_close(weights(variance), torch.tensor(expected, dtype=torch.float32))
+
+
+def test_a_moderated_variance_by_hand():
+    # Two degrees of freedom and log-variances ±π/√6: typical 1, a share of one half (tests/functional).
+    variance = torch.tensor([math.exp(-math.pi / 6**0.5), math.exp(math.pi / 6**0.5)])
+    estimate = RewardEstimate(torch.zeros(2), variance, None, torch.tensor(1.0))
+    torch.testing.assert_close(weights(Moderated(3), estimate), (1 + variance) / 2)
 
 
 def test_chance_is_its_own():
@@ -84,3 +95,12 @@ def test_what_would_do_nothing_is_refused():
         Told(MeanReward(), Honest())
     with pytest.raises(ValueError, match=r"variance\.exact: expected false"):
         Told(VarianceAware(), Honest(exact=True))
+
+
+def test_the_price_of_a_nat_reaches_the_objective():
+    told, alone = Told(PrecisionWeighted(), Honest()), PrecisionWeighted()
+    scores = []
+    for objective in (told, alone):
+        objective.price(torch.tensor(0.5))
+        scores.append(objective.observe(ESTIMATE, torch.tensor([0.0, 2.0, -1.0]), 3, lambda x: x))
+    torch.testing.assert_close(*scores)

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from lit_vapo.functional import (
     bradley_terry_loss,
-    ensemble_estimate,
     fit_normaliser,
     margin_estimate,
     poisson_bootstrap,
 )
-from lit_vapo.models.pretrained import keep_differentiable
+from lit_vapo.models.quantised import keep_differentiable
 from lit_vapo.ranges import PositiveInt, Smoothing, check_ranges
-from lit_vapo.rewards.normaliser import Normaliser, birthplace
+from lit_vapo.rewards.moderated import ModeratedNormaliser
+from lit_vapo.rewards.normaliser import birthplace
 from lit_vapo.types import Adapter, FeaturePairs, PairLabels, RewardEstimate
 
 
-class RewardHead(Normaliser, ABC):
+class RewardHead(ModeratedNormaliser, ABC):
     """Maps features of responses to a `RewardEstimate`, and knows its own training loss.
 
     Features are (B, H) where one backbone serves all members, and (B, K, H) where each member has its own adapters or
@@ -41,6 +41,7 @@ class RewardHead(Normaliser, ABC):
         label_smoothing: Share of preferences taken to be stated the wrong way round, in [0, 0.5).
         centering: Weight of the penalty (r_chosen + r_rejected)², which keeps rewards near zero.
         seed: Seed of initialisation and bootstrap.
+        moderated: Shrink the variance of each response to the typical one, as far as K members leave it uncertain.
     """
 
     # Whether features are the backbone's own, the same for all members: they can then be computed once and kept, or
@@ -58,6 +59,7 @@ class RewardHead(Normaliser, ABC):
         label_smoothing: Smoothing = 0.0,
         centering: float = 0.0,
         seed: int = 0,
+        moderated: bool = False,
     ) -> None:
         check_ranges(RewardHead, locals())
         super().__init__(num_members)
@@ -66,6 +68,7 @@ class RewardHead(Normaliser, ABC):
         self.label_smoothing = label_smoothing
         self.centering = centering
         self.seed = seed
+        self.moderated = moderated
         self.hidden_size: int | None = None
 
     def build(self, hidden_size: int) -> None:
@@ -114,7 +117,7 @@ class RewardHead(Normaliser, ABC):
 
     def forward(self, features: Tensor) -> RewardEstimate:
         """Estimate of the normalised reward: mean (B,), variance (B,) with ddof 1, members (B, K)."""
-        return ensemble_estimate(self.normalise(self.rewards(features)))
+        return self.estimate(self.rewards(features))
 
     def margin(self, chosen: Tensor, rejected: Tensor) -> RewardEstimate:
         """Estimate of the raw difference between two responses, in log-odds.
@@ -135,18 +138,22 @@ class RewardHead(Normaliser, ABC):
                 identity alone.
         """
         both = self.training_rewards(torch.cat([chosen, rejected]), labels.example_ids)
-        weights = labels.weight[:, None].expand(-1, both.shape[1])
-        if self.bootstrap:
-            weights = weights * poisson_bootstrap(labels.example_ids, self.num_members, self.seed)[:, self.present]
         return bradley_terry_loss(
             both[: len(chosen)],
             both[len(chosen) :],
             margin=labels.margin,
             probability=labels.probability,
-            weights=weights,
+            weights=self.pair_weights(labels, both.shape[1]),
             label_smoothing=self.label_smoothing,
             centering=self.centering,
         ).sum()
+
+    def pair_weights(self, labels: PairLabels, columns: int) -> Tensor:
+        """How often each pair counts for each of K' members (B, K'): its weight, times its bootstrap counts if any."""
+        weights = labels.weight[:, None].expand(-1, columns)
+        if not self.bootstrap:
+            return weights
+        return weights * poisson_bootstrap(labels.example_ids, self.num_members, self.seed)[:, self.present]
 
     def select(self, member: int) -> None:
         """Train one member by itself, with the weights and the bootstrap it would have among the others.
@@ -179,6 +186,8 @@ class RewardHead(Normaliser, ABC):
             ValueError: A member's reward is not finite.
         """
         self.fit(*self.fit_normaliser(features))
+        if self.moderated:
+            self.moderate(self.rewards(features).float())
         self.measure(self(features).variance)
 
     def fit_normaliser(self, features: Tensor) -> tuple[Tensor, Tensor]:

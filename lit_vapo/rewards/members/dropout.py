@@ -27,6 +27,7 @@ class McDropout(RewardHead):
         label_smoothing: Share of preferences taken to be stated the wrong way round, in [0, 0.5).
         centering: Weight of the penalty (r_chosen + r_rejected)², which keeps rewards near zero.
         seed: Seed of initialisation and masks.
+        moderated: Shrink σ² of each response to the typical one, as far as K − 1 degrees of freedom leave it unknown.
 
     Raises:
         ValueError: `dropout` is not between 0 and 1.
@@ -42,9 +43,10 @@ class McDropout(RewardHead):
         label_smoothing: Smoothing = 0.0,
         centering: float = 0.0,
         seed: int = 0,
+        moderated: bool = True,
     ) -> None:
         # Every mask is of the same weights: there is one set of them to bootstrap, so there is nothing to vary.
-        super().__init__(num_members, False, label_smoothing, centering, seed)
+        super().__init__(num_members, False, label_smoothing, centering, seed, moderated)
         check_ranges(McDropout, locals())
         self.dropout = dropout
         self.hidden_width = hidden_width

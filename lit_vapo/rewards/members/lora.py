@@ -42,6 +42,7 @@ class LoraEnsemble(RewardHead):
         label_smoothing: Share of preferences taken to be stated the wrong way round, in [0, 0.5).
         centering: Weight of the penalty (r_chosen + r_rejected)², which keeps rewards near zero.
         seed: Seed of initialisation and bootstrap.
+        moderated: Shrink σ² of each response to the typical one, as far as K − 1 degrees of freedom leave it unknown.
 
     Raises:
         ValueError: A number is out of its range.
@@ -61,8 +62,9 @@ class LoraEnsemble(RewardHead):
         label_smoothing: Smoothing = 0.0,
         centering: float = 0.0,
         seed: int = 0,
+        moderated: bool = True,
     ) -> None:
-        super().__init__(num_members, bootstrap, label_smoothing, centering, seed)
+        super().__init__(num_members, bootstrap, label_smoothing, centering, seed, moderated)
         check_ranges(LoraEnsemble, locals())
         self.rank = rank
         self.alpha = alpha

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -17,6 +18,8 @@ from lit_vapo.rollout import Rollout
 # Ziegler et al., arXiv 1909.08593, §2.2.
 SLOWEST_GAIN = 0.1
 
+KLEstimator = Literal["sampled", "exact"]
+
 
 class KLControl(nn.Module):
     """The price of a nat, the KL it is to lead to, and the KL that ends a run.
@@ -25,27 +28,37 @@ class KLControl(nn.Module):
         coef: β, the price of a nat of the weighted KL, in units of reward; >= 0.
         target: Plain KL to the reference to adapt β to, in nats per response, or `None` for a fixed β.
         budget: Plain KL above which a run ends, in nats per response, or `None`.
+        estimator: What stands for a token's KL in the penalty: the log-ratio of the token that was drawn, or the exact
+            KL of the distribution that it was drawn from.
 
     Attributes:
         coef: β now (); a buffer, so that checkpoints hold it.
+        exact: Whether the exact KL of each token's distribution is wanted.
 
     Raises:
-        ValueError: β is negative, or the budget ends a run before it reaches its target.
+        ValueError: β is negative, the budget ends a run before it reaches its target, or there is no such estimator.
     """
 
     coef: Tensor
 
     def __init__(
-        self, coef: NonNegativeFloat, target: PositiveFloat | None = None, budget: PositiveFloat | None = None
+        self,
+        coef: NonNegativeFloat,
+        target: PositiveFloat | None = None,
+        budget: PositiveFloat | None = None,
+        estimator: KLEstimator = "sampled",
     ) -> None:
         super().__init__()
         check_ranges(KLControl, locals(), "model.kl_")
+        if estimator not in get_args(KLEstimator):
+            raise ValueError(f"model.kl_estimator: expected one of {get_args(KLEstimator)}, got {estimator!r}")
         if target is not None and coef == 0:
             raise ValueError("model.kl_coef: expected a number above 0 to adapt to model.kl_target, got 0")
         if target is not None and budget is not None and budget <= target:
             raise ValueError(f"model.kl_budget: expected more than model.kl_target = {target}, got {budget}")
         self.target = target
         self.budget = budget
+        self.exact = estimator == "exact"
         self.register_buffer("coef", torch.tensor(float(coef)))
 
     def adapt(self, kl: Tensor, iteration: int, iterations: int) -> None:
@@ -70,6 +83,14 @@ class KLControl(nn.Module):
         gain = max(SLOWEST_GAIN, min(1.0, 10 / iterations))
         due = self.target * min(1.0, 2 * iteration / iterations)
         self.coef.copy_(adapt_kl_coef(self.coef, kl.to(self.coef), due, gain))
+
+    def statistics(self, mean_weight: Tensor) -> dict[str, Tensor]:
+        """β, and the price of a nat on average.
+
+        Args:
+            mean_weight: Mean w over the responses of all processes, ().
+        """
+        return {"kl_coef": self.coef.clone(), "effective_kl_coef": self.coef * mean_weight}
 
     def over_budget(self, kl: Tensor, iteration: int) -> bool:
         """Whether the policy has moved further than allowed; says so with both figures if it has.

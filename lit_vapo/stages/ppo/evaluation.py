@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lit_vapo import figures
@@ -15,6 +16,7 @@ from lit_vapo.evaluation.policy_files import evaluation_row, policy_evaluation, 
 from lit_vapo.evaluation.policy_report import PolicyReport, compare
 from lit_vapo.evaluation.preference_files import write_json
 from lit_vapo.metrics import ResponseMetrics, sample_rows
+from lit_vapo.models.averaging import WeightAverage
 from lit_vapo.models.policy import Role
 from lit_vapo.objectives.base import Objective
 from lit_vapo.rollout import RolloutMaker
@@ -26,6 +28,10 @@ TEST_FOLDER = "test"
 COURSE = "evaluations.csv"
 PICTURE = "overoptimisation.png"
 POLICY, REFERENCE = "policy", "reference"
+# What the state of averaged weights begins with.
+AVERAGE = "average."
+# What is added to the number of updates where averaged weights are meant. No run has as many.
+AVERAGED = 10**9
 
 
 class EvaluatedPolicy(TrainedWeightsModule):
@@ -43,6 +49,7 @@ class EvaluatedPolicy(TrainedWeightsModule):
     def __init__(self) -> None:
         super().__init__()
         self.maker: RolloutMaker | None = None
+        self.average: WeightAverage | None = None
         self.samples: list[dict[str, Any]] = []
         self.metrics = nn.ModuleDict({POLICY: ResponseMetrics(), REFERENCE: ResponseMetrics()})
         self.evaluations: list[dict[str, Any]] = []
@@ -105,8 +112,10 @@ class EvaluatedPolicy(TrainedWeightsModule):
         # In a run the reference is judged once, and by what the run begins with, since that does not depend on when.
         first = role == "reference" and self.trainer.state.fn == "fit"
         objective = self.first_objective if first else self.objective
-        with seeded((self.seed * 100_003 + int(batch.example_ids[0])) % 2**63):
-            rollout = self.maker.make(batch, objective, role, values=False, version=self.weights_version)
+        # To change the weights for the reference would be work for nothing.
+        weights = self.product() if role == "actor" else nullcontext()
+        with seeded((self.seed * 100_003 + int(batch.example_ids[0])) % 2**63), weights:
+            rollout = self.maker.make(batch, objective, role, values=False, version=self.product_version)
         who = POLICY if role == "actor" else REFERENCE
         records = sample_rows(rollout, who, batch.example_ids)
         cast("ResponseMetrics", self.metrics[who]).update(records)
@@ -140,6 +149,31 @@ class EvaluatedPolicy(TrainedWeightsModule):
     def on_predict_epoch_end(self) -> None:
         """Put the responses of all processes together."""
         self.samples = self._report(POLICY, "predict").records
+
+    # Averaged weights.
+
+    def product(self) -> AbstractContextManager[None]:
+        """A block in which the policy is the one that is evaluated and exported: the averaged one, if there is one."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    @property
+    def product_version(self) -> int:
+        """Version of the weights that are evaluated, which no others have."""
+        return self.weights_version + (0 if self.average is None else AVERAGED)
+
+    def choose_state(self, checkpoint: dict[str, Any]) -> None:
+        """Begin an average that the checkpoint lacks with its weights, and leave one out that this run has not."""
+        super().choose_state(checkpoint)
+        state = checkpoint["state_dict"]
+        averaged = {name for name in state if name.startswith(AVERAGE)}
+        if averaged and self.average is None:
+            rank_zero_info("model.ema_decay: the checkpoint has an averaged policy; this run goes on without it")
+            checkpoint["state_dict"] = {name: x for name, x in state.items() if name not in averaged}
+        elif self.average is not None and not averaged:
+            rank_zero_info("model.ema_decay: the checkpoint has no averaged policy; one begins with its weights")
+            names = {id(weight): name for name, weight in self.named_parameters()}
+            live = [state[names[id(x)]] for x in self.average.live()]
+            state.update({f"{AVERAGE}weights.{i}": x.clone() for i, x in enumerate(live)})
 
     # What all of them need.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_vapo.advantages.base import AdvantageEstimator, Reduce
-from lit_vapo.functional import importance_weights, token_rewards
+from lit_vapo.functional import importance_weights, own_penalty, token_rewards
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.rollout import Rollout
 
@@ -52,6 +52,9 @@ def compute_advantages(
 ) -> Experience:
     """Rewards per token, and what an estimator makes of them.
 
+    With the exact KL of each token's distribution, what a token's own draw cost more than that is added to its own
+    advantage, in the estimator's unit.
+
     Args:
         rollout: Responses and their scores.
         kl_coef: β, in units of reward per nat.
@@ -64,15 +67,21 @@ def compute_advantages(
     """
     mask = rollout.response_mask
     made = {"reward": rollout.reward, "kl_weight": rollout.kl_weight}
-    for name in ("logprobs", "ref_logprobs", "values"):
+    for name in ("logprobs", "ref_logprobs", "values", "token_kl"):
         if (x := getattr(rollout, name)) is not None:
             made[name] = x[mask]
     _check_finite(made, all_sum)
     log_ratio = rollout.logprobs - rollout.ref_logprobs
     weight = rollout.kl_weight
     shared = all_sum(weight.sum()) / all_sum(torch.ones_like(weight).sum())
-    rewards = token_rewards(rollout.reward, log_ratio, weight, kl_coef, mask, shared)
-    advantages, returns = advantage(rewards, rollout.values, mask, rollout.num_responses, all_sum, rollout.estimate)
+    kl = rollout.token_kl
+    rewards = token_rewards(rollout.reward, log_ratio, weight, kl_coef, mask, shared, kl)
+    advantages, returns, scale = advantage(
+        rewards, rollout.values, mask, rollout.num_responses, all_sum, rollout.estimate
+    )
+    if kl is not None:
+        own = own_penalty(log_ratio, kl, kl_coef, mask, shared)
+        advantages = advantages + (own if scale is None else (own * scale).to(own))
     _check_finite({"advantages": advantages}, all_sum)
     weights = None
     if ratio_cap is not None and rollout.sampler_logprobs is not None:

@@ -16,8 +16,9 @@ from lit_vapo.advantages.base import AdvantageEstimator
 from lit_vapo.advantages.gae import Gae
 from lit_vapo.data.collate import PromptBatch
 from lit_vapo.data.datamodule import PromptDataModule
-from lit_vapo.metrics import rollout_statistics
+from lit_vapo.metrics import rollout_statistics, speeds
 from lit_vapo.models.actor_critic import ActorCritic
+from lit_vapo.models.averaging import WeightAverage
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.exported import check_policy
 from lit_vapo.models.generation import Generator, Sampling
@@ -25,16 +26,18 @@ from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.objectives.base import Objective
 from lit_vapo.objectives.variance_aware import VarianceAware
-from lit_vapo.ranges import NonNegativeFloat, PositiveFloat, TwoOrMore, check_ranges
+from lit_vapo.ranges import NonNegativeFloat, OpenUnitInterval, PositiveFloat, TwoOrMore, check_ranges
 from lit_vapo.rewards import RewardSource, load_reward
 from lit_vapo.rollout import Rollout, RolloutMaker
 from lit_vapo.stages.guards import check_context, check_precision
-from lit_vapo.stages.ppo.control import KLControl, global_kl, named
+from lit_vapo.stages.ppo.alarm import Alarm, AlarmSettings
+from lit_vapo.stages.ppo.control import KLControl, KLEstimator, global_kl, named
+from lit_vapo.stages.ppo.evaluation import AVERAGE
 from lit_vapo.stages.ppo.experience import compute_advantages
-from lit_vapo.stages.ppo.scoring import ScoredPolicy
+from lit_vapo.stages.ppo.scoring import ALARM, ScoredPolicy
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, chosen_critic
-from lit_vapo.stages.schedule import linear_decay, total_steps
-from lit_vapo.stages.seeding import seeded, seeded_batch
+from lit_vapo.stages.schedule import linear_decay, planned_iterations
+from lit_vapo.stages.seeding import seeded_batch
 from lit_vapo.stages.settings import unpickled
 from lit_vapo.stages.sharing import rows_of_all, sharers, sum_of_all
 from lit_vapo.types import TextReward
@@ -57,11 +60,13 @@ class PPOModule(ScoredPolicy):
             adapter of `base` brings the settings of `lora` with it (`lora` may be `null`). The reference stays `base`.
         critic: What the critic reads, where the advantage needs one; leave it out where it does not.
         sampling: How responses are drawn.
-        advantage: What a token is better than: `Gae` asks a critic, `Rloo` and `Grpo` compare the responses to a prompt
+        advantage: What a token is better than: `Gae` asks a critic, the others compare the responses to a prompt
             (`sampling.num_responses` of 2 or more) and need none.
         update: How PPO learns from them.
         learning_rate: Peak learning rate of the actor (AdamW, linear decay).
         critic_learning_rate: Peak learning rate of the critic.
+        ema_decay: The policy that is evaluated and exported is the exponential moving average of the weights over
+            iterations with this decay; the one that samples is what is averaged. `null` for no average.
         kl_coef: β, the price of a nat of the objective's *weighted* KL to the reference, in units of reward; >= 0.
         kl_target: Adapt β so that the *plain* KL to the reference (`train/kl_k3`: k3 of whole responses, over all
             processes) rises to this many nats per response over the first half of the run and stays there; `null`
@@ -70,12 +75,16 @@ class PPOModule(ScoredPolicy):
             that finds out is not taken; the policy that is saved has overstepped by no more than the update before it.
             (With `min_epochs` or `min_steps` the trainer goes on until these are met, without updates while the policy
             is above the budget.) `null` for no limit.
+        kl_estimator: What stands for a token's KL in the penalty, as far as its weight is the same for all responses:
+            `sampled`, the log-ratio of the token drawn, or `exact`, the KL of the whole distribution it was drawn from,
+            which is less noisy and takes two more products with the head per scored token.
         reward_clip: Largest absolute terminal reward, or `null`.
         missing_eos_penalty: Taken off the reward of a response cut off at `max_new_tokens`.
         gold: A judge that only watches: its mean is logged, training never sees it.
-        num_reference: How many reference responses calibrate an ensemble that is not calibrated yet.
+        num_reference: How many reference responses calibrate an ensemble that is not calibrated yet, or fit an alarm.
         seed: Seed of evaluation samples, so that evaluations differ by the policy alone.
         generator: Who draws the responses; `null` for transformers.
+        alarm: Watch for responses that are unlike the reference's, without a judge; `null` for not.
         trust: Code outside of lit_vapo that the ensemble in `reward` may run: classes by their Python name, models that
             bring code by folder or hub name.
     """
@@ -95,20 +104,23 @@ class PPOModule(ScoredPolicy):
         update: UpdateSettings | None = None,
         learning_rate: PositiveFloat = 1e-5,
         critic_learning_rate: PositiveFloat = 1e-4,
+        ema_decay: OpenUnitInterval | None = None,
         kl_coef: NonNegativeFloat = 0.05,
         kl_target: PositiveFloat | None = None,
         kl_budget: PositiveFloat | None = None,
+        kl_estimator: KLEstimator = "sampled",
         reward_clip: PositiveFloat | None = None,
         missing_eos_penalty: float = 0.0,
         gold: TextReward | None = None,
         num_reference: TwoOrMore = 256,
         seed: int = 0,
         generator: Generator | None = None,
+        alarm: AlarmSettings | None = None,
         trust: list[str] | None = None,
     ) -> None:
         super().__init__()
         check_ranges(PPOModule, locals(), "model.")
-        kl = KLControl(kl_coef, kl_target, kl_budget)
+        kl = KLControl(kl_coef, kl_target, kl_budget, kl_estimator)
         with unpickled():
             self.save_hyperparameters()
         self.automatic_optimization = False
@@ -123,6 +135,7 @@ class PPOModule(ScoredPolicy):
         self.critic = chosen_critic(critic, self.advantage, self.update)
         self.learning_rate = learning_rate
         self.critic_learning_rate = critic_learning_rate
+        self.ema_decay = ema_decay
         self.kl = kl
         self.reward_clip = reward_clip
         self.missing_eos_penalty = missing_eos_penalty
@@ -130,13 +143,12 @@ class PPOModule(ScoredPolicy):
         self.num_reference = num_reference
         self.seed = seed
         self.generator = generator
+        self.alarm = None if alarm is None else Alarm(alarm)
         self.trust = trust
         self.networks: ActorCritic | None = None
-        # What the objective or the advantage cannot use is refused before anything heavy is loaded.
-        self.advantage.check_responses(self.sampling.num_responses)
         self.reward = load_reward(reward, trust) if isinstance(reward, str) else reward
-        self.objective.check_members(self.reward.num_members, self.reward.separate_members)
-        self.objective.check_responses(self.sampling.num_responses)
+        self.check_choices()
+        self.objective.price(kl.coef)
 
     # 1. Building.
 
@@ -156,6 +168,8 @@ class PPOModule(ScoredPolicy):
         networks = self.networks = ActorCritic(self.base, self.lora, self.critic, self.policy, self.reward.reads())
         self.objective.prepare(self.reward.num_members)
         self.first_objective = copy.deepcopy(self.objective)
+        if self.ema_decay is not None:
+            self.average = WeightAverage(networks.actor_parameters, self.ema_decay)
         return networks
 
     def start(self) -> None:
@@ -180,14 +194,11 @@ class PPOModule(ScoredPolicy):
             self.reward_clip,
             self.missing_eos_penalty,
             generator=self.generator,
+            marks=None if self.alarm is None else self.alarm.marks,
+            exact_kl=self.kl.exact,
         )
         self.maker.open(longest, self._root, self.weights_version)
-        if not self.reward.calibrated:
-            self.print(f"reward: calibrating on {self.num_reference} reference responses")
-            batches = [b.to(self.device) for b in datamodule.prompt_batches("train", self.num_reference)]
-            with seeded(self.seed):
-                self.calibrate(self.maker.references(batches))
-            self.networks.warm_start_critic(self.reward.linear_mean())
+        self.meet_reference(datamodule)
 
     def on_fit_start(self) -> None:
         """Get ready to roll out."""
@@ -203,11 +214,12 @@ class PPOModule(ScoredPolicy):
         """
         started = time.perf_counter()
         assert self.maker is not None
+        self.objective.price(self.kl.coef)
         with named(self.iteration), seeded_batch(self, sharers(self).rank):
             values, version = self.advantage.needs_critic, self.weights_version
             rollout = self.maker.make(batch, self.objective, values=values, all_sum=self._sum, version=version)
             kl = global_kl(rollout, self._sum)
-            if self.kl.over_budget(kl, self.iteration):
+            if self.rings(rollout) or self.kl.over_budget(kl, self.iteration):
                 self.trainer.should_stop = True
                 learned = {"updates": torch.zeros(())}
             else:
@@ -220,7 +232,7 @@ class PPOModule(ScoredPolicy):
             **learned,
         }
         self._log_iteration(rollout, statistics, time.perf_counter() - started)
-        planned = self._planned_iterations()
+        planned = planned_iterations(self, self.update.epochs * self.update.minibatches)
         self.kl.adapt(kl, self.iteration, planned)
         if self.trainer.max_steps > 0 and self.iteration >= planned:
             # Updates that `max_approx_kl` ended early have left steps over, but no learning rate.
@@ -234,9 +246,11 @@ class PPOModule(ScoredPolicy):
         experience = compute_advantages(rollout, float(self.kl.coef), self.advantage, self._sum, cap)
         optimizer = cast("torch.optim.Optimizer", self.optimizers())
         learned = PPOUpdate(self, self.networks, self.update, self.maker.shaping).run(
-            experience, optimizer, train_actor=self.iteration > self.update.critic_warmup
+            experience, optimizer, self.iteration > self.update.critic_warmup, rollout.num_responses
         )
         cast("Any", self.lr_schedulers()).step()
+        if self.average is not None:
+            self.average.update()
         return learned
 
     def _sum(self, x: Tensor) -> Tensor:
@@ -244,22 +258,12 @@ class PPOModule(ScoredPolicy):
         return sum_of_all(self, x)
 
     def _log_iteration(self, rollout: Rollout, values: dict[str, Tensor], total: float) -> None:
-        tokens = float(rollout.response_mask.sum())
         values["iteration"] = torch.tensor(float(self.iteration))
-        values["kl_coef"] = self.kl.coef.clone()
-        values["effective_kl_coef"] = self.kl.coef * values["kl_weight_mean"]
-        values["tokens_per_second"] = torch.tensor(tokens / total)
-        for phase, time_spent in rollout.seconds.items():
-            values[f"{phase}_tokens_per_second"] = torch.tensor(tokens / time_spent)
+        values |= self.kl.statistics(values["kl_weight_mean"]) | speeds(rollout, total)
         shown = {"reward_mean", "gold", "kl_k3", "ensemble_sigma", "tokens_per_second"}
         for name, value in values.items():
-            self.log(
-                f"train/{name}",
-                value.to(self.device),
-                prog_bar=name in shown,
-                sync_dist=True,
-                batch_size=len(rollout.prompts),
-            )
+            at: dict[str, Any] = {"prog_bar": name in shown, "sync_dist": True, "batch_size": len(rollout.prompts)}
+            self.log(f"train/{name}", value.to(self.device), **at)
 
     def configure_optimizers(self) -> Any:
         """One AdamW for actor and critic, each with its own learning rate, decaying linearly over the run."""
@@ -268,21 +272,13 @@ class PPOModule(ScoredPolicy):
         if self.networks.critic is not None:
             groups.append({"params": self.networks.critic_parameters(), "lr": self.critic_learning_rate})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        decay = linear_decay(self._planned_iterations())
+        decay = linear_decay(planned_iterations(self, self.update.epochs * self.update.minibatches))
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, decay)]
-
-    def _planned_iterations(self) -> int:
-        """Iterations of the whole run."""
-        iterations = total_steps(self)
-        if self.trainer.max_steps > 0:
-            # Lightning counts weight updates here, the schedule counts iterations.
-            iterations = min(iterations, -(-self.trainer.max_steps // (self.update.epochs * self.update.minibatches)))
-        return iterations
 
     # 3. Checkpoints and export.
 
     def _is_own_state(self, name: str) -> bool:
-        return name.startswith(("kl.", "objective."))
+        return name.startswith(("kl.", "objective.", AVERAGE, ALARM))
 
     def export(self, folder: str | Path, merge: bool = False) -> None:
         """Write the policy as an ordinary transformers or peft folder, and the critic, if any, beside it.
@@ -296,4 +292,5 @@ class PPOModule(ScoredPolicy):
             ValueError: Adapters of a quantised base are to be merged.
         """
         assert self.networks is not None
-        self.networks.save_pretrained(folder, self.sampling, merge)
+        with self.product():
+            self.networks.save_pretrained(folder, self.sampling, merge)

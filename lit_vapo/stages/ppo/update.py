@@ -17,7 +17,9 @@ from lit_vapo.models.shaping import Shaping
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.ranges import PositiveFloat, PositiveInt, check_ranges
 from lit_vapo.stages.ppo.experience import Experience
+from lit_vapo.stages.ppo.signal import SignalProbe, halves_by_prompt
 from lit_vapo.stages.sharing import average_gradients, clip_gradients, sharers, unsynced
+from lit_vapo.stages.strategy import sharing_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -102,7 +104,11 @@ class PPOUpdate:
         self.shaping = shaping
 
     def run(
-        self, experience: Experience, optimizer: torch.optim.Optimizer, train_actor: bool = True
+        self,
+        experience: Experience,
+        optimizer: torch.optim.Optimizer,
+        train_actor: bool = True,
+        num_responses: int = 1,
     ) -> dict[str, Tensor]:
         """Update the weights.
 
@@ -110,6 +116,7 @@ class PPOUpdate:
             experience: What to learn from.
             optimizer: Steps actor and critic.
             train_actor: Off while only the critic learns.
+            num_responses: Responses to each prompt, which stand together.
 
         Returns:
             Statistics of the update, by name; each a scalar, already over all processes.
@@ -120,14 +127,18 @@ class PPOUpdate:
         rows = len(experience.rows.prompt_lengths)
         device = experience.logprobs.device
         done: list[dict[str, Tensor]] = []
-        updates, stopped = 0, False
+        updates, stopped, signal = 0, False, {}
         # Autocast keeps casts of the weights for as long as the training step lasts, across weight updates: with
         # mixed precision every minibatch would see the first one's weights.
         torch.clear_autocast_cache()
         for _ in range(self.settings.epochs):
             for index in torch.randperm(rows).tensor_split(min(self.settings.minibatches, rows)):
                 optimizer.zero_grad()
-                done.append(self._accumulate(experience.select(index.to(device)), train_actor))
+                # The first minibatch is the policy's own: its gradient has no ratios in it yet.
+                probe = self._probe(index, num_responses) if train_actor and not done else None
+                done.append(self._accumulate(experience.select(index.to(device)), train_actor, probe))
+                if probe is not None:
+                    signal = probe.statistics()
                 limit = self.settings.max_approx_kl
                 stopped = limit is not None and float(done[-1]["approx_kl"]) > limit
                 if stopped:
@@ -136,7 +147,7 @@ class PPOUpdate:
                 updates += 1
             if stopped:
                 break
-        summary = {name: torch.stack([d[name] for d in done if name in d]).mean() for name in done[0]}
+        summary = {name: torch.stack([d[name] for d in done if name in d]).mean() for name in done[0]} | signal
         summary["ratio_max"] = torch.stack([d["ratio_max"] for d in done]).max()
         summary["first_ratio"] = done[0]["ratio"]
         summary["first_ratio_max"] = done[0]["ratio_max"]
@@ -149,12 +160,27 @@ class PPOUpdate:
             summary["return_mean"] = (self._sum(masked_sum(returns, mask).double()) / tokens).float()
         return summary
 
-    def _accumulate(self, experience: Experience, train_actor: bool) -> dict[str, Tensor]:
+    def _probe(self, index: Tensor, num_responses: int) -> SignalProbe | None:
+        """What looks at the halves of a minibatch, if all processes can cut theirs and gradients are whole in each."""
+        if sharing_of(self.module.trainer.strategy) is not None:
+            return None
+        halves = halves_by_prompt(index, num_responses)
+        parameters = self.networks.actor_parameters()
+        if not float(self._all_reduce(torch.tensor(float(halves is not None), device=parameters[0].device), "min")):
+            return None
+        assert halves is not None
+        return SignalProbe(parameters, halves, self._sum, sharers(self.module).size)
+
+    def _accumulate(
+        self, experience: Experience, train_actor: bool, probe: SignalProbe | None = None
+    ) -> dict[str, Tensor]:
         """Gradients of one minibatch, in microbatches of similar length; its statistics over all processes."""
         tokens = self._sum(experience.rows.response_mask.sum().double())
         sums: dict[str, Tensor] = {}
         ratio_max = tokens.new_zeros(())
-        batches = self._micro_batches(experience.rows)
+        parts = (torch.arange(len(experience.rows.lengths)),) if probe is None else probe.halves
+        cut = [self._micro_batches(experience.rows, rows.to(tokens.device)) for rows in parts]
+        batches = [batch for part in cut for batch in part]
         for number, index in enumerate(batches, start=1):
             part = experience.select(index)
             loss, terms = self._loss(part, train_actor)
@@ -163,6 +189,8 @@ class PPOUpdate:
             loss = loss / tokens.to(loss) * sharers(self.module).size
             with unsynced(self.module, last=number == len(batches)):
                 self.module.manual_backward(loss)
+            if probe is not None and number == len(cut[0]):
+                probe.look()
             ratio_max = torch.maximum(ratio_max, terms.pop("ratio_max").double())
             for name, value in terms.items():
                 sums[name] = sums.get(name, tokens.new_zeros(())) + value.double()
@@ -171,15 +199,15 @@ class PPOUpdate:
         _check_scalars(means)
         return means
 
-    def _micro_batches(self, rows: TokenRows) -> list[Tensor]:
-        """Row numbers by microbatch; the same number of microbatches in every process, or they would wait forever."""
-        device = rows.lengths.device
+    def _micro_batches(self, rows: TokenRows, chosen: Tensor) -> list[Tensor]:
+        """Chosen rows by microbatch; the same number of microbatches in every process, or they would wait forever."""
         batches = even_batches(
-            rows.lengths.tolist(),
+            rows.lengths[chosen].tolist(),
             self.settings.micro_batch_tokens,
-            lambda count: int(self._all_reduce(torch.tensor(count, device=device), "max")),
+            lambda count: int(self._all_reduce(torch.tensor(count, device=chosen.device), "max")),
+            chosen.device,
         )
-        return [torch.tensor(batch, device=rows.lengths.device) for batch in batches]
+        return [chosen[torch.tensor(batch, device=chosen.device)] for batch in batches]
 
     def _loss(self, part: Experience, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss summed over tokens, and sums of statistics."""

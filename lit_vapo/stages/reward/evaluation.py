@@ -24,6 +24,8 @@ from lit_vapo.types import FeaturePairs
 Batch = PreferenceBatch | FeaturePairs
 SHOWN = ("accuracy", "nll", "ece")
 TEST_FOLDER = "test"
+# A temperature that was fitted on fewer validation pairs has made calibration worse.
+FEW_PAIRS = 100
 
 
 class EvaluatedRewards(TrainedWeightsModule):
@@ -123,6 +125,11 @@ class EvaluatedRewards(TrainedWeightsModule):
             self._log_tables(folder)
             if "verdict" in self.evaluation:
                 self._tell(self.evaluation["verdict"], "test")
+            if fitted and (count := reports["val"].num_pairs) < FEW_PAIRS:
+                self.print(
+                    f"  Temperature: {count} validation pairs are few to fit one on; with it, the ECE of "
+                    f"the test pairs went from {fitted['ece']:.3f} to {fitted['ece_calibrated']:.3f}."
+                )
 
     def _rows(self, split: str) -> list[dict[str, Any]] | None:
         """Tokenised pairs of a split; `None` with somebody's own loaders."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ class RewardModule(BuiltRewards):
         learning_rate: Peak learning rate of heads and adapters (AdamW).
         backbone_learning_rate: Peak learning rate of backbones that are trained.
         weight_decay: Decoupled weight decay of all that is trained.
-        reference: The reference policy, whose responses fix each member's origin and unit; `null` leaves that to
-            the start of PPO.
+        reference: The reference policy, whose responses fix each member's origin and unit; `base` for the base itself,
+            `null` leaves that to the start of PPO.
         reference_sampling: How the reference responds; use what PPO will use.
         num_reference: How many prompts it responds to.
         feature_cache: Folder of the feature cache; `null` for `features` in the run's folder.
@@ -69,7 +69,7 @@ class RewardModule(BuiltRewards):
         learning_rate: PositiveFloat = 1e-3,
         backbone_learning_rate: PositiveFloat = 1e-5,
         weight_decay: NonNegativeFloat = 0.01,
-        reference: Pretrained | None = None,
+        reference: Pretrained | Literal["base"] | None = None,
         reference_sampling: Sampling | None = None,
         num_reference: TwoOrMore = 256,
         feature_cache: str | None = None,
@@ -91,7 +91,7 @@ class RewardModule(BuiltRewards):
         self.learning_rate = learning_rate
         self.backbone_learning_rate = backbone_learning_rate
         self.weight_decay = weight_decay
-        self.reference = reference
+        self.reference = base if reference == "base" else reference
         self.reference_sampling = reference_sampling or Sampling()
         self.num_reference = num_reference
         self.feature_cache = feature_cache
@@ -151,6 +151,10 @@ class RewardModule(BuiltRewards):
     def _encoded(self, batch: Batch) -> FeaturePairs:
         batch = cast("Batch", self.transfer_batch_to_device(batch, self.device, 0))
         return FeaturePairs(*self.encode(batch), batch.labels)
+
+    def about(self) -> dict[str, str]:
+        """The model, and the members on it."""
+        return {**super().about(), "members": f"{self.head.num_members}, {type(self.head).__name__}"}
 
     def calibrate(self) -> None:
         """Centre and scale the members on the reference's responses, if there is a reference; once at each step."""

@@ -18,7 +18,7 @@ from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.trunk import length_mask
 from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, check_ranges
-from lit_vapo.stages.base import TrainedWeightsModule
+from lit_vapo.stages.base import TrainedWeightsModule, trained
 from lit_vapo.stages.guards import check_context
 from lit_vapo.stages.schedule import linear_decay, total_steps
 from lit_vapo.stages.sharing import even_share, loss_of_all
@@ -55,6 +55,10 @@ class SFTModule(TrainedWeightsModule):
         self.warmup_steps = warmup_steps
         self.policy: Policy | None = None
         self.losses = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
+
+    def about(self) -> dict[str, str]:
+        """The model, and what of it trains."""
+        return {**super().about(), "trains": trained(self.lora)}
 
     def configure_model(self) -> None:
         """Load the language model."""

@@ -20,7 +20,7 @@ from lightning.pytorch import Trainer
 
 from lit_vapo.advantages.base import AdvantageEstimator
 from lit_vapo.advantages.rloo import Rloo
-from lit_vapo.commands.run import NOISE
+from lit_vapo.commands.notices import WARNINGS
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Lora, quiet
@@ -35,6 +35,8 @@ from lit_vapo.study.experiments.learner import examine
 from lit_vapo.study.experiments.training_course import TrainingCourse
 from lit_vapo.study.experiments.truth import Truth
 
+# Of the prompts, for evaluations.
+SET_ASIDE = 0.05
 # A run of a study is one of hundreds.
 UNHEARD = (
     ".*does not have many workers.*",
@@ -53,7 +55,7 @@ class Training:
 
     Args:
         iterations: Rollouts; each is a point of the run, and the last is what the run is judged by (the update that
-            follows it is not).
+            follows it is not), unless there are evaluations.
         batch_size: Prompts of a rollout.
         max_prompt_length: Most tokens of a prompt.
         sampling: How responses are drawn.
@@ -64,6 +66,10 @@ class Training:
         critic_learning_rate: Peak learning rate of the critic, where the advantage needs one.
         kl_coef: β, in units of reward per nat.
         kl_target: Plain KL in nats that β is adapted to reach, or `null` for a fixed β.
+        ema_decay: Decay of the averaged policy, an iteration, or `null` for none; it is what evaluations are of.
+        evaluations: Points of a run, at equal distances, the last at its end: evaluations on prompts that are set
+            aside. 0 for the rollouts.
+        held_out: Prompts of an evaluation, in whole rollouts.
     """
 
     iterations: int = 24
@@ -77,6 +83,18 @@ class Training:
     critic_learning_rate: float = 1e-3
     kl_coef: float = 3.0
     kl_target: float | None = 1.0
+    ema_decay: float | None = None
+    evaluations: int = 0
+    held_out: int = 96
+
+    def __post_init__(self) -> None:
+        if self.ema_decay is not None:
+            expect("training.evaluations", self.evaluations, self.evaluations > 0, "some, of the averaged policy")
+        if self.evaluations:
+            even = self.iterations % self.evaluations == 0
+            expect("training.evaluations", self.evaluations, even, f"a divisor of iterations = {self.iterations}")
+            whole = self.held_out >= self.batch_size and self.held_out % self.batch_size == 0
+            expect("training.held_out", self.held_out, whole, f"a multiple of batch_size = {self.batch_size}")
 
 
 class LanguageModelStudy(Experiment):
@@ -128,11 +146,14 @@ class LanguageModelStudy(Experiment):
             prompts=str(file),
             batch_size=training.batch_size,
             max_prompt_length=training.max_prompt_length,
-            validation_fraction=0.0,
+            validation_fraction=SET_ASIDE if training.evaluations else 0.0,
         )
-        needed, there = training.iterations * training.batch_size, len(data.prompt_rows("train"))
-        if there < needed:
-            raise ValueError(f"{file}: expected at least {needed} prompts (iterations · batch_size), got {there}")
+        wanted = {"train": ("iterations · batch_size", training.iterations * training.batch_size)}
+        if training.evaluations:
+            wanted["val"] = ("held_out", training.held_out)
+        for split, (name, needed) in wanted.items():
+            if (there := len(data.prompt_rows(split))) < needed:
+                raise ValueError(f"{file}: expected at least {needed} prompts ({name}), got {there}")
         return data
 
     def __getstate__(self) -> dict[str, Any]:
@@ -170,10 +191,10 @@ class LanguageModelStudy(Experiment):
     def _train(self, objective: Objective, reward: RewardSource, scratch: Path, seed: int) -> TrainingCourse:
         """One run of one method."""
         training = self.training
-        watch = TrainingCourse(self.truth)
+        watch = TrainingCourse(self.truth, held_out=training.evaluations > 0)
         quiet()
         with warnings.catch_warnings(), _unheard("lightning.pytorch"):
-            for message in (*NOISE, *UNHEARD):
+            for message in (*WARNINGS, *UNHEARD):
                 warnings.filterwarnings("ignore", message=message)
             module = PPOModule(
                 self.truth.spec.base,
@@ -187,6 +208,7 @@ class LanguageModelStudy(Experiment):
                 critic_learning_rate=training.critic_learning_rate,
                 kl_coef=training.kl_coef,
                 kl_target=training.kl_target,
+                ema_decay=training.ema_decay,
                 gold=self.truth.judge,
             )
             trainer = Trainer(
@@ -194,7 +216,9 @@ class LanguageModelStudy(Experiment):
                 devices=1,
                 max_epochs=1,
                 limit_train_batches=training.iterations,
-                limit_val_batches=0,
+                limit_val_batches=training.held_out // training.batch_size if training.evaluations else 0,
+                val_check_interval=training.iterations // max(training.evaluations, 1),
+                num_sanity_val_steps=0,
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_vapo.functional import fit_variance_prior, moderated_variance, shrinkage
 from lit_vapo.objectives.base import Objective, Score
 from lit_vapo.stages.seeding import seeded
 from lit_vapo.types import RewardEstimate
@@ -77,6 +78,26 @@ class Power(ToldVariance):
     def change(self, variance: Tensor, draws: Draws) -> Tensor:
         """σ²ˢ."""
         return variance**self.strength
+
+
+class Moderated(ToldVariance):
+    """The variance shrunk to the typical one of its row, as `RewardHead.moderated` shrinks it to the reference's.
+
+    Args:
+        members: K, whose variance it is.
+    """
+
+    def __init__(self, members: int) -> None:
+        super().__init__()
+        self.members = members
+
+    def change(self, variance: Tensor, draws: Draws) -> Tensor:
+        """Each row by what its own variances are like."""
+        degrees = self.members - 1
+        priors = [fit_variance_prior(row, degrees) for row in variance]
+        shares = [shrinkage(degrees, prior) for prior in priors]
+        rows = zip(variance, priors, shares, strict=True)
+        return torch.stack([moderated_variance(row, prior.typical, share) for row, prior, share in rows])
 
 
 class LogNormal(ToldVariance):
@@ -179,6 +200,10 @@ class Told(Objective):
     def check_responses(self, num_responses: int) -> None:
         """Refuse what the objective refuses."""
         self.objective.check_responses(num_responses)
+
+    def price(self, kl_coef: Tensor) -> None:
+        """Let the objective know β."""
+        self.objective.price(kl_coef)
 
     def forward(self, estimate: RewardEstimate) -> Score:
         """Score B responses as the objective does that is told another variance."""

@@ -1,0 +1,204 @@
+"""`lit-vapo report`: a run, or several side by side, as one page that needs no server."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_vapo.commands.environment import facts as machine_facts
+from lit_vapo.commands.options import Parser
+from lit_vapo.evaluation.findings import Finding, policy_findings, verdict_findings
+from lit_vapo.evaluation.policy_files import read_evaluations
+from lit_vapo.figures.runs import PANELS, curves, distributions
+from lit_vapo.folders import write_whole
+from lit_vapo.pages import html
+
+PAGE, PICTURES = "report.html", "report"
+SHOWN = 10
+MARKS = {"good": "ok  ", "look": "look", "bad": "BAD "}
+# Figures that are set side by side, as far as runs have them.
+SIDE_BY_SIDE = ("reward_gain", "gold_gain", "reward_win_rate", "win_rate", "kl_k3", "ensemble_sigma", "response_length")
+
+
+@dataclass
+class Run:
+    """What the page says of a run.
+
+    Attributes:
+        name: Its folder; with the one above it where that says more.
+        stage: `ppo`, `reward` or `sft`.
+        settings: All of them, as YAML.
+        facts: The run in a few lines.
+        findings: Whether to trust it.
+        figures: What is set side by side with another run's.
+        pictures: By their captions.
+        samples: Responses, as cells of a table.
+    """
+
+    name: str
+    stage: str
+    settings: str
+    facts: dict[str, str]
+    findings: list[Finding]
+    figures: dict[str, float] = field(default_factory=dict)
+    pictures: dict[str, Path] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+
+def report(runs: list[str], output: str | None = None) -> None:
+    """Write one page about a run of PPO or of reward training: what happened, and whether to trust it.
+
+    Args:
+        runs: Folders of runs (`trainer.default_root_dir`); several are set side by side.
+        output: The page; `null` for `report.html` in the folder of the first run. Pictures go to `report/` of each.
+
+    Raises:
+        ValueError: A folder holds no run, or one that has logged nothing yet.
+    """
+    found = [read_run(Path(run)) for run in runs]
+    path = Path(output) if output is not None else Path(runs[0]) / PAGE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, page(found))
+    for run in found:
+        print(f"{run.name}")
+        for finding in run.findings:
+            print(f"  {MARKS[finding.level]} {finding.text}")
+    print(f"report: {path}")
+
+
+def main(words: Sequence[str]) -> None:
+    """The command line."""
+    parser = Parser(prog="lit-vapo report", description="One page about a run, or about several side by side.")
+    parser.add_argument("runs", nargs="+", help="Folders of runs (trainer.default_root_dir).")
+    parser.add_argument("--output", default=None, type=str | None, help="The page; report.html of the first run.")
+    options = parser.parse_args(list(words))
+    report(options.runs, options.output)
+
+
+def read_run(folder: Path) -> Run:
+    """What a run has written.
+
+    Raises:
+        ValueError: It is no run, or has logged nothing yet.
+    """
+    logs = sorted(folder.glob("logs/version_*/config.yaml"), key=lambda path: int(path.parent.name.split("_")[1]))
+    if not logs:
+        raise ValueError(f"{folder}: expected the folder of a run (with logs/version_N/config.yaml), got none")
+    settings = yaml.safe_load(logs[0].read_text(encoding="utf-8"))
+    model = settings["model"]
+    stage = "ppo" if "objective" in model else "reward" if "head" in model else "sft"
+    ended = folder / "finished.json"
+    facts = {"model": str(model["base"]["path"])}
+    if stage == "ppo":
+        facts |= {"reward": _named(model["reward"]), "objective": _named(model["objective"]) or "VarianceAware"}
+    elif stage == "reward":
+        facts["members"] = _named(model["head"]) or "HeadEnsemble"
+    facts["ended"] = json.loads(ended.read_text())["ended"][:16].replace("T", " ") if ended.is_file() else "not yet"
+    whole = folder.resolve()
+    name = f"{whole.parent.name}/{whole.name}" if whole.name in PANELS else whole.name
+    run = Run(name, stage, yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), facts, [])
+    metrics = [row for path in logs for row in _rows(path.with_name("metrics.csv"))]
+    drawn = folder / PICTURES
+    if curves(drawn / "curves.png", metrics, stage):
+        run.pictures["The course of the run"] = drawn / "curves.png"
+    if stage == "ppo":
+        _read_policy(run, folder, metrics)
+    else:
+        _read_rewards(run, folder)
+    return run
+
+
+def _read_policy(run: Run, folder: Path, metrics: Sequence[Mapping[str, float]]) -> None:
+    course = read_evaluations(folder / "evaluations.csv")
+    ratios = [row["train/first_ratio"] for row in metrics if "train/first_ratio" in row]
+    run.findings = policy_findings(course, ratios)
+    if course:
+        run.figures = {name: float(x) for name in SIDE_BY_SIDE if (x := course[-1].get(name)) is not None}
+    for picture in (folder / "test/overoptimisation.png", folder / "overoptimisation.png"):
+        if picture.is_file():
+            run.pictures["Gain over the reference against √KL"] = picture
+            break
+    tested = folder / "test/responses.jsonl"
+    records = _lines(tested) or _lines(folder / "samples_val.jsonl")
+    # Of the last evaluation, and of the reference, which answered once.
+    last = max((record.get("step", 0) for record in records), default=0)
+    records = [r for r in records if r["policy"] == "reference" or r.get("step", last) == last]
+    if records:
+        distributions(folder / PICTURES / "distributions.png", records)
+        run.pictures["Before and after"] = folder / PICTURES / "distributions.png"
+        run.samples = _samples(records)
+
+
+def _read_rewards(run: Run, folder: Path) -> None:
+    for part in ("test", "val"):
+        judged = folder / part / "evaluation.json"
+        if judged.is_file():
+            record = json.loads(judged.read_text(encoding="utf-8"))
+            run.findings = verdict_findings(record.get("verdict", {}).get("sentences", []))
+            run.figures = {name: float(record["mean"][name]) for name in ("accuracy", "nll", "ece")}
+            names = {
+                "reliability": "Calibration",
+                "risk_coverage": "Errors by how many are left",
+                "sigma": "σ",
+            }
+            pictures = {title: judged.with_name(f"{name}.png") for name, title in names.items()}
+            run.pictures |= {title: path for title, path in pictures.items() if path.is_file()}
+            break
+    if not run.findings:
+        run.findings = [Finding("look", f"Not tested yet: lit-vapo {run.stage} test says whether to trust it.")]
+
+
+def _samples(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Answers of reference and policy to the first prompts, under each other."""
+    prompts = list(dict.fromkeys(record["prompt_id"] for record in records))[:SHOWN]
+    shown = []
+    for prompt in prompts:
+        for who in ("reference", "policy"):
+            first = next((r for r in records if r["prompt_id"] == prompt and r["policy"] == who), None)
+            if first is not None:
+                shown.append(
+                    {
+                        "prompt": str(first["prompt"]),
+                        "policy": who,
+                        "response": str(first["response"]),
+                        "reward": f"{first['reward']:.2f} ± {first.get('sigma') or math.nan:.2f}",
+                        "gold": "" if first.get("gold") is None else f"{first['gold']:.2f}",
+                        "members": " ".join(f"{x:.1f}" for x in (first.get("members") or [])[:SHOWN]),
+                    }
+                )
+    return shown
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page, pictures and all."""
+    names = dict.fromkeys(name for run in runs for name in run.figures)
+    figures = {name: [f"{run.figures.get(name, math.nan):.3g}" for run in runs] for name in names}
+    machine = "\n".join(f"{name}: {value}" for name, value in machine_facts().items())
+    title = " and ".join(run.name for run in runs)
+    shown = figures if len(runs) > 1 else {}
+    return html("lit_vapo.commands", "report.html.j2", title=title, runs=runs, figures=shown, machine=machine)
+
+
+def _named(value: Any) -> str:
+    """A folder, or the name of a class."""
+    if isinstance(value, dict):
+        return str(value.get("class_path", "")).rpartition(".")[2]
+    return "" if value is None else str(value)
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: float(x) for name, x in row.items() if x} for row in csv.DictReader(file)]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

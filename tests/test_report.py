@@ -1,0 +1,137 @@
+"""`lit-vapo report`: a page about a run, and the rules of its sentences."""
+
+import json
+import shutil
+
+import pytest
+
+from lit_vapo.cli import main
+from lit_vapo.commands.report import read_run
+from lit_vapo.evaluation.findings import policy_findings, verdict_findings
+
+REFERENCE = {
+    "policy": "reference",
+    "iteration": 0,
+    "reward_mean": 0.0,
+    "ensemble_sigma": 0.5,
+    "response_length": 20.0,
+    "eos_rate": 0.8,
+    "distinct_pairs": 0.9,
+    "reward_member_0": 0.0,
+    "reward_member_1": 0.0,
+}
+POLICY = REFERENCE | {
+    "policy": "policy",
+    "iteration": 9,
+    "reward_gain": 0.5,
+    "reward_gain_se": 0.1,
+    "gold_gain": 0.3,
+    "gold_gain_se": 0.1,
+    "kl_k3": 4.0,
+    "reward_member_0": 0.5,
+    "reward_member_1": 0.4,
+}
+
+
+def test_a_healthy_run_has_nothing_to_look_at():
+    found = policy_findings([REFERENCE, POLICY], [1.0, 1.0000002])
+    assert {finding.level for finding in found} == {"good"}
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize(
+    ("changed", "level", "said"),
+    [
+        ({"reward_gain": 0.1}, "look", "not shown to prefer the policy: +0.1 on held-out prompts (95% interval -0.096"),
+        ({"reward_gain": -0.5}, "bad", "prefers the reference to the policy"),
+        ({"gold_gain": -0.3}, "bad", "learned errors of the ensemble"),
+        ({"gold_gain": 0.0}, "look", "does not tell them apart"),
+        ({"gold_gain": float("nan")}, "look", "Nobody but the ensemble judged"),
+        ({"kl_k3": 10.5}, "look", "far from the reference, a KL of 10.5"),
+        ({"kl_k3": 31.0}, "bad", "The KL has run away"),
+        ({"ensemble_sigma": 0.8}, "look", "1.60 times as large"),
+        ({"ensemble_sigma": 1.5}, "bad", "Members part"),
+        ({"reward_member_1": -0.1}, "bad", "1 of 2 members"),
+        ({"response_length": 31.0}, "look", "from 20 to 31 tokens"),
+        ({"eos_rate": 0.3}, "look", "30% of responses end by themselves"),
+        ({"distinct_pairs": 0.7}, "look", "70% are distinct, 90% before"),
+        ({"distinct_pairs": 0.4}, "bad", "Responses repeat"),
+    ],
+)
+def test_what_is_wrong_is_the_one_thing_that_is_told(changed, level, said):
+    found = [finding for finding in policy_findings([REFERENCE, POLICY | changed]) if finding.level != "good"]
+    assert [finding.level for finding in found] == [level]
+    assert said in found[0].text
+
+
+def test_a_ratio_that_is_not_one_is_told():
+    assert policy_findings([REFERENCE, POLICY], [1.0, 0.98])[-1].text.endswith("a first ratio was 0.9800.")
+    assert policy_findings([REFERENCE, POLICY], [float("nan")]) == policy_findings([REFERENCE, POLICY])
+
+
+def test_who_was_better_before_is_told():
+    best = POLICY | {"iteration": 4, "gold_gain": 0.6}
+    found = [finding for finding in policy_findings([REFERENCE, best, POLICY]) if finding.level == "bad"]
+    assert len(found) == 1
+    assert found[0].text.startswith("Gold was 0.3 higher at iteration 4")
+    assert "over-optimised" not in str(policy_findings([REFERENCE, POLICY | {"gold_gain": 0.45}, POLICY]))
+
+
+def test_members_say_nothing_of_a_policy_that_has_not_moved():
+    still = POLICY | {"reward_member_0": 0.0, "reward_member_1": 0.0}
+    assert not any("members that are logged" in finding.text for finding in policy_findings([REFERENCE, still]))
+
+
+def test_without_evaluations_nothing_is_claimed():
+    (finding,) = policy_findings([])
+    assert finding.level == "look"
+
+
+def test_a_verdict_keeps_its_advice():
+    said = ["Better than a coin: x.", "WARNING: σ does not.", "Expect little.", "WARNING: length moves.", "Try more."]
+    assert verdict_findings(said) == [
+        ("good", "Better than a coin: x."),
+        ("bad", "σ does not. Expect little."),
+        ("bad", "Length moves. Try more."),
+    ]
+    assert verdict_findings(["Errors: 1 of 4 are too few to say."])[0].level == "look"
+
+
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory, ppo_run, stage_args, tiny_ensemble_dir):
+    """A run of PPO that was tested."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    shutil.copytree(ppo_run, folder)
+    main(
+        stage_args("ppo", "test", folder, ckpt_path=f"{folder}/checkpoints/last.ckpt", model__reward=tiny_ensemble_dir)
+    )
+    return folder
+
+
+def test_a_page_shows_what_the_run_wrote_and_nothing_runs_in_it(tested, capsys):
+    responses = tested / "test/responses.jsonl"
+    rows = [json.loads(line) for line in responses.read_text().splitlines()]
+    rows[0]["response"] = "<script>alert(1)</script> & more"
+    responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["report", str(tested)])
+    out = capsys.readouterr().out
+    page = (tested / "report.html").read_text()
+    assert out.endswith(f"report: {tested}/report.html\n")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
+    assert "<script" not in page
+    assert 'src="http' not in page
+    assert page.count("data:image/png;base64,") == 3
+    assert all(finding.text.split("'")[0] in page for finding in read_run(tested).findings)
+    assert "max_new_tokens: 6" in page
+
+
+def test_runs_are_set_side_by_side(tested, reward_run, tmp_path):
+    main(["report", str(tested), str(reward_run), f"--output={tmp_path}/new/both.html"])
+    page = (tmp_path / "new/both.html").read_text()
+    assert "Side by side" in page
+    assert "Not tested yet: lit-vapo reward test" in page
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=rf"{tmp_path}: expected the folder of a run .*, got none"):
+        main(["report", str(tmp_path)])
