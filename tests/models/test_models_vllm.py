@@ -109,7 +109,6 @@ def test_responses_to_a_prompt_come_in_order(session):
     asked = {tuple(body["prompt"]): body for body in server.asked}
     lm = next(iter(server.adapters.values()))[1]
     prompts = zip(session.batch.input_ids, session.batch.lengths.tolist(), strict=True)
-    assert len(asked) == len(PROMPTS)
     for row, (ids, length) in enumerate(prompts):
         body = asked[tuple(ids[-length:].tolist())]
         expected = [server.choice(lm, body, j)["token_ids"] for j in range(3)]
