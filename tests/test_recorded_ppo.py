@@ -108,7 +108,8 @@ def test_the_weights_are_those_of_before(name, tmp_path, monkeypatch):
     # Halves of a minibatch add up in another order, and Adam makes of rounding what it may move a weight.
     monkeypatch.setattr(PPOUpdate, "_probe", lambda *_: None)
     found, known = figures(*train(name, tmp_path)), json.loads(RECORDED.read_text())[name]
-    torch.testing.assert_close(torch.tensor(found["weights"]), torch.tensor(known["weights"]), atol=1e-5, rtol=1e-5)
+    # Log-probabilities come from sampling since, where cached keys round them otherwise.
+    torch.testing.assert_close(torch.tensor(found["weights"]), torch.tensor(known["weights"]), atol=5e-5, rtol=1e-5)
     assert found["said"] == pytest.approx(known["said"], rel=1e-5, abs=1e-5)
 
 

@@ -17,6 +17,13 @@ from lit_vapo.stages.ppo.experience import compute_advantages
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings
 
 
+class Silent(Generator):
+    """Draws as usual, and says nothing of it."""
+
+    def __call__(self, *args):
+        return TransformersGenerator()(*args)._replace(own=None)
+
+
 @pytest.fixture(scope="module")
 def ensemble(tiny_model_dir, tmp_path_factory):
     return ppo_helpers.ensemble(tmp_path_factory.mktemp("sampler") / "ensemble", tiny_model_dir)
@@ -47,11 +54,7 @@ def updated(nets, maker, rollout, cap=2.0, rows=None):
 
 
 def test_a_generator_of_the_old_kind_is_asked_as_before(nets, tiny_model_dir):
-    class Plain(Generator):
-        def __call__(self, *args):
-            return TransformersGenerator()(*args)._replace()
-
-    _, plain = rollout_of(nets, tiny_model_dir, Plain())
+    _, plain = rollout_of(nets, tiny_model_dir, Silent())
     _, usual = rollout_of(nets, tiny_model_dir, None)
     assert torch.equal(plain.rows.input_ids, usual.rows.input_ids)
     assert plain.sampler is None
@@ -90,6 +93,41 @@ def test_tokens_are_weighted_by_the_ratio_at_the_time_of_the_rollout(nets, tiny_
     nets.load_state_dict(start, strict=False)
     unweighted, _ = updated(nets, maker, rollout, cap=None)
     assert torch.equal(unweighted, plain)
+
+
+def passes(nets, monkeypatch):
+    """The policy's passes, as they are asked for."""
+    asked, actor = [], nets.actor
+    monkeypatch.setattr(nets, "actor", lambda *args: asked.append(1) or actor(*args))
+    return asked
+
+
+def test_the_policy_is_not_read_again_where_sampling_said_what_it_had(nets, tiny_model_dir, monkeypatch):
+    asked = passes(nets, monkeypatch)
+    maker, first = rollout_of(nets, tiny_model_dir, None)
+    assert len(asked) == 1
+    torch.manual_seed(0)
+    again = maker.make(ppo_helpers.prompt_batch(tiny_model_dir), MeanReward())
+    assert len(asked) == 1
+    assert torch.equal(again.logprobs, first.logprobs)
+    maker.generator = Silent()
+    torch.manual_seed(0)
+    read = maker.make(ppo_helpers.prompt_batch(tiny_model_dir), MeanReward())
+    assert len(asked) > 1
+    torch.testing.assert_close(again.logprobs, read.logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again.entropy, read.entropy, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_samples_otherwise_than_it_reads_is_read_again(nets, tiny_model_dir, monkeypatch):
+    asked = passes(nets, monkeypatch)
+    # It samples at three times the temperature, and thinks that it did not.
+    maker, first = rollout_of(nets, tiny_model_dir, TruthfulGenerator(3.0))
+    torch.manual_seed(0)
+    again = maker.make(ppo_helpers.prompt_batch(tiny_model_dir), MeanReward())
+    assert len(asked) == 2
+    learner = nets.actor(again.rows, maker.shaping)
+    for rollout in (first, again):
+        torch.testing.assert_close(rollout.logprobs, learner.logprobs, atol=1e-5, rtol=1e-5)
 
 
 def test_responses_of_other_weights_are_refused_with_both_versions(nets, tiny_model_dir):

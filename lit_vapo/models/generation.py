@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 from transformers import GenerationConfig
 
+from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.policy import Policy, Role
 from lit_vapo.models.shaping import Shaping
 from lit_vapo.models.vocabulary import vocabulary_size
@@ -79,6 +80,8 @@ class Generated(NamedTuple):
         logprobs: Log-probabilities that the sampler says its tokens had when it drew them (B·n, T), under the
             sampling's temperature and minimum length; anything after the end of a response. `None` if it does not say.
         weights_version: Version of the weights that it says it sampled with; `None` if it has no weights of its own.
+        own: What the policy's own model computed in float32 while it drew (B·n, T): log-probabilities and entropies
+            that nobody has to compute again. `None` from a sampler with other weights or another precision.
     """
 
     response_ids: Tensor
@@ -86,6 +89,7 @@ class Generated(NamedTuple):
     stopped: Tensor
     logprobs: Tensor | None = None
     weights_version: int | None = None
+    own: TokenLogprobs | None = None
 
 
 class Generator(ABC):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import (
     Cache,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -19,6 +21,7 @@ from transformers import (
     StopStringCriteria,
 )
 
+from lit_vapo.functional import TokenLogprobs
 from lit_vapo.models.generation import Generated, Generator, Sampling, generation_config
 from lit_vapo.models.sharding import is_sharded
 
@@ -33,6 +36,9 @@ class TransformersGenerator(Generator):
 
     A model whose weights are sharded keeps all rows until the longest response of all processes has ended, since these
     have to take equally many steps.
+
+    A model that computes in float32 leaves the log-probabilities of its tokens behind (`Generated.own`): a second pass
+    would find the same, as far as rounding is.
 
     Args:
         drop_every: Tokens between two looks at which responses have ended; `null` keeps all rows to the last token of
@@ -65,6 +71,7 @@ class TransformersGenerator(Generator):
         prompt = going // sampling.num_responses
         ids = prompt_ids[prompt]
         responses = ids.new_zeros(len(ids), longest)
+        own = torch.zeros(2, len(ids), longest, device=ids.device) if _is_exact(lm) else None
         ends = torch.full_like(going, _NEVER)
         done = 0
         together = is_sharded(lm)
@@ -76,15 +83,19 @@ class TransformersGenerator(Generator):
             while done < longest and len(going):
                 search = _StopSearch(size, ids, stops, strings)
                 until = min(done + (drop_every or longest), longest)
+                record = _Record(size, sampling.temperature, None if own is None else own[:, going])
                 out = lm.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     generation_config=_config(sampling, stops, done, until),
+                    logits_processor=LogitsProcessorList([record]),
                     stopping_criteria=StoppingCriteriaList([search]),
                     synced_gpus=together,
                     **({} if cache is None else {"past_key_values": cache}),
                 )
                 ids = out.sequences
+                if own is not None:
+                    own[:, going] = record.ended(ids)
                 mask = nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
                 done = ids.shape[1] - size
                 responses[going, :done] = ids[:, size:]
@@ -93,7 +104,45 @@ class TransformersGenerator(Generator):
                 going, ids, mask, cache = going[stay], ids[stay], mask[stay], _select(lm, out.past_key_values, stay)
                 if together:
                     break
-        return Generated(responses[:, :done], ends.clamp_max(done), ends <= done)
+        known = None if own is None else TokenLogprobs(*own[:, :, :done])
+        return Generated(responses[:, :done], ends.clamp_max(done), ends <= done, own=known)
+
+
+class _Record(LogitsProcessor):
+    """Applies the temperature, and writes down how probable the drawn tokens were.
+
+    Args:
+        prompt_size: Tokens before a response.
+        temperature: The logits are divided by it.
+        found: Log-probabilities and entropies (2, B, T) to fill in, or `None` to write nothing down.
+    """
+
+    def __init__(self, prompt_size: int, temperature: float, found: Tensor | None) -> None:
+        self.prompt_size = prompt_size
+        self.temperature = temperature
+        self.found = found
+        self.scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The logits that the next token is drawn from (B, V)."""
+        scores = scores / self.temperature
+        if self.found is not None:
+            self.ended(input_ids)
+            # The token that is drawn from them is known at the next call.
+            self.scores, self.place = scores, input_ids.shape[1]
+        return scores
+
+    def ended(self, input_ids: Tensor) -> Tensor:
+        """What was found, with the last token in it."""
+        assert self.found is not None
+        if self.scores is not None:
+            logprobs = self.scores.log_softmax(dim=-1)
+            drawn = logprobs.gather(1, input_ids[:, self.place, None])[:, 0]
+            # What could not be drawn counts 0, and not 0 times infinity.
+            entropy = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(dim=-1)
+            self.found[:, :, self.place - self.prompt_size] = torch.stack([drawn, entropy])
+            self.scores = None
+        return self.found
 
 
 class _StopSearch(StoppingCriteria):
@@ -124,11 +173,22 @@ def _config(sampling: Sampling, stops: list[int], done: int, until: int) -> Gene
     return generation_config(
         sampling,
         stops,
+        temperature=1.0,  # `_Record` divides by it
         max_new_tokens=until - done,
         min_new_tokens=max(0, min(sampling.min_new_tokens, until) - done) or None,
         stop_strings=None,  # `_StopSearch` looks for them in the responses alone
         use_cache=True,
         return_dict_in_generate=True,
+    )
+
+
+def _is_exact(lm: PreTrainedModel) -> bool:
+    """Whether all of a model computes in float32, so that a token has one probability whoever computes it."""
+    return (
+        all(p.dtype == torch.float32 for p in lm.parameters())
+        and not torch.is_autocast_enabled(lm.device.type)
+        and torch.get_float32_matmul_precision() == "highest"
+        and not is_sharded(lm)
     )
 
 

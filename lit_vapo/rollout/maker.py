@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Nats that log-probabilities of one token differ by at most, if two ways to compute them in float32 are right.
+_ROUNDING = 1e-3
+
+
 class _Scored(NamedTuple):
     logprobs: Tensor
     entropy: Tensor
@@ -89,6 +93,7 @@ class RolloutMaker:
         self.marks = marks
         self.exact_kl = exact_kl
         self._warned = False
+        self._own_holds: bool | None = None
         self._ending = EndingWatch()
         self._encoders = Encoders()
 
@@ -137,7 +142,8 @@ class RolloutMaker:
         prompts = [prompt for prompt in batch.prompts for _ in range(each)]
         texts = self._decode(rows)
         generated_at = time.perf_counter()
-        scored = self._score(rows, role, values, self.exact_kl and all_sum is not None)
+        own = generated.own if role == "actor" else None
+        scored = self._score(rows, role, values, self.exact_kl and all_sum is not None, own)
         sampler_logprobs, sampler = compared(generated, scored.logprobs, rows.response_mask, self.generator.max_kl)
         responses = self._responses(batch, rows, texts, generated.stopped, scored.pooled)
         estimate = self.reward.estimate(responses)
@@ -230,7 +236,9 @@ class RolloutMaker:
         bounds = zip(rows.input_ids, rows.prompt_lengths, rows.lengths, strict=True)
         return [self.tokenizer.decode(ids[start:end], skip_special_tokens=True) for ids, start, end in bounds]
 
-    def _score(self, rows: TokenRows, role: Role, values: bool, exact_kl: bool = False) -> _Scored:
+    def _score(
+        self, rows: TokenRows, role: Role, values: bool, exact_kl: bool = False, own: TokenLogprobs | None = None
+    ) -> _Scored:
         """Log-probabilities, values and what rewards read, in batches of similar length."""
         size = rows.response_mask.shape[1]
         parts: list[Tensor] = []
@@ -246,7 +254,7 @@ class RolloutMaker:
             if reference.states is not None:
                 sampler, kl = self.networks.actor_with_kl(part, self.shaping, reference.states)
             elif role == "actor":
-                sampler = self.networks.actor(part, self.shaping)
+                sampler = self._actor(part, None if own is None else TokenLogprobs(*(x[index] for x in own)))
             outputs.append(
                 _Scored(
                     widen(sampler.logprobs, size),
@@ -264,3 +272,16 @@ class RolloutMaker:
         joined = [torch.cat(c)[order] if c[0] is not None else None for c in columns]
         taps = [torch.cat(each)[order] for each in zip(*pooled, strict=True)]
         return _Scored(*joined, taps)  # type: ignore[arg-type,call-arg]
+
+    def _actor(self, rows: TokenRows, own: TokenLogprobs | None) -> TokenLogprobs:
+        """Log-probabilities under the policy: what sampling found, if it was found right, or those of another pass."""
+        if own is None or self._own_holds is False:
+            return self.networks.actor(rows, self.shaping)
+        mask = rows.response_mask
+        own = TokenLogprobs(*(x[:, : mask.shape[1]].masked_fill(~mask, 0.0) for x in own))
+        if self._own_holds is None:
+            # A model may compute otherwise with a cache and padding on the left. The first rows of a run tell.
+            learner = self.networks.actor(rows, self.shaping)
+            self._own_holds = bool((own.logprobs - learner.logprobs).abs().amax() <= _ROUNDING)
+            return own if self._own_holds else learner
+        return own

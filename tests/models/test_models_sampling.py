@@ -1,10 +1,13 @@
 """Sampling: where responses end, and from which distribution they come."""
 
+import copy
+
 import helpers
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from lit_vapo.functional import token_logprobs
 from lit_vapo.models.generation import Sampling, stop_ids
 from lit_vapo.models.pretrained import Pretrained, load_causal_lm
 from lit_vapo.models.transformers_generator import TransformersGenerator
@@ -80,6 +83,37 @@ def test_the_model_s_own_generation_settings_do_not_shape_the_distribution(lm, s
     again = draw(lm, ids, lengths, Sampling(6), list(range(60)))
     assert torch.equal(plain.response_ids, again.response_ids)
     assert lm.generation_config is own
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(24), Sampling(24, 0.5, num_responses=3), Sampling(24, 2.0, min_new_tokens=20)], ids=str
+)
+def test_what_was_drawn_comes_with_what_a_pass_would_find(lm, sampling):
+    # Longer than the rows that have ended are kept for.
+    stops = list(range(0, lm.config.vocab_size, 16))
+    ids = torch.randint(lm.config.vocab_size, (8, 5), generator=torch.Generator().manual_seed(3))
+    out = draw(lm, ids, torch.full((8,), 5), sampling, stops)
+    assert len(set(out.response_lengths.tolist())) > 1
+    prompts = ids.repeat_interleave(sampling.num_responses, dim=0)
+    for row, length in enumerate(out.response_lengths.tolist()):
+        tokens = out.response_ids[row, :length]
+        with torch.no_grad():
+            hidden = lm.model(input_ids=torch.cat([prompts[row], tokens])[None]).last_hidden_state[0, 4:-1]
+        early = torch.arange(length) < sampling.min_new_tokens
+        found = token_logprobs(
+            hidden, lm.lm_head.weight, tokens, temperature=sampling.temperature, withheld=(early, torch.tensor(stops))
+        )
+        torch.testing.assert_close(out.own.logprobs[row, :length], found.logprobs, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(out.own.entropy[row, :length], found.entropy, atol=2e-5, rtol=1e-5)
+
+
+def test_a_model_that_rounds_leaves_its_log_probabilities_to_the_learner(lm):
+    ids, lengths = torch.ones(2, 3, dtype=torch.long), torch.full((2,), 3)
+    assert draw(lm, ids, lengths, Sampling(2), []).own is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert draw(lm, ids, lengths, Sampling(2), []).own is None
+    half = copy.deepcopy(lm).to(torch.bfloat16)
+    assert draw(half, ids, lengths, Sampling(2), []).own is None
 
 
 def test_stop_tokens_come_from_model_tokenizer_and_user(lm, monkeypatch):
