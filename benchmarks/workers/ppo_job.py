@@ -6,6 +6,7 @@ The workers run under different interpreters, which share nothing but this file 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Job:
         seed: Seed of the run.
         objective: Ours alone, by class name.
         dtype: Of frozen weights; what is trained is float32.
+        processes: Ours alone: so many train together, each with a batch of its own.
     """
 
     policy: str
@@ -64,6 +66,7 @@ class Job:
     seed: int = 0
     objective: str = "SingleReward"
     dtype: str = "float32"
+    processes: int = 1
 
 
 @dataclass
@@ -72,6 +75,7 @@ class Answer:
 
     Attributes:
         seconds: Processor time of each iteration; saving is left out.
+        elapsed: Seconds that passed in each iteration.
         updates: How often the policy's weights changed.
         base_mb: Memory resident before any model was loaded, in 10⁶ bytes.
         peak_mb: Most memory that was resident.
@@ -81,6 +85,7 @@ class Answer:
     """
 
     seconds: list[float] = field(default_factory=list)
+    elapsed: list[float] = field(default_factory=list)
     updates: int = 0
     base_mb: float = 0.0
     peak_mb: float = 0.0
@@ -112,16 +117,20 @@ class Stopwatch:
             last[0] = now
 
         optimizer.register_step_post_hook(changed)
-        self.started = time.process_time()
+        self._start()
+
+    def _start(self) -> None:
+        self.started, self.passed = time.process_time(), time.perf_counter()
 
     def lap(self, policy: Any, reward: float) -> None:
         """An iteration is done."""
         self.answer.seconds.append(time.process_time() - self.started)
+        self.answer.elapsed.append(time.perf_counter() - self.passed)
         self.answer.rewards.append(reward)
         done = len(self.answer.seconds)
         if done in self.job.saved:
             policy.save_pretrained(str(Path(self.job.output) / str(done)))
-        self.started = time.process_time()
+        self._start()
 
 
 def serve(work: Callable[[Job, Answer], None]) -> None:
@@ -131,4 +140,6 @@ def serve(work: Callable[[Job, Answer], None]) -> None:
     answer = Answer(base_mb=peak_bytes() / 1e6)
     work(job, answer)
     answer.peak_mb = peak_bytes() / 1e6
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        return
     Path(sys.argv[2]).write_text(json.dumps(asdict(answer)))

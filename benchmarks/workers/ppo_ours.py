@@ -84,7 +84,8 @@ def work(job: Job, answer: Answer) -> None:
     )
     trainer = Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=job.processes,
+        strategy="ddp" if job.processes > 1 else "auto",
         max_epochs=1,
         limit_train_batches=job.iterations,
         callbacks=[Laps(Stopwatch(job, answer))],
