@@ -133,7 +133,9 @@ def floors(model: Path, dtype: torch.dtype, job: Job, tokens: float) -> dict[str
     scoring = floor(2 * blocks * every + 2 * head * tokens, blocks + head)
     # There and back; of the head as well, whose way back goes through the states.
     passes = floor(4 * blocks * every + 4 * head * tokens, 2 * (blocks + head))
-    return {"generate": read + steps * step, "score": 2 * scoring, "update": job.epochs * passes}
+    # Where sampling tells the policy's log-probabilities, the reference alone is left to be read.
+    read_again = 1 if dtype == torch.float32 else 2
+    return {"generate": read + steps * step, "score": read_again * scoring, "update": job.epochs * passes}
 
 
 def prompts(path: Path, count: int, shortest: int, longest: int) -> str:
