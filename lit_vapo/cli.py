@@ -47,6 +47,7 @@ TABLE = {
     "for what you made": (
         Command("report", "one page about a run, or about two", "lit_vapo.commands.report:main"),
         Command("chat", "talk to a policy, beside its reference and an ensemble", "lit_vapo.commands.chat:main"),
+        Command("compare", "two policies on the same prompts, and which is better", "lit_vapo.commands.compare:main"),
         Command("score", "score responses, line by line", "lit_vapo.commands.score:main"),
     ),
     "for rewards that are there": (
