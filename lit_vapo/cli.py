@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from lit_vapo import __version__
 from lit_vapo.commands.notices import silence
+from lit_vapo.commands.short_help import short_help
 from lit_vapo.console import lasting, reported
 
 
@@ -47,6 +48,7 @@ TABLE = {
     "for what you made": (
         Command("report", "one page about a run, or about two", "lit_vapo.commands.report:main"),
         Command("chat", "talk to a policy, beside its reference and an ensemble", "lit_vapo.commands.chat:main"),
+        Command("compare", "two policies on the same prompts, and which is better", "lit_vapo.commands.compare:main"),
         Command("score", "score responses, line by line", "lit_vapo.commands.score:main"),
     ),
     "for rewards that are there": (
@@ -72,7 +74,7 @@ TABLE = {
 }
 COMMANDS = {command.name: command for commands in TABLE.values() for command in commands}
 STAGES = tuple(command.name for command in COMMANDS.values() if command.parts)
-HELP = ("-h", "--help")
+HELP, HELP_ALL = ("-h", "--help"), ("--help_all", "--help-all")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -107,7 +109,11 @@ def _run(words: list[str]) -> None:
     elif len(words) > 1 and words[1] in HELP and following(words[0]):
         print(usage(words[0]))
     elif words[0] in COMMANDS and _fits(COMMANDS[words[0]], words[1:]):
-        _call(COMMANDS[words[0]], words[1:])
+        command, rest = COMMANDS[words[0]], words[1:]
+        if rest[:1] and rest[0] in command.parts and not set(HELP).isdisjoint(rest):
+            print(short_help(command.name, rest[0]))
+        else:
+            _call(command, rest)
     else:
         _refuse(words)
 
@@ -179,4 +185,4 @@ def _call(command: Command, words: list[str]) -> None:
         raise ValueError(need) from error
     from lit_vapo.commands.function import call
 
-    call(f"lit-vapo {command.name}", function, words)
+    call(f"lit-vapo {command.name}", function, ["--help" if word in HELP_ALL else word for word in words])

@@ -3,7 +3,7 @@
     def __init__(self, penalty: NonNegativeFloat = 1.0) -> None:
         check_ranges(LowerConfidence, locals())
 
-`--help` shows the range with the type, and whoever makes the class is refused in the same words, be it a command, a
+`--help_all` shows the range with the type, and whoever makes the class is refused in the same words, be it a command, a
 file or Python. The number itself stays a plain one. Therefore these are annotations, and not the types of
 `jsonargparse.typing`. Their values are of classes of their own: a learning rate would take its class into the optimiser
 and into checkpoints, where nothing but plain numbers can be read. And they check nothing where Python makes a class.

@@ -31,7 +31,7 @@ def test_usage(capsys):
 
 
 def test_an_unknown_stage_is_refused():
-    known = "sft, reward, ppo, plan, export, report, chat, score, data, env, convert or study"
+    known = "sft, reward, ppo, plan, export, report, chat, compare, score, data, env, convert or study"
     message = f"expected a stage or command: {known}, got 'dpo'\nAll of them"
     with pytest.raises(ValueError, match=message):
         main(["dpo", "fit"])
@@ -95,8 +95,9 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"lit-vapo {importlib.metadata.version('lit-vapo')}\n"
 
 
-def test_usage_answers_without_loading_torch():
-    code = "import sys; from lit_vapo.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("words", [["--help"], ["ppo", "fit", "--help"]])
+def test_help_answers_without_loading_torch(words):
+    code = f"import sys; from lit_vapo.cli import main; main({words}); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "usage: lit-vapo" in done.stdout

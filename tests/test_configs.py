@@ -307,7 +307,7 @@ def wide(monkeypatch):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_documents_every_option(stage):
-    text = help_of(stage, "fit", "--help")
+    text = help_of(stage, "fit", "--help_all")
     found = options(text)
     assert {"--data.batch_size", "--model.learning_rate", "--model.base.path"} <= found.keys()
     assert len(found) > 25

@@ -112,7 +112,7 @@ def helped(words, capsys):
 
 
 def test_help_shows_ranges(capsys):
-    said = helped(["ppo", "fit", "--help"], capsys)
+    said = helped(["ppo", "fit", "--help_all"], capsys)
     assert "(type: Annotated[float, a number above 0], default: 1e-05)" in said
     assert "(type: Optional[Annotated[float, a number above 0]], default: null)" in said
     assert "prompts of an iteration in the ppo stage; for each process. (type: Annotated[int, at least 1]" in said

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from lit_vapo.commands.options import Parser
-from lit_vapo.commands.sources import chosen_source, device_of, ready
+from lit_vapo.commands.sources import chosen_source, device_of, opinions, ready
+from lit_vapo.commands.voices import Voice, exported, find_voices, opinion, plain
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.models.answers import Answer, answers
-from lit_vapo.models.exported import ADAPTER_CONFIG, AdapterFile, check_policy, is_adapter
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.policy import Policy
-from lit_vapo.models.pretrained import Pretrained, load_causal_lm, load_tokenizer, place, quiet
-from lit_vapo.models.settings import read_settings
+from lit_vapo.models.pretrained import quiet
 from lit_vapo.rewards import RewardSource
 from lit_vapo.rollout import Encoders, text_responses
-from lit_vapo.types import Prompt, RewardEstimate
+from lit_vapo.types import Prompt
 
 ANEW = "/new"
-POLICY, REFERENCE = "policy", "reference"
-
-# What answers, for the length of a block.
-Voice = Callable[[], AbstractContextManager[Any]]
 
 
 def chat(
@@ -47,15 +38,15 @@ def chat(
     begins another. Otherwise each line is a text to continue. Ctrl-D ends it.
 
     Args:
-        policy: Folder of an exported policy, or any language model of transformers.
+        policy: Folder of an exported policy or of a run (its last checkpoint), or any language model of transformers.
         ensemble: Folder of an ensemble or of public reward models: each answer is shown with its mean ± σ.
         reference: Let the reference answer, too.
         sampling: How answers are drawn; `num_responses` of them to each line.
         base: The reference of a policy that is a whole model; an adapter names its own.
         quantization: `8bit` or `4bit` for the base of an adapter, or for a whole model.
         seed: Seed of the answers; `null` for other answers every time.
-        trust: Code outside of lit_vapo that the ensemble's folder may run: classes by their Python name, models that
-            bring code by folder or hub name.
+        trust: Code outside of lit_vapo that the folders may run: classes by their Python name, models that bring code
+            by folder or hub name.
 
     Raises:
         ValueError: There is no such policy, reference or ensemble.
@@ -63,7 +54,8 @@ def chat(
     sampling = sampling or Sampling(256)
     if seed is not None:
         torch.manual_seed(seed)
-    tokenizer, voices = find_voices(policy, base, quantization, reference)
+    with exported(policy, trust) as folder:
+        tokenizer, voices = find_voices(folder, base, quantization, reference)
     source = None if ensemble is None else ready(chosen_source(None, ensemble, trust), device_of())
     talk = Talk(tokenizer, voices, sampling, source)
     asks = sys.stdin.isatty()
@@ -74,42 +66,6 @@ def chat(
             talk.begin()
         elif line.strip():
             talk.answer(line)
-
-
-def find_voices(policy: str, base: str | None, quantization: Any, reference: bool) -> tuple[Any, dict[str, Voice]]:
-    """The models that answer, and their tokenizer.
-
-    Args:
-        policy: Folder or hub name.
-        base: What a whole model is compared with.
-        quantization: As in `Pretrained`.
-        reference: Whether the reference answers, too.
-
-    Raises:
-        ValueError: There is no such model, or nobody knows the reference.
-    """
-    if is_adapter(policy):
-        base = base or read_settings(Path(policy) / ADAPTER_CONFIG, AdapterFile).base_model_name_or_path
-        if base is None:
-            raise ValueError(f"--base: expected the base of the adapter in {policy!r}, which names none, got none")
-        spec = Pretrained(base, quantization=quantization)
-        both = Policy(spec, check_policy(policy, spec, None), keep_reference=False, start=policy).to(device_of())
-        voices: dict[str, Voice] = {POLICY: partial(both.acting_as, "actor")}
-        if reference:
-            voices[REFERENCE] = partial(both.acting_as, "reference")
-        return load_tokenizer(spec), voices
-    if reference and base is None:
-        raise ValueError(f"--base: expected the reference of {policy!r}, which is a whole model, got none")
-    spec = Pretrained(policy, quantization=quantization)
-    voices = {POLICY: _alone(spec)}
-    if reference:
-        voices[REFERENCE] = _alone(Pretrained(str(base), quantization=quantization))
-    return load_tokenizer(spec), voices
-
-
-def _alone(spec: Pretrained) -> Voice:
-    lm = place(load_causal_lm(spec), device_of())
-    return lambda: nullcontext(lm)
 
 
 class Talk:
@@ -166,31 +122,17 @@ class Talk:
     def _judge(self, prompt: Prompt, drawn: list[Answer], name: str) -> None:
         """Print the answers that are not there yet, and what the ensemble thinks."""
         texts, ended = [answer.text for answer in drawn], [answer.ended for answer in drawn]
-        opinions = [""] * len(texts)
+        said = [""] * len(texts)
         if self.source is not None:
             asked = text_responses([prompt] * len(texts), texts, ended, self.encoders, device_of())
-            found = self.source.score(asked)
-            opinions = [opinion(found, i, self.source.num_members) for i in range(len(texts))]
+            said = [opinion(found["reward"], found["sigma"]) for found in opinions(self.source, asked)]
         if len(texts) == 1:
-            if opinions[0]:
-                print(opinions[0])
+            if said[0]:
+                print(said[0])
             return
         print(_title(name, len(self.voices)), end="")
-        for number, (text, said) in enumerate(zip(texts, opinions, strict=True), 1):
-            print(f"{number}. {said}{' ' * bool(said)}{plain(text)}")
-
-
-def opinion(found: RewardEstimate, i: int, members: int) -> str:
-    """What is shown of the ensemble's estimate of an answer."""
-    if bool(found.missing[i]):
-        return "[no opinion]"
-    spread = f" ± {float(found.variance[i].clamp_min(0).sqrt()):.2f}" if members > 1 else ""
-    return f"[{float(found.mean[i]):+.2f}{spread}]"
-
-
-def plain(text: str) -> str:
-    """A text whose control characters are shown, line breaks and tabs aside."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+        for number, (text, what) in enumerate(zip(texts, said, strict=True), 1):
+            print(f"{number}. {what}{' ' * bool(what)}{plain(text)}")
 
 
 def _title(name: str, voices: int) -> str:
@@ -210,7 +152,7 @@ def main(words: Sequence[str]) -> None:
     """Parse a command line without `lit-vapo chat`, and run."""
     quiet()
     parser = Parser(prog="lit-vapo chat", description=(chat.__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("policy", type=str, help="Folder of an exported policy, or any language model.")
+    parser.add_argument("policy", type=str, help="Folder of an exported policy or of a run, or any language model.")
     parser.add_function_arguments(chat, skip={"policy"}, as_group=False)
     parsed = parser.parse_args(list(words))
     chat(**parser.instantiate_classes(parsed).as_dict())

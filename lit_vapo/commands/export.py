@@ -45,6 +45,18 @@ def export(
             code that it is not trusted with.
         FileExistsError: The folder has files in it.
     """
+    stage = write_export(checkpoint, output, merge, classifier, trust)
+    print(f"exported the {stage} checkpoint to {output}")
+
+
+def write_export(
+    checkpoint: str, output: str, merge: bool = False, classifier: bool = False, trust: list[str] | None = None
+) -> str:
+    """Do what `export` does, without a word.
+
+    Returns:
+        The stage that the checkpoint is of.
+    """
     check_new(output, "--output")
     saved = read_checkpoint(checkpoint, "--checkpoint")
     stage = saved.get(STAGE_KEY)
@@ -71,7 +83,7 @@ def export(
         add_sealed(target, ORIGIN_NAME, Origin.of(stage, Path(checkpoint)).text())
         if card is not None:
             card.save(target / "README.md")
-    print(f"exported the {stage} checkpoint to {output}")
+    return str(stage)
 
 
 def _load(kind: type[M], checkpoint: dict[str, Any], trust: Sequence[str] | None, name: str) -> M:

@@ -31,7 +31,13 @@ MAX_CHARACTERS, MAX_NODES, MAX_DEPTH = 1_000_000, 100_000, 100
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors are one message, and for which `~` is the home folder in every option."""
+    """A parser whose errors are one message, and for which `~` is the home folder in every option.
+
+    Attributes:
+        all_options: What prints them.
+    """
+
+    all_options = "--help"
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         # A mistyped option would be taken for the one it begins.
@@ -45,7 +51,7 @@ class Parser(ArgumentParser):
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         if os.environ.get(DEBUG):
             traceback.print_exc()
-        complain(f"{hinted(message, parser)}\nAll options: {parser.prog.replace(' [options]', '')} --help")
+        complain(f"{hinted(message, parser)}\nAll options: {parser.prog.replace(' [options]', '')} {self.all_options}")
         raise SystemExit(USAGE_ERROR) from ex
 
     def _load_config_parser_mode(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
@@ -67,6 +73,8 @@ class Parser(ArgumentParser):
 
 class StageParser(Parser, LightningArgumentParser):
     """The parser of a stage."""
+
+    all_options = "--help_all"
 
 
 def at_home(value: Any) -> Any:

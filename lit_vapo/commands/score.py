@@ -9,11 +9,10 @@ from contextlib import nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
-import torch
 from pydantic import ValidationError
 
 from lit_vapo.commands.options import Parser
-from lit_vapo.commands.sources import chosen_source, device_of, ready, row_responses, warn_of_units
+from lit_vapo.commands.sources import chosen_source, device_of, opinions, ready, row_responses, warn_of_units
 from lit_vapo.models.pretrained import quiet
 from lit_vapo.models.settings import explain
 from lit_vapo.rewards import RewardSource
@@ -95,7 +94,6 @@ def read_lines(stream: Iterable[str], name: str) -> Iterator[Line]:
         yield Line(given, row)
 
 
-@torch.no_grad()
 def scored(source: RewardSource, batch: Sequence[Line], encoders: Encoders) -> list[dict[str, Any]]:
     """What is printed of some lines.
 
@@ -106,15 +104,8 @@ def scored(source: RewardSource, batch: Sequence[Line], encoders: Encoders) -> l
         if absent := [name for name in source.columns if name not in line.given]:
             raise ValueError(f"expected {absent[0]!r} in each line, which this source reads; got {sorted(line.given)}")
     columns = {name: [line.given[name] for line in batch] for name in source.columns}
-    found = source.score(row_responses([line.row for line in batch], encoders, columns))
-    known = (~found.missing & found.mean.isfinite()).tolist()
-    sigma = found.variance.clamp_min(0).sqrt().tolist() if source.num_members > 1 else [None] * len(batch)
-    members = [None] * len(batch) if found.members is None else found.members.tolist()
-    output = []
-    for i, line in enumerate(batch):
-        told = {"reward": found.mean[i].item(), "sigma": sigma[i], "members": members[i]}
-        output.append(line.given | (told if known[i] else dict.fromkeys(told)))
-    return output
+    found = opinions(source, row_responses([line.row for line in batch], encoders, columns))
+    return [line.given | told for line, told in zip(batch, found, strict=True)]
 
 
 def main(words: Sequence[str]) -> None:

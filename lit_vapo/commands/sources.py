@@ -57,6 +57,25 @@ def warn_of_units(source: RewardSource) -> None:
         print("WARNING: members are not centred and scaled; `lit-vapo reward calibrate` does it", file=sys.stderr)
 
 
+@torch.no_grad()
+def opinions(source: RewardSource, responses: Responses) -> list[dict[str, Any]]:
+    """What a source says of each response, as plain numbers.
+
+    Returns:
+        `reward`, `sigma` (of several members) and `members` (where there are any) of each; `None` each where the source
+        says nothing.
+    """
+    found = source.score(responses)
+    known = (~found.missing & found.mean.isfinite()).tolist()
+    count = len(responses)
+    told = {
+        "reward": found.mean.tolist(),
+        "sigma": found.variance.clamp_min(0).sqrt().tolist() if source.num_members > 1 else [None] * count,
+        "members": [None] * count if found.members is None else found.members.tolist(),
+    }
+    return [{name: values[i] if known[i] else None for name, values in told.items()} for i in range(count)]
+
+
 def row_responses(rows: Sequence[Row], encoders: Encoders, columns: Mapping[str, list[Any]] | None = None) -> Responses:
     """What rows of JSON ask about, as responses to score.
 

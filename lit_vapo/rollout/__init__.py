@@ -3,7 +3,7 @@
 from lit_vapo import models
 from lit_vapo.plugins import import_all
 from lit_vapo.rollout.maker import RolloutMaker
-from lit_vapo.rollout.reference_sampling import reference_responses, sample_references
+from lit_vapo.rollout.reference_sampling import reference_responses, sample_references, sampled_responses
 from lit_vapo.rollout.responses import Encoders, text_responses, token_responses
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
 
@@ -14,6 +14,7 @@ __all__ = [
     "assemble_rows",
     "reference_responses",
     "sample_references",
+    "sampled_responses",
     "text_responses",
     "token_responses",
 ]

@@ -1,4 +1,4 @@
-"""Responses of a reference policy alone, to calibrate rewards on."""
+"""Responses of a language model alone: of a reference, to calibrate rewards on, or of policies to compare."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def sample_references(
         batches: Prompts, left-padded.
         sampling: How it responds; once to each prompt, whatever `num_responses` says.
     """
-    return [sequence for _, sequence, _ in _sampled(lm, tokenizer, batches, sampling)]
+    once = replace(sampling, num_responses=1)
+    return [sequence for _, sequence, _ in _sampled(lm, tokenizer, batches, once, "reference")]
 
 
 def reference_responses(
@@ -44,7 +45,26 @@ def reference_responses(
     sampling: Sampling,
 ) -> Responses:
     """The same as any source of rewards may want them."""
-    prompts, sequences, finished = zip(*_sampled(lm, tokenizer, batches, sampling), strict=True)
+    return sampled_responses(lm, tokenizer, batches, replace(sampling, num_responses=1), "reference")
+
+
+def sampled_responses(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterable[PromptBatch],
+    sampling: Sampling,
+    name: str,
+) -> Responses:
+    """Responses of any language model to prompts, `sampling.num_responses` to each, those to a prompt together.
+
+    Args:
+        lm: The model, on its device.
+        tokenizer: Its tokenizer.
+        batches: Prompts, left-padded.
+        sampling: How it responds.
+        name: What messages call the model.
+    """
+    prompts, sequences, finished = zip(*_sampled(lm, tokenizer, batches, sampling, name), strict=True)
     size = vocabulary_size(lm.config)
     return token_responses(list(prompts), list(sequences), list(finished), tokenizer, size, Encoders(), lm.device)
 
@@ -54,14 +74,15 @@ def _sampled(
     tokenizer: PreTrainedTokenizerBase,
     batches: Iterable[PromptBatch],
     sampling: Sampling,
+    name: str,
 ) -> Iterator[tuple[Prompt, TokenSequence, bool]]:
     """Each prompt, its tokens with those of the response, and whether that ended by itself."""
-    sampling, generator = replace(sampling, num_responses=1), TransformersGenerator()
+    generator, each = TransformersGenerator(), sampling.num_responses
     stops = stop_ids(lm, sampling, tokenizer.eos_token_id)
-    for batch in watched(list(batches), "reference: batch"):
-        check_embeddings(lm.config, tokenizer, int(batch.input_ids.max()), "a prompt", "the reference")
+    for batch in watched(list(batches), f"{name}: batch"):
+        check_embeddings(lm.config, tokenizer, int(batch.input_ids.max()), "a prompt", f"the {name}")
         ids, lengths = batch.input_ids.to(lm.device), batch.lengths.to(lm.device)
         generated = generator(lm, tokenizer, ids, lengths, sampling, stops)
         rows = assemble_rows(batch._replace(input_ids=ids, lengths=lengths), generated)
-        asked = batch.asked or [Prompt(text) for text in batch.prompts]
+        asked = [prompt for prompt in batch.asked or map(Prompt, batch.prompts) for _ in range(each)]
         yield from zip(asked, rows.sequences, generated.stopped.tolist(), strict=True)

@@ -53,15 +53,15 @@ class PPOModule(ScoredPolicy):
         base: The language model to align; its frozen self is the reference.
         reward: Where rewards come from: a folder (an ensemble that `lit-vapo export` wrote, or public reward models
             that were saved), or a source of rewards, as `FunctionReward`.
-        objective: What to maximise.
-        lora: Adapters to train; `null` trains all weights and keeps the base beside them as the reference, quantised if
-            `base.quantization` says so.
+        objective: What to maximise; `null` is `VarianceAware`.
+        lora: Adapters to train (`lora.rank: 16`); `null` trains all weights and keeps the base beside them as the
+            reference, quantised if `base.quantization` says so.
         policy: Folder of an exported policy to start from; its critic is taken along if it has one that fits. An
             adapter of `base` brings the settings of `lora` with it (`lora` may be `null`). The reference stays `base`.
         critic: What the critic reads, where the advantage needs one; leave it out where it does not.
         sampling: How responses are drawn.
-        advantage: What a token is better than: `Gae` asks a critic, the others compare the responses to a prompt
-            (`sampling.num_responses` of 2 or more) and need none.
+        advantage: What a token is better than: `Gae` (`null`) asks a critic, the others compare the responses to a
+            prompt (`sampling.num_responses` of 2 or more) and need none.
         update: How PPO learns from them.
         learning_rate: Peak learning rate of the actor (AdamW, linear decay).
         critic_learning_rate: Peak learning rate of the critic.
@@ -71,10 +71,10 @@ class PPOModule(ScoredPolicy):
         kl_target: Adapt β so that the *plain* KL to the reference (`train/kl_k3`: k3 of whole responses, over all
             processes) rises to this many nats per response over the first half of the run and stays there; `null`
             keeps β fixed.
-        kl_budget: End the run once that same plain KL is above this many nats per response. The update of the iteration
-            that finds out is not taken; the policy that is saved has overstepped by no more than the update before it.
-            (With `min_epochs` or `min_steps` the trainer goes on until these are met, without updates while the policy
-            is above the budget.) `null` for no limit.
+        kl_budget: End the run once the plain KL (`train/kl_k3`, too) is above this many nats per response. The update
+            of the iteration that finds out is not taken; the policy that is saved has overstepped by no more than the
+            update before it. (With `min_epochs` or `min_steps` the trainer goes on until these are met, without updates
+            while the policy is above the budget.) `null` for no limit.
         kl_estimator: What stands for a token's KL in the penalty, as far as its weight is the same for all responses:
             `sampled`, the log-ratio of the token drawn, or `exact`, the KL of the whole distribution it was drawn from,
             which is less noisy and takes two more products with the head per scored token.

@@ -38,7 +38,7 @@ class RewardModule(BuiltRewards):
 
     Args:
         base: The backbone.
-        head: The uncertainty estimator.
+        head: The uncertainty estimator; `null` is `HeadEnsemble`.
         layer: Read the hidden states after this many blocks (the rest is dropped); `null` for the last. Middle
             layers often say more about a text's quality than the last one, which prepares the next token. `auto` tries
             a quarter, a half, three quarters and all of the blocks in one pass, and takes what predicts the validation

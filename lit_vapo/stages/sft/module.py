@@ -29,7 +29,7 @@ class SFTModule(TrainedWeightsModule):
 
     Args:
         base: The language model to fine-tune.
-        lora: Adapters to train; `null` trains all weights.
+        lora: Adapters to train (`lora.rank: 16`); `null` trains all weights.
         learning_rate: Peak learning rate (AdamW, linear decay).
         weight_decay: Decoupled weight decay.
         warmup_steps: Steps over which the learning rate rises.
