@@ -31,7 +31,9 @@ def test_ppo_says_what_it_is_about_and_what_came_of_it(stage_args, tiny_ensemble
 
 
 def test_the_other_stages_say_what_they_train(stage_args, tmp_path, capsys):
-    main(stage_args("reward", "fit", tmp_path / "a"))
-    assert "members  3, HeadEnsemble" in capsys.readouterr().out
+    main(stage_args("reward", "fit", tmp_path / "a", data__sample=20))
+    said = capsys.readouterr().out
+    assert "members  3, HeadEnsemble" in said
+    assert "data     a sample of at most 20 rows (data.sample)" in said
     main(stage_args("sft", "fit", tmp_path / "b"))
     assert "trains  all weights" in capsys.readouterr().out

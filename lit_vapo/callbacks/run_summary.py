@@ -46,8 +46,10 @@ class RunSummary(Callback):
             until = [f"max_steps={trainer.max_steps}"] if trainer.max_steps > 0 else []
             until += [f"max_epochs={trainer.max_epochs}"] if (trainer.max_epochs or -1) > 0 else []
             where = f"{trainer.strategy.root_device.type}, {trainer.world_size} process"
+            sample = getattr(trainer.datamodule, "sample", None)  # type: ignore[attr-defined]
             lines = {
                 **pl_module.about(),
+                **({} if sample is None else {"data": f"a sample of at most {sample} rows (data.sample)"}),
                 "device": where + ("es" if trainer.world_size > 1 else "") + f", {trainer.precision}",
                 "run": f"{self.folder}, until {' or '.join(until) or 'it is stopped'}",
             }

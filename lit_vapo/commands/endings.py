@@ -15,6 +15,8 @@ from lit_vapo.commands.advice import is_out_of_memory, memory_advice
 from lit_vapo.commands.resume import NothingToDoError
 from lit_vapo.console import FAILED, INTERRUPTED, TERMINATED, complain
 
+# How Lightning begins to say that there is no such metric.
+EARLY_STOPPING = "Early stopping conditioned on metric"
 # Who started this process; another one has taken over if it died.
 _PARENT = os.getppid()
 
@@ -37,6 +39,8 @@ def told(run: Any) -> Iterator[None]:
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except (RuntimeError, MemoryError) as error:
+        if str(error).startswith(EARLY_STOPPING):
+            raise ValueError(f"trainer.callbacks: {error}") from error
         if is_out_of_memory(error) and run.subcommand is not None:
             raise ValueError(memory_advice(error, run.stage, run.subcommand, run.config[run.subcommand])) from error
         # Whoever waits for a process that has died finds out by an error of the network.

@@ -92,6 +92,8 @@ def _load(kind: type[M], checkpoint: dict[str, Any], trust: Sequence[str] | None
     Made here rather than by Lightning, which imports whatever the hyperparameters name.
     """
     settings = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
+    # Nothing is trained here. What stepped the weights is told on the card, and not made.
+    stepped = {key: settings.pop(key) for key in ("optimizer", "lr_scheduler") if key in settings}
     check_trusted(settings, trust, name)
     for part in list(every_dict(settings, name)):
         if "trust" in part:
@@ -101,6 +103,7 @@ def _load(kind: type[M], checkpoint: dict[str, Any], trust: Sequence[str] | None
         module = construct(kind, settings)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    module.hparams.update(stepped)
     if isinstance(module, PPOModule):
         module.load_networks()
     else:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import isabstract, signature
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
@@ -16,6 +16,8 @@ KEY = re.compile(r"does not accept option '([\w.]+)'")
 CLASS = re.compile(r'key "([\w.]+)":.*Expected a dot import path string: ([\w.]+)', re.DOTALL)
 PLACE = re.compile(r'key "([\w.]+)":')
 ARGUMENT = re.compile(r"class_path '([\w.]+)':\s*Option '(\w+)' is not accepted")
+MADE_LATER = re.compile(r"Option '(\w+)' is not accepted\. Got value: Namespace\(class_path='([\w.]+)'")
+LEARNING_RATE = "\nThe learning rate is model.learning_rate."
 
 
 def hinted(message: str, parser: ArgumentParser) -> str:
@@ -32,18 +34,27 @@ def hinted(message: str, parser: ArgumentParser) -> str:
     if found := KEY.search(message):
         return message + _nearest(found[1], [option.removeprefix("--") for option in _options(parser)])
     if found := ARGUMENT.search(message):
-        module, _, name = found[1].rpartition(".")
-        names = list(signature(getattr(import_module(module), name)).parameters)
-        key = PLACE.search(message)
-        listed = f"{key[1]}: " if key else ""
-        listed += f"expected an option of {name} ({', '.join(names) or 'it has none'}), got {found[2]!r}"
-        return listed + _nearest(found[2], names)
+        return _no_option(message, found[1], found[2])
+    if found := MADE_LATER.search(message):
+        # What it is called with is not for the user to say.
+        return _no_option(message, found[2], found[1], skipped=("params", "lr", "optimizer"))
     if found := CLASS.search(message):
         names = sorted({c.__name__ for base in _classes(parser, found[1]) for c in _subclasses(base)})
+        names += _words(parser, found[1])
         if names:
             what = f"{found[1]}: expected one of {', '.join(names)}, or a class of yours by its import path"
             return f"{what}, got {found[2]!r}{_nearest(found[2], names)}"
     return message
+
+
+def _no_option(message: str, class_path: str, given: str, skipped: tuple[str, ...] = ()) -> str:
+    """Name the options of a class in place of one that it does not have."""
+    module, _, name = class_path.rpartition(".")
+    names = [x for x in signature(getattr(import_module(module), name)).parameters if x not in skipped]
+    key = PLACE.search(message)
+    listed = f"{key[1]}: " if key else ""
+    listed += f"expected an option of {name} ({', '.join(names) or 'it has none'}), got {given!r}"
+    return listed + (LEARNING_RATE if given == "lr" and "lr" in skipped else _nearest(given, names))
 
 
 def _nearest(word: str, names: Iterable[str]) -> str:
@@ -55,10 +66,19 @@ def _options(parser: Any) -> list[str]:
     return list(parser._option_string_actions)
 
 
+def _kind(parser: Any, key: str) -> Any:
+    """What an option takes."""
+    return getattr(parser._option_string_actions.get(f"--{key}"), "_typehint", None)
+
+
+def _words(parser: Any, key: str) -> list[str]:
+    """The words that an option takes."""
+    return [word for kind in get_args(_kind(parser, key)) if get_origin(kind) is Literal for word in get_args(kind)]
+
+
 def _classes(parser: Any, key: str) -> list[type]:
     """The classes that an option takes a subclass of."""
-    action = parser._option_string_actions.get(f"--{key}")
-    kind: Any = getattr(action, "_typehint", None)
+    kind = _kind(parser, key)
     return [c for c in (kind, *get_args(kind)) if isinstance(c, type) and c is not type(None)]
 
 

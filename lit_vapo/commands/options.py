@@ -245,3 +245,5 @@ ConfigPath.read_text = _read_text  # type: ignore[assignment,method-assign]
 # Where annotations are texts (`from __future__ import annotations`) jsonargparse would drop what `Annotated` adds, and
 # help would not show a number's range (lit_vapo/ranges.py).
 cast("Any", _postponed_annotations).get_type_hints = partial(get_type_hints, include_extras=True)
+# What is text and more (Lightning's `Timer` has a default of an enumeration) is written as its text.
+yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))

@@ -156,6 +156,8 @@ def read_settings(
     named = str(strategy or _name(trainer.get("strategy"))).lower()
     sharded = any(word in named for word in SHARDED) and count > 1
     setup = Setup(count, sharded, str(trainer.get("precision") or "32-true"), on_cpu)
+    if read.model_settings["optimizer"] != "adamw":
+        read.notes.append("the optimiser is planned as AdamW, with two numbers for each trained weight")
     job = JOBS[stage](read.model_settings, read.data_settings, read.notes)
     if sharded:
         check_cut(job.base)

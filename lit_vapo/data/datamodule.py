@@ -51,6 +51,7 @@ class TextDataModule(TextLoaders, LightningDataModule):
         skip_invalid: Leave out whatever is wrong with a row and say how many, in place of an error. Rows that are well
             written and of no use (an empty response, two equal ones, a prompt too long) are always left out, unless
             they are more than half.
+        sample: Read at most so many rows of each kind of data, for a trial; the same ones in every run.
         columns: Our name of a column to the files' (`{prompt: question}`), where they differ. `{prompt: null}`: the
             prompt of a pair is what its two responses begin with. `null` for another name leaves that column out.
         append_eos: End responses that have no end with the end-of-sequence token.
@@ -90,6 +91,7 @@ class TextDataModule(TextLoaders, LightningDataModule):
         stop_token_ids: list[int] | None = None,
         trust_remote_code: bool = False,
         skip_invalid: bool = False,
+        sample: PositiveInt | None = None,
         columns: dict[str, str | None] | None = None,
         batch_size: PositiveInt = 32,
         num_workers: NonNegativeInt = 0,
@@ -106,7 +108,9 @@ class TextDataModule(TextLoaders, LightningDataModule):
         }
         self.prompt_sources = {"train": prompts or preferences, "val": prompts_validation, "test": prompts_test}
         if streaming:
-            check_streaming(self.preference_sources, validation_fraction, test_fraction, stream_buffer, batch_size)
+            check_streaming(
+                self.preference_sources, validation_fraction, test_fraction, stream_buffer, batch_size, sample
+            )
         self.own_prompts = prompts is not None
         self.validation_fraction = validation_fraction
         self.test_fraction = test_fraction
@@ -115,6 +119,7 @@ class TextDataModule(TextLoaders, LightningDataModule):
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.skip_invalid = skip_invalid
+        self.sample = sample
         self.columns = Columns(columns)
         self.batch_size = batch_size
         self.num_workers = num_workers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
@@ -148,7 +149,12 @@ def _text(response: str | Messages) -> str:
 
 
 def read_all(
-    sources: Sources, key: str, read: Callable[[Row], T], skip_invalid: bool, columns: Columns | None = None
+    sources: Sources,
+    key: str,
+    read: Callable[[Row], T],
+    skip_invalid: bool,
+    columns: Columns | None = None,
+    sample: int | None = None,
 ) -> list[T]:
     """What `read` makes of the rows of some sources; of a mapping, as many as its ratios allow.
 
@@ -158,18 +164,23 @@ def read_all(
         read: Reads one row; raises ValueError where it is invalid.
         skip_invalid: Leave invalid rows out and warn of their number.
         columns: Names of columns.
+        sample: Read at most so many rows; all are looked at, so that the order of a file plays no part.
 
     Raises:
         ValueError: As in `load_rows`, `each_row` and `shares`, or a source's share is less than a row.
     """
     if not isinstance(sources, dict):
-        return each_row(load_rows(sources, key, columns), read, key, skip_invalid)
+        return each_row(_some(load_rows(sources, key, columns), sample), read, key, skip_invalid)
 
     def hashed(row: Row) -> tuple[int, T]:
         return row_hash(row), read(row)
 
     parts = shares(sources, key)
-    found = [each_row(load_rows(source, key, columns), hashed, key, skip_invalid) for source in sources]
+    most = [sample and math.ceil(sample * part - 1e-6) for part in parts]
+    found = [
+        each_row(_some(load_rows(source, key, columns), number), hashed, key, skip_invalid)
+        for source, number in zip(sources, most, strict=True)
+    ]
     wanted = counts([len(rows) for rows in found], parts)
     if not all(wanted):
         sizes = {source: len(rows) for source, rows in zip(sources, found, strict=True)}
@@ -179,6 +190,11 @@ def read_all(
         for rows, count in zip(found, wanted, strict=True)
         for i in draw([identity for identity, _ in rows], count)
     ]
+
+
+def _some(rows: list[Row], count: int | None) -> list[Row]:
+    """At most so many rows, in their order: those with the lowest hashes."""
+    return rows if count is None else [rows[i] for i in sorted(draw([row_hash(row) for row in rows], count))]
 
 
 def first_prompts(

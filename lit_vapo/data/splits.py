@@ -131,14 +131,21 @@ def check_fractions(validation: float, test: float) -> None:
 
 
 def check_streaming(
-    sources: Mapping[str, Sources | None], validation: float, test: float, buffer: int, batch_size: int
+    sources: Mapping[str, Sources | None],
+    validation: float,
+    test: float,
+    buffer: int,
+    batch_size: int,
+    sample: int | None = None,
 ) -> None:
     """Refuse options that a stream cannot follow.
 
     Raises:
-        ValueError: A part would have to be set aside from it (by which rule depends on all rows), or the buffer is
-            too small.
+        ValueError: A part would have to be set aside from it (by which rule depends on all rows), the buffer is too
+            small, or a sample is asked for.
     """
+    if sample is not None:
+        raise ValueError(f"data.sample: expected null with data.streaming (see trainer.max_steps), got {sample}")
     for split, name, fraction in (("val", "validation", validation), ("test", "test", test)):
         if fraction and sources[split] is None:
             raise ValueError(

@@ -36,6 +36,7 @@ class TextSplits:
     max_length: int
     skip_invalid: bool
     columns: Columns
+    sample: int | None
     batch_size: int
     seed: int | None
     collator: Collator
@@ -176,14 +177,14 @@ class TextSplits:
         return self._rows[name]
 
     def _load_preferences(self, sources: Sources, key: str) -> Rows:
-        found = read_all(sources, key, self._pair_reader.read, self.skip_invalid, self.columns)
+        found = read_all(sources, key, self._pair_reader.read, self.skip_invalid, self.columns, self.sample)
         cut = self._pair_reader.truncation((cut for _, cut in found), key)
         if cut is not None:
             self.warn(cut)
         return [tokens for tokens, _ in found]
 
     def _load_prompts(self, sources: Sources, key: str) -> Rows:
-        rows = read_all(sources, key, self._prompt_reader.read, self.skip_invalid, self.columns)
+        rows = read_all(sources, key, self._prompt_reader.read, self.skip_invalid, self.columns, self.sample)
         if self.own_prompts:
             # A file of prompts is taken as it is.
             return rows

@@ -169,6 +169,7 @@ class TrainedWeightsModule(LightningModule):
             raise ValueError(f"checkpoint: expected one of stage {self.stage!r}, got one of stage {stage!r}")
         update_checkpoint(checkpoint)
         self.figures = dict(checkpoint.get(FIGURES_KEY, {}))
+        self._check_optimizer(checkpoint)
         self._tell_differences(checkpoint)
         self.choose_state(checkpoint)
         own = self.state_dict()
@@ -189,6 +190,22 @@ class TrainedWeightsModule(LightningModule):
     def choose_state(self, checkpoint: dict[str, Any]) -> None:
         """Leave out of a checkpoint's state, in place, what is not for this run."""
         return
+
+    def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with an optimiser or a schedule that could not read the state of the checkpoint's.
+
+        Raises:
+            ValueError: It is of another class.
+        """
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        for key, default in (("optimizer", "adamw"), ("lr_scheduler", "linear")):
+            # Checkpoints of earlier versions know none but ours.
+            settings = (checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}), self.hparams)
+            then, now = (plain(x.get(key, default)) for x in settings)
+            then, now = (x["class_path"] if isinstance(x, dict) else x for x in (then, now))
+            if then != now:
+                raise ValueError(f"model.{key}: expected {then}, whose state the checkpoint has, got {now}")
 
     def _tell_differences(self, checkpoint: dict[str, Any]) -> None:
         """Name every setting that differs from the checkpoint's: its state goes on, whatever the setting says."""

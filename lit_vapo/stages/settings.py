@@ -8,14 +8,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 
 def plain(value: Any) -> Any:
     """A setting as numbers, strings, lists and dicts, so that reading a checkpoint runs no pickled code.
 
-    An object becomes its class path and constructor arguments, read back from attributes of the same names. A class
-    path names the module that the class is written in, where a folder exports it under a shorter one.
+    An object becomes its class path and constructor arguments, read back from attributes of the same names; a class
+    or function, or `partial` of one, its path and the arguments it keeps. A class path names the module that the
+    class is written in, where a folder exports it under a shorter one.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -23,13 +26,17 @@ def plain(value: Any) -> Any:
         return {key: _written_in(x) if key == "class_path" else plain(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(x) for x in value]
+    if isinstance(value, partial):
+        return {"class_path": _path(value.func), "init_args": plain(value.keywords)}
+    if isinstance(value, (type, FunctionType)):
+        return {"class_path": _path(value)}
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     names = [name for name in inspect.signature(type(value).__init__).parameters if hasattr(value, name)]
     return {"class_path": _path(type(value)), "init_args": {name: plain(getattr(value, name)) for name in names}}
 
 
-def _path(kind: type) -> str:
+def _path(kind: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

@@ -71,6 +71,13 @@ def test_the_reference_comes_before_reward_training(words, small):
     assert plan.phases["reference"]["optimiser"] == 0
 
 
+def test_another_optimiser_is_told_to_be_planned_as_adamw(words):
+    notes = read_settings("sft", words("sft")).notes
+    assert not any("optimiser" in note for note in notes)
+    notes = read_settings("sft", words("sft", "--model.optimizer=torch.optim.SGD")).notes
+    assert any("the optimiser is planned as AdamW" in note for note in notes)
+
+
 def test_supervised_fine_tuning_is_planned(words):
     plan = read_settings("sft", words("sft", "--model.lora=null")).plan()
     parts = plan.phases["training"]

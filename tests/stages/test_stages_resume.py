@@ -1,5 +1,6 @@
 """A resumed run is the run that was never stopped: the same batches, noise, figures and weights, bit for bit."""
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,10 @@ def made(tiny_model_dir, tmp_path_factory):
     return Made(tiny_model_dir, folder, files, ppo_helpers.ensemble(folder / "ensemble", tiny_model_dir))
 
 
+def step_by_two(optimizer):
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
+
+
 class Made(NamedTuple):
     model: str
     folder: Path
@@ -67,6 +72,7 @@ class Made(NamedTuple):
         return ppo_helpers.ppo_module(self.model, self.ensemble, **options), data
 
 
+OTHER = {"optimizer": partial(torch.optim.NAdam, decoupled_weight_decay=True), "lr_scheduler": step_by_two}
 RUNS = {
     "sft": lambda made: made.sft(),
     "sft adapters, two workers": lambda made: made.sft(Lora(2), num_workers=2),
@@ -79,6 +85,8 @@ RUNS = {
     "trained backbone": lambda made: made.reward(HeadEnsemble(3), freeze_backbone=False),
     "ppo": lambda made: made.ppo(kl_target=1.0),
     "ppo with an alarm": lambda made: made.ppo(alarm=AlarmSettings(level=0.2, stop_share=0.9), num_reference=8),
+    "another optimiser": lambda made: made.reward(HeadEnsemble(3), **OTHER),
+    "ppo with another optimiser": lambda made: made.ppo(**OTHER),
     "ppo without critic": lambda made: made.ppo(
         advantage=Rloo(), objective=CovarianceAware(), sampling=Sampling(6, num_responses=2)
     ),

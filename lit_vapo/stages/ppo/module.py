@@ -30,16 +30,17 @@ from lit_vapo.ranges import NonNegativeFloat, OpenUnitInterval, PositiveFloat, T
 from lit_vapo.rewards import RewardSource, load_reward
 from lit_vapo.rollout import Rollout, RolloutMaker
 from lit_vapo.stages.guards import check_context, check_precision
+from lit_vapo.stages.optimisers import OptimizerChoice, SchedulerChoice, build_optimizer, check_optimizer
 from lit_vapo.stages.ppo.alarm import Alarm, AlarmSettings
 from lit_vapo.stages.ppo.control import KLControl, KLEstimator, global_kl, named
 from lit_vapo.stages.ppo.evaluation import AVERAGE
 from lit_vapo.stages.ppo.experience import compute_advantages
 from lit_vapo.stages.ppo.scoring import ALARM, ScoredPolicy
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings, chosen_critic
-from lit_vapo.stages.schedule import linear_decay, planned_iterations
+from lit_vapo.stages.schedule import planned_iterations
 from lit_vapo.stages.seeding import seeded_batch
 from lit_vapo.stages.settings import unpickled
-from lit_vapo.stages.sharing import rows_of_all, sharers, sum_of_all
+from lit_vapo.stages.sharing import rows_of_all, sharers
 from lit_vapo.types import TextReward
 
 
@@ -63,8 +64,10 @@ class PPOModule(ScoredPolicy):
         advantage: What a token is better than: `Gae` (`null`) asks a critic, the others compare the responses to a
             prompt (`sampling.num_responses` of 2 or more) and need none.
         update: How PPO learns from them.
-        learning_rate: Peak learning rate of the actor (AdamW, linear decay).
+        learning_rate: Peak learning rate of the actor.
         critic_learning_rate: Peak learning rate of the critic.
+        optimizer: `adamw`, or another by its class (`torch.optim.SGD`), which takes all but `lr` in `init_args`.
+        lr_scheduler: `linear` falls to 0 over the run; or another by its class, which makes a step with each iteration.
         ema_decay: The policy that is evaluated and exported is the exponential moving average of the weights over
             iterations with this decay; the one that samples is what is averaged. `null` for no average.
         kl_coef: β, the price of a nat of the objective's *weighted* KL to the reference, in units of reward; >= 0.
@@ -104,6 +107,8 @@ class PPOModule(ScoredPolicy):
         update: UpdateSettings | None = None,
         learning_rate: PositiveFloat = 1e-5,
         critic_learning_rate: PositiveFloat = 1e-4,
+        optimizer: OptimizerChoice = "adamw",
+        lr_scheduler: SchedulerChoice = "linear",
         ema_decay: OpenUnitInterval | None = None,
         kl_coef: NonNegativeFloat = 0.05,
         kl_target: PositiveFloat | None = None,
@@ -120,6 +125,7 @@ class PPOModule(ScoredPolicy):
     ) -> None:
         super().__init__()
         check_ranges(PPOModule, locals(), "model.")
+        check_optimizer(PPOModule, locals())
         kl = KLControl(kl_coef, kl_target, kl_budget, kl_estimator)
         with unpickled():
             self.save_hyperparameters()
@@ -135,6 +141,7 @@ class PPOModule(ScoredPolicy):
         self.critic = chosen_critic(critic, self.advantage, self.update)
         self.learning_rate = learning_rate
         self.critic_learning_rate = critic_learning_rate
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.ema_decay = ema_decay
         self.kl = kl
         self.reward_clip = reward_clip
@@ -253,10 +260,6 @@ class PPOModule(ScoredPolicy):
             self.average.update()
         return learned
 
-    def _sum(self, x: Tensor) -> Tensor:
-        """Sum over all processes."""
-        return sum_of_all(self, x)
-
     def _log_iteration(self, rollout: Rollout, values: dict[str, Tensor], total: float) -> None:
         values["iteration"] = torch.tensor(float(self.iteration))
         values |= self.kl.statistics(values["kl_weight_mean"]) | speeds(rollout, total)
@@ -266,14 +269,14 @@ class PPOModule(ScoredPolicy):
             self.log(f"train/{name}", value.to(self.device), **at)
 
     def configure_optimizers(self) -> Any:
-        """One AdamW for actor and critic, each with its own learning rate, decaying linearly over the run."""
+        """One optimiser for actor and critic, each with its own learning rate, and its schedule."""
         assert self.networks is not None
         groups: list[dict[str, Any]] = [{"params": self.networks.actor_parameters(), "lr": self.learning_rate}]
         if self.networks.critic is not None:
             groups.append({"params": self.networks.critic_parameters(), "lr": self.critic_learning_rate})
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        decay = linear_decay(planned_iterations(self, self.update.epochs * self.update.minibatches))
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, decay)]
+        planned = partial(planned_iterations, self, self.update.epochs * self.update.minibatches)
+        optimizer, scheduler = build_optimizer(self.optimizer, self.lr_scheduler, groups, planned)
+        return [optimizer], [scheduler]
 
     # 3. Checkpoints and export.
 

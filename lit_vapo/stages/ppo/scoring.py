@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lit_vapo.advantages.base import AdvantageEstimator
 from lit_vapo.data.datamodule import PromptDataModule
@@ -80,6 +80,10 @@ class ScoredPolicy(EvaluatedPolicy):
             datamodule.check_columns(self.reward.columns)
         super().setup(stage)
 
+    def _sum(self, x: Tensor) -> Tensor:
+        """Sum over all processes."""
+        return sum_of_all(self, x)
+
     def share_networks(self, sharing: Sharing) -> None:
         """Share actor, reference and critic with other processes.
 
@@ -137,7 +141,7 @@ class ScoredPolicy(EvaluatedPolicy):
 
     def rings(self, rollout: Rollout) -> bool:
         """Whether the alarm ends the run with these responses."""
-        return self.alarm is not None and self.alarm.rings(rollout.marks, partial(sum_of_all, self), self.iteration)
+        return self.alarm is not None and self.alarm.rings(rollout.marks, self._sum, self.iteration)
 
     def kept_keys(self) -> set[str]:
         """What trains, what steers, and what the source of rewards cannot be read again without."""

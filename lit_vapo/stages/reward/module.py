@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,9 +20,10 @@ from lit_vapo.rewards.features import compute_features
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
+from lit_vapo.stages.optimisers import OptimizerChoice, SchedulerChoice, build_optimizer, check_optimizer
 from lit_vapo.stages.reward.building import BuiltRewards, Layer
 from lit_vapo.stages.reward.evaluation import Batch
-from lit_vapo.stages.schedule import linear_decay, total_steps
+from lit_vapo.stages.schedule import total_steps
 from lit_vapo.stages.seeding import seeded_batch
 from lit_vapo.stages.settings import unpickled
 from lit_vapo.stages.sharing import even_share, loss_of_all
@@ -45,9 +47,11 @@ class RewardModule(BuiltRewards):
             pairs best; it is the last without such pairs, or where features are trained or streamed.
         pooling: `mean` averages over the response, `last` reads its last token. Neither reads the token that ended it.
         freeze_backbone: Keep the backbone's weights and train from cached features.
-        learning_rate: Peak learning rate of heads and adapters (AdamW).
+        learning_rate: Peak learning rate of heads and adapters.
         backbone_learning_rate: Peak learning rate of backbones that are trained.
-        weight_decay: Decoupled weight decay of all that is trained.
+        weight_decay: Decoupled weight decay of all that is trained, by `adamw`.
+        optimizer: `adamw`, or another by its class (`torch.optim.SGD`), which takes all but `lr` in `init_args`.
+        lr_scheduler: `linear` falls to 0 over the run; or another by its class, which makes a step with each batch.
         reference: The reference policy, whose responses fix each member's origin and unit; `base` for the base itself,
             `null` leaves that to the start of PPO.
         reference_sampling: How the reference responds; use what PPO will use.
@@ -69,6 +73,8 @@ class RewardModule(BuiltRewards):
         learning_rate: PositiveFloat = 1e-3,
         backbone_learning_rate: PositiveFloat = 1e-5,
         weight_decay: NonNegativeFloat = 0.01,
+        optimizer: OptimizerChoice = "adamw",
+        lr_scheduler: SchedulerChoice = "linear",
         reference: Pretrained | Literal["base"] | None = None,
         reference_sampling: Sampling | None = None,
         num_reference: TwoOrMore = 256,
@@ -78,6 +84,7 @@ class RewardModule(BuiltRewards):
     ) -> None:
         super().__init__()
         check_ranges(RewardModule, locals(), "model.")
+        check_optimizer(RewardModule, locals())
         self.head = head or HeadEnsemble()
         self.head.check_backbone(base.quantization, freeze_backbone)
         with unpickled():
@@ -91,6 +98,7 @@ class RewardModule(BuiltRewards):
         self.learning_rate = learning_rate
         self.backbone_learning_rate = backbone_learning_rate
         self.weight_decay = weight_decay
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.reference = base if reference == "base" else reference
         self.reference_sampling = reference_sampling or Sampling()
         self.num_reference = num_reference
@@ -167,13 +175,12 @@ class RewardModule(BuiltRewards):
         self.head.calibrate(features.to(self.device))
 
     def configure_optimizers(self) -> Any:
-        """AdamW with linear decay; head and backbone have their own learning rates."""
+        """The optimiser and its schedule; head and backbone have their own learning rates."""
         groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "lr": self.learning_rate}]
         if self.backbone is not None and any(p.requires_grad for p in self.backbone.parameters()):
             groups.append({"params": list(self.backbone.parameters()), "lr": self.backbone_learning_rate})
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
-        decay = linear_decay(total_steps(self))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
+        total = partial(total_steps, self)
+        optimizer, scheduler = build_optimizer(self.optimizer, self.lr_scheduler, groups, total, self.weight_decay)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # 2. Processes that share weights.

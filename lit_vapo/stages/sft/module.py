@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from lit_vapo.data.collate import SFTBatch
@@ -20,7 +20,8 @@ from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, check_ranges
 from lit_vapo.stages.base import TrainedWeightsModule, trained
 from lit_vapo.stages.guards import check_context
-from lit_vapo.stages.schedule import linear_decay, total_steps
+from lit_vapo.stages.optimisers import OptimizerChoice, SchedulerChoice, build_optimizer, check_optimizer
+from lit_vapo.stages.schedule import total_steps
 from lit_vapo.stages.sharing import even_share, loss_of_all
 
 
@@ -30,9 +31,11 @@ class SFTModule(TrainedWeightsModule):
     Args:
         base: The language model to fine-tune.
         lora: Adapters to train (`lora.rank: 16`); `null` trains all weights.
-        learning_rate: Peak learning rate (AdamW, linear decay).
-        weight_decay: Decoupled weight decay.
-        warmup_steps: Steps over which the learning rate rises.
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled weight decay of `adamw`.
+        warmup_steps: Steps over which the learning rate rises before it falls (`linear`).
+        optimizer: `adamw`, or another by its class (`torch.optim.SGD`), which takes all but `lr` in `init_args`.
+        lr_scheduler: `linear` falls to 0 over the run; or another by its class, which makes a step with each batch.
     """
 
     stage = "sft"
@@ -44,15 +47,19 @@ class SFTModule(TrainedWeightsModule):
         learning_rate: PositiveFloat = 2e-5,
         weight_decay: NonNegativeFloat = 0.0,
         warmup_steps: NonNegativeInt = 0,
+        optimizer: OptimizerChoice = "adamw",
+        lr_scheduler: SchedulerChoice = "linear",
     ) -> None:
         super().__init__()
         check_ranges(SFTModule, locals(), "model.")
+        check_optimizer(SFTModule, locals())
         self.save_hyperparameters()
         self.base = base
         self.lora = lora
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.policy: Policy | None = None
         self.losses = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
 
@@ -107,12 +114,13 @@ class SFTModule(TrainedWeightsModule):
         self.log(f"{split}/loss", metric, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and linear decay."""
+        """The optimiser and its schedule."""
         assert self.policy is not None
-        parameters = self.policy.actor_parameters()
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
-        factor = linear_decay(total_steps(self), self.warmup_steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        groups = [{"params": self.policy.actor_parameters(), "lr": self.learning_rate}]
+        total = partial(total_steps, self)
+        optimizer, scheduler = build_optimizer(
+            self.optimizer, self.lr_scheduler, groups, total, self.weight_decay, self.warmup_steps
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def export(self, folder: str | Path) -> None:
