@@ -1,7 +1,10 @@
 """`lit-vapo report`: a page about a run, and the rules of its sentences."""
 
+import html
 import json
+import re
 import shutil
+import subprocess
 
 import pytest
 
@@ -130,6 +133,35 @@ def test_runs_are_set_side_by_side(tested, reward_run, tmp_path):
     page = (tmp_path / "new/both.html").read_text()
     assert "Side by side" in page
     assert "Not tested yet: lit-vapo reward test" in page
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# What only a browser knows: whether all fits its width, whether pictures are there, and whether models' words ran.
+PROBE = """<script>onload = () => document.documentElement.dataset.seen = JSON.stringify({
+  wide: document.documentElement.scrollWidth - innerWidth,
+  pictures: [...document.images].filter(x => !x.naturalWidth).length,
+  flat: [...document.querySelectorAll("h2, p, td, img")].filter(x => x.innerText && !x.getClientRects().length &&
+    !x.closest("details")).length,
+  ran: "ran" in window})</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+@pytest.mark.parametrize("width", [500, 1300])
+def test_a_browser_shows_all_of_a_page_and_runs_nothing_of_it(tested, reward_run, tmp_path, width):
+    responses = tested / "test/responses.jsonl"
+    rows = [json.loads(line) for line in responses.read_text().splitlines()]
+    rows[0]["response"] = "<script>ran = 1</script><img src=x onerror='ran = 1'> " + "W" * 300
+    responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = tmp_path / "both.html"
+    main(["report", str(tested), str(reward_run), f"--output={page}"])
+    page.write_text(page.read_text() + PROBE)
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser"]
+    command += [f"--window-size={width},900", "--enable-logging=stderr", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', done.stdout)[1]))
+    assert seen == {"wide": seen["wide"], "pictures": 0, "flat": 0, "ran": False}
+    assert seen["wide"] <= 0
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
