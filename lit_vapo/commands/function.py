@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
-from lightning.pytorch import LightningDataModule
-
 from lit_vapo.commands.options import Parser, check_models
 from lit_vapo.models.pretrained import quiet
 
@@ -41,4 +39,5 @@ def call(prog: str, function: Callable[..., None], words: Sequence[str]) -> None
 
 
 def _is_data(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, LightningDataModule)
+    # Asked without importing Lightning, which takes seconds that a command without data need not wait.
+    return isinstance(kind, type) and hasattr(kind, "prepare_data")
