@@ -6,12 +6,14 @@ Nothing that a command needs is imported before it runs, so that `lit-vapo --hel
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from lit_vapo import __version__
+from lit_vapo.commands.completion import print_script
 from lit_vapo.commands.notices import silence
 from lit_vapo.commands.short_help import short_help
 from lit_vapo.console import lasting, reported
@@ -62,6 +64,7 @@ TABLE = {
         Command("data show", "show what training makes of a file, and its faults", "lit_vapo.commands.data_show:main"),
     ),
     "for this machine": (
+        Command("completion", "complete commands and options in bash or zsh", "lit_vapo.cli:completion"),
         Command("env", "say what is installed, for a report of a fault", "lit_vapo.commands.environment:environment"),
     ),
     "for those who come from elsewhere": (
@@ -183,6 +186,16 @@ def _call(command: Command, words: list[str]) -> None:
             raise
         need = f"lit-vapo {command.name} needs {error.name}: pip install 'lit-vapo[{command.extra}]'"
         raise ValueError(need) from error
+    words = ["--help" if word in HELP_ALL else word for word in words]
+    if list(inspect.signature(function).parameters) == ["words"]:
+        function(words)
+        return
     from lit_vapo.commands.function import call
 
-    call(f"lit-vapo {command.name}", function, ["--help" if word in HELP_ALL else word for word in words])
+    call(f"lit-vapo {command.name}", function, words)
+
+
+def completion(words: Sequence[str]) -> None:
+    """Print what a shell needs to complete commands and options."""
+    firsts = {name.split()[0]: following(name.split()[0]) for name in COMMANDS}
+    print_script(words, firsts)

@@ -31,7 +31,7 @@ def test_usage(capsys):
 
 
 def test_an_unknown_stage_is_refused():
-    known = "sft, reward, ppo, plan, export, report, chat, compare, score, data, env, convert or study"
+    known = "sft, reward, ppo, plan, export, report, chat, compare, score, data, completion, env, convert or study"
     message = f"expected a stage or command: {known}, got 'dpo'\nAll of them"
     with pytest.raises(ValueError, match=message):
         main(["dpo", "fit"])

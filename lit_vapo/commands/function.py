@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
-from lightning.pytorch import LightningDataModule
-
 from lit_vapo.commands.options import Parser, check_models
 from lit_vapo.models.pretrained import quiet
 
@@ -17,14 +15,11 @@ def call(prog: str, function: Callable[..., None], words: Sequence[str]) -> None
 
     Args:
         prog: What the command is called, for its messages.
-        function: Called with `words` as they are if that is its only parameter; otherwise with options, which
-            `--config` reads from files. A parameter that is a data module gets the same options as that of a stage.
+        function: Called with options, which `--config` reads from files. A parameter that is a data module gets the
+            same options as that of a stage.
         words: The command line after the command.
     """
     parameters = list(inspect.signature(function).parameters)
-    if parameters == ["words"]:
-        function(list(words))
-        return
     quiet()
     parser = Parser(prog=prog, description=(inspect.getdoc(function) or "").partition("\n\n")[0])
     parser.add_argument("--config", action="config", help="Options from a file.")
@@ -41,4 +36,5 @@ def call(prog: str, function: Callable[..., None], words: Sequence[str]) -> None
 
 
 def _is_data(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, LightningDataModule)
+    # Asked without importing Lightning, which takes seconds that a command without data need not wait.
+    return isinstance(kind, type) and hasattr(kind, "prepare_data")

@@ -14,7 +14,6 @@ from typing import Any, NoReturn, cast, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace, _postponed_annotations, get_loader, set_loader
 from jsonargparse._paths import Path as ConfigPath
-from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_vapo.commands.hints import hinted
 from lit_vapo.console import DEBUG, USAGE_ERROR, complain
@@ -69,12 +68,6 @@ class Parser(ArgumentParser):
         """Parse, and put the home folder in place of `~` wherever a value begins with it."""
         parsed: Namespace = at_home(super().parse_args(*args, **kwargs))
         return parsed
-
-
-class StageParser(Parser, LightningArgumentParser):
-    """The parser of a stage."""
-
-    all_options = "--help_all"
 
 
 def at_home(value: Any) -> Any:

@@ -25,7 +25,7 @@ from lit_vapo.callbacks.run_summary import RunSummary
 from lit_vapo.callbacks.samples import SampleTable
 from lit_vapo.commands.endings import told
 from lit_vapo.commands.notices import silence
-from lit_vapo.commands.options import StageParser, check_models, refuse_secrets
+from lit_vapo.commands.options import Parser, check_models, refuse_secrets
 from lit_vapo.commands.resume import WORDS, Found, checkpoint_meant, ends, found_to_resume, read
 from lit_vapo.commands.run_folder import (
     CHECKPOINTS,
@@ -45,6 +45,12 @@ from lit_vapo.trackers import go_on, lasting
 
 # What the best checkpoint is kept by, where the stage has one figure for that.
 MONITOR = {"reward": "val/nll", "sft": "val/loss"}
+
+
+class StageParser(Parser, LightningArgumentParser):
+    """The parser of a stage."""
+
+    all_options = "--help_all"
 
 
 class StageCLI(LightningCLI):

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import datasets
-
 from lit_vapo.data.columns import Columns
 from lit_vapo.data.files import BATCH, read_json, read_parquet
 from lit_vapo.data.row import Row, UnusableError, attempt
@@ -169,6 +167,9 @@ def _read_hub(source: str, key: str, lazily: bool) -> Iterator[Row]:
     name, config, split = [*source.split(":"), "", ""][:3]
     split = split or "train"
     place = f"{source} ({split})"
+    # Here, since it takes half a second to import, and files do without.
+    import datasets
+
     try:
         table = datasets.load_dataset(name, config or None, split=split, streaming=lazily)
     except Exception as error:  # the hub's client has many, and few of them name the source

@@ -16,8 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.integrations import replace_with_bnb_linear
-from transformers.quantizers.base import get_keys_to_not_convert
 
 # Blocks that a model is built with; 0 for all that it has. Unset where models are read with their weights.
 _depth: ContextVar[int | None] = ContextVar("depth", default=None)
@@ -85,6 +83,10 @@ def shorten(config: Any, depth: int) -> None:
 
 def _quantise(model: Any, config: Any) -> None:
     """Put quantised layers in place of linear ones, where transformers does."""
+    # Here, since bitsandbytes takes seconds to import, and few models are quantised.
+    from transformers.integrations import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
     eight = bool(config.load_in_8bit)
     model.is_loaded_in_8bit, model.is_loaded_in_4bit, model.is_quantized = eight, not eight, True
