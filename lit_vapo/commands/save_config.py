@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lit_vapo.callbacks.checkpoint import RunCheckpoint
 from lit_vapo.folders import write_whole
+from lit_vapo.stages.base import TrainedWeightsModule
 from lit_vapo.trackers import log_configuration
 
 
@@ -24,6 +26,9 @@ class SaveConfig(SaveConfigCallback):
         # Asked by all processes, which wait for each other's answer.
         folder = trainer.log_dir
         if folder is not None and trainer.is_global_zero:
+            # What options left to the module is told as it has chosen.
+            for name, value in cast("TrainedWeightsModule", pl_module).chosen().items():
+                self.config["model"][name] = value
             text = self.parser.dump(self._lasting(trainer), skip_none=False)
             path, number = Path(folder) / "config.yaml", 1
             while path.is_file() and path.read_text(encoding="utf-8") != text:

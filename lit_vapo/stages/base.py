@@ -155,7 +155,7 @@ class TrainedWeightsModule(LightningModule):
         settings = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
         if settings is not None:
             # Made in Python rather than from a config: write what the command line would have written.
-            plainly = whole_paths(plain(dict(settings)))
+            plainly = whole_paths(plain(dict(settings)) | self.chosen())
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {"_instantiator": INSTANTIATOR, **plainly}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -191,6 +191,11 @@ class TrainedWeightsModule(LightningModule):
         """Leave out of a checkpoint's state, in place, what is not for this run."""
         return
 
+    def chosen(self) -> dict[str, Any]:
+        """What the module has chosen where settings left it the choice (an objective, say), as checkpoints hold it."""
+        left = [name for name, value in self.hparams.items() if value is None]
+        return {name: plain(getattr(self, name)) for name in left if getattr(self, name, None) is not None}
+
     def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with an optimiser or a schedule that could not read the state of the checkpoint's.
 
@@ -210,8 +215,9 @@ class TrainedWeightsModule(LightningModule):
     def _tell_differences(self, checkpoint: dict[str, Any]) -> None:
         """Name every setting that differs from the checkpoint's: its state goes on, whatever the setting says."""
         then, now = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}), plain(dict(self.hparams))
+        chosen = self.chosen()
         for key in sorted(then.keys() & now.keys()):
-            if plain(then[key]) != now[key]:
+            if plain(then[key]) not in (now[key], chosen.get(key, now[key])):
                 rank_zero_info(
                     f"checkpoint: model.{key} was {then[key]!r} and is now {now[key]!r}; weights, optimiser and "
                     "learning-rate schedule go on from the checkpoint"

@@ -23,6 +23,7 @@ from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.exported import check_policy
 from lit_vapo.models.generation import Generator, Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained
+from lit_vapo.models.transformers_generator import TransformersGenerator
 from lit_vapo.models.vocabulary import check_embeddings
 from lit_vapo.objectives.base import Objective
 from lit_vapo.objectives.variance_aware import VarianceAware
@@ -86,7 +87,7 @@ class PPOModule(ScoredPolicy):
         gold: A judge that only watches: its mean is logged, training never sees it.
         num_reference: How many reference responses calibrate an ensemble that is not calibrated yet, or fit an alarm.
         seed: Seed of evaluation samples, so that evaluations differ by the policy alone.
-        generator: Who draws the responses; `null` for transformers.
+        generator: Who draws the responses; `null` for `TransformersGenerator`.
         alarm: Watch for responses that are unlike the reference's, without a judge; `null` for not.
         trust: Code outside of lit_vapo that the ensemble in `reward` may run: classes by their Python name, models that
             bring code by folder or hub name.
@@ -149,7 +150,7 @@ class PPOModule(ScoredPolicy):
         self.gold = gold
         self.num_reference = num_reference
         self.seed = seed
-        self.generator = generator
+        self.generator = generator or TransformersGenerator()
         self.alarm = None if alarm is None else Alarm(alarm)
         self.trust = trust
         self.networks: ActorCritic | None = None
