@@ -52,7 +52,7 @@ FROM python:${PYTHON_VERSION}-slim-bookworm
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="lit-vapo" \
       org.opencontainers.image.description="Reward-model ensembles and variance-aware PPO on Lightning" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="docker.io/library/python:${PYTHON_VERSION}-slim-bookworm"

@@ -10,7 +10,7 @@ that importing the package costs nothing.
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PLACES = {
     "data.datamodule": ("PreferenceDataModule", "PromptDataModule", "SFTDataModule"),

@@ -1,7 +1,6 @@
 """The command line: what it says, finds and exports, and how it guards the folder of a run."""
 
 import importlib
-import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from hostile_helpers import checkpoint
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lit_vapo import __version__
 from lit_vapo.cli import COMMANDS, STAGES, Command, main
 from lit_vapo.rewards.reward_model import RewardModel
 
@@ -92,7 +92,7 @@ def test_a_package_that_comes_with_an_extra_is_named(monkeypatch):
 
 def test_the_version_is_that_of_the_package(capsys):
     main(["--version"])
-    assert capsys.readouterr().out == f"lit-vapo {importlib.metadata.version('lit-vapo')}\n"
+    assert capsys.readouterr().out == f"lit-vapo {__version__}\n"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["ppo", "fit", "--help"]])

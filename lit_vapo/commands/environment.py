@@ -9,6 +9,8 @@ import re
 import shutil
 import sys
 
+from lit_vapo import __version__
+
 OPTIONAL = ("vllm", "deepspeed", "flash-attn")
 
 
@@ -24,7 +26,7 @@ def facts() -> dict[str, str]:
     """What a report of a fault should say of the machine and what is installed on it."""
     import torch
 
-    found = {name: _version(name) for name in ("lit-vapo", *_requirements(), *OPTIONAL)}
+    found = {"lit-vapo": __version__} | {name: _version(name) for name in (*_requirements(), *OPTIONAL)}
     found["python"] = f"{platform.python_implementation()} {platform.python_version()}"
     found["system"] = f"{platform.system()} {platform.release()} {platform.machine()}"
     found["processors"] = f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}"

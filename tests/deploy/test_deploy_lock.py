@@ -7,6 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from lit_vapo import __version__
 from scripts import lock
 
 ROOT = lock.ROOT
@@ -63,6 +64,16 @@ def test_the_output_of_uv_is_divided():
     assert lock.pins(cuda) == {"torch": "2.0", "nvidia-x": "1"}
 
 
-def test_the_image_says_the_version_of_the_package():
-    (version,) = re.findall(r'image.version="(.*)"', (ROOT / "Dockerfile").read_text())
-    assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text()
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("Dockerfile", 'image.version="{}"'),
+        ("deploy/kubernetes.yaml", "lit-vapo:{}\n"),
+        ("docs/cloud.md", "lit-vapo:{} "),
+        ("CITATION.cff", "\nversion: {}\n"),
+        ("README.md", "version = {{{}}}"),
+        ("CHANGELOG.md", "\n## {} ("),
+    ],
+)
+def test_files_say_the_version_of_the_package(file, said):
+    assert said.format(__version__) in (ROOT / file).read_text()
