@@ -97,7 +97,7 @@ def test_figures_are_over_all_rows_and_not_over_batches():
     assert found == pytest.approx(expected)
 
 
-def test_of_many_members_the_first_are_shown_and_all_are_in_the_files(tmp_path):
+def test_of_many_members_the_first_are_shown_and_all_are_in_the_files(tmp_path, capsys):
     rows = [record(i, 0, 1.0, 0.0) | {"members": [float(k) for k in range(20)]} for i in range(2)]
     shown = [name for name in PolicyReport(rows).summary() if name.startswith("reward_member_")]
     assert shown == [f"reward_member_{k}" for k in range(16)]
@@ -112,6 +112,7 @@ def test_of_many_members_the_first_are_shown_and_all_are_in_the_files(tmp_path):
 
     trainer = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path, global_step=3, loggers=[Board()])
     SampleTable().on_predict_end(trainer, SimpleNamespace(samples=rows))
+    assert capsys.readouterr().out == f"2 responses: {tmp_path}/samples_predict.jsonl\n"
     assert [name for name in tables["predict/samples"] if name.startswith("member_")] == [
         f"member_{k}" for k in range(16)
     ]

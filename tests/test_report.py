@@ -164,6 +164,29 @@ def test_a_browser_shows_all_of_a_page_and_runs_nothing_of_it(tested, reward_run
     assert seen["wide"] <= 0
 
 
+def test_a_reward_run_is_judged_by_its_test_or_else_by_its_last_validation(reward_run, tmp_path):
+    folder = shutil.copytree(reward_run, tmp_path / "run")
+    untested = "Not tested yet: lit-vapo reward test says whether to trust it."
+    assert read_run(folder).findings == [("look", untested)]
+    rows = [
+        "epoch,step,train/loss,val/accuracy,val/nll,val/ece",
+        "0,0,1.5,,,",
+        "0,1,,0.5,0.7,0.2",
+        "1,3,,0.75,0.6,0.1",
+        "1,4,1.0,,,",
+    ]
+    (folder / "logs/version_0/metrics.csv").write_text("\n".join(rows) + "\n")
+    found = read_run(folder)
+    assert found.figures == {"accuracy": 0.75, "nll": 0.6, "ece": 0.1}
+    said = f"{untested} The last validation found accuracy 0.75, nll 0.6, ece 0.1."
+    assert found.findings == [("look", said)]
+    (folder / "test").mkdir()
+    record = {"mean": {"accuracy": 0.125, "nll": 1.0, "ece": 0.5}, "verdict": {"sentences": ["Better than a coin: x."]}}
+    (folder / "test/evaluation.json").write_text(json.dumps(record))
+    assert read_run(folder).figures == record["mean"]
+    assert read_run(folder).findings == [("good", "Better than a coin: x.")]
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"{tmp_path}: expected the folder of a run .*, got none"):
         main(["report", str(tmp_path)])

@@ -14,6 +14,8 @@ from lit_vapo.folders import write_whole
 from lit_vapo.ranges import PositiveInt, check_ranges
 from lit_vapo.trackers import log_table
 
+PREDICTED = "samples_predict.jsonl"
+
 
 class SampleTable(Callback):
     """Writes what the policy said at each evaluation: one JSON line for each response, and a W&B table.
@@ -46,8 +48,10 @@ class SampleTable(Callback):
             self._write(trainer, pl_module, "val", "samples_val.jsonl", self._course)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the responses that were asked for."""
-        self._write(trainer, pl_module, "predict", "samples_predict.jsonl")
+        """Write the responses that were asked for, and say where."""
+        self._write(trainer, pl_module, "predict", PREDICTED)
+        if trainer.is_global_zero and (count := len(getattr(pl_module, "samples", []))):
+            print(f"{count} responses: {Path(trainer.default_root_dir) / PREDICTED}", flush=True)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the samples of the test."""

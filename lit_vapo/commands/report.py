@@ -22,6 +22,8 @@ from lit_vapo.pages import html
 
 PAGE, PICTURES = "report.html", "report"
 SHOWN = 10
+# What is shown of the mean of an ensemble.
+FIGURES = ("accuracy", "nll", "ece")
 MARKS = {"good": "ok  ", "look": "look", "bad": "BAD "}
 # Figures that are set side by side, as far as runs have them.
 SIDE_BY_SIDE = ("reward_gain", "gold_gain", "reward_win_rate", "win_rate", "kl_k3", "ensemble_sigma", "response_length")
@@ -111,7 +113,7 @@ def read_run(folder: Path) -> Run:
     if stage == "ppo":
         _read_policy(run, folder, metrics)
     else:
-        _read_rewards(run, folder)
+        _read_rewards(run, folder, metrics)
     return run
 
 
@@ -136,23 +138,21 @@ def _read_policy(run: Run, folder: Path, metrics: Sequence[Mapping[str, float]])
         run.samples = _samples(records)
 
 
-def _read_rewards(run: Run, folder: Path) -> None:
-    for part in ("test", "val"):
-        judged = folder / part / "evaluation.json"
-        if judged.is_file():
-            record = json.loads(judged.read_text(encoding="utf-8"))
-            run.findings = verdict_findings(record.get("verdict", {}).get("sentences", []))
-            run.figures = {name: float(record["mean"][name]) for name in ("accuracy", "nll", "ece")}
-            names = {
-                "reliability": "Calibration",
-                "risk_coverage": "Errors by how many are left",
-                "sigma": "σ",
-            }
-            pictures = {title: judged.with_name(f"{name}.png") for name, title in names.items()}
-            run.pictures |= {title: path for title, path in pictures.items() if path.is_file()}
-            break
-    if not run.findings:
-        run.findings = [Finding("look", f"Not tested yet: lit-vapo {run.stage} test says whether to trust it.")]
+def _read_rewards(run: Run, folder: Path, metrics: Sequence[Mapping[str, float]]) -> None:
+    judged = folder / "test/evaluation.json"
+    if judged.is_file():
+        record = json.loads(judged.read_text(encoding="utf-8"))
+        run.findings = verdict_findings(record.get("verdict", {}).get("sentences", []))
+        run.figures = {name: float(record["mean"][name]) for name in FIGURES}
+        names = {"reliability": "Calibration", "risk_coverage": "Errors by how many are left", "sigma": "σ"}
+        pictures = {title: judged.with_name(f"{name}.png") for name, title in names.items()}
+        run.pictures |= {title: path for title, path in pictures.items() if path.is_file()}
+    elif run.stage == "reward":
+        validated = next((row for row in reversed(metrics) if "val/accuracy" in row), {})
+        run.figures = {name: validated[f"val/{name}"] for name in FIGURES if f"val/{name}" in validated}
+        said = ", ".join(f"{name} {value:.3g}" for name, value in run.figures.items())
+        text = "Not tested yet: lit-vapo reward test says whether to trust it."
+        run.findings = [Finding("look", text + f" The last validation found {said}." * bool(said))]
 
 
 def _samples(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
