@@ -90,3 +90,10 @@ def test_bad_input_is_one_message(policy, tiny_model_dir, talked, tmp_path):
         talked(["x"], tmp_path / "nowhere")
     both = talked(["x"], tiny_model_dir, "--reference=true", f"--base={tiny_model_dir}")
     assert "reference:" in both
+
+
+def test_an_option_is_found_by_its_last_part(tmp_path, capsys):
+    for given in ("--max_new_tokens", "--max_new_token"):
+        with pytest.raises(SystemExit):
+            chat.main([str(tmp_path), given, "20"])
+        assert "\nDid you mean --sampling.max_new_tokens?\n" in capsys.readouterr().err

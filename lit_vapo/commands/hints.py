@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import isabstract, signature
@@ -58,12 +59,25 @@ def _no_option(message: str, class_path: str, given: str, skipped: tuple[str, ..
 
 
 def _nearest(word: str, names: Iterable[str]) -> str:
-    close = get_close_matches(word, list(names), n=1, cutoff=0.7)
-    return f"\nDid you mean {close[0]}?" if close else ""
+    """The nearest name, or those whose last part is nearest to that of the word, in a line."""
+    ends: dict[str, list[str]] = {}
+    for name in names:
+        ends.setdefault(_last_part(name), []).append(name)
+    close = get_close_matches(word, [name for found in ends.values() for name in found], n=1, cutoff=0.7)
+    if not close:
+        close = [name for end in get_close_matches(_last_part(word), ends, n=1, cutoff=0.7) for name in ends[end]]
+    return f"\nDid you mean {' or '.join(close[:3])}?" if close else ""
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2].lstrip("-")
 
 
 def _options(parser: Any) -> list[str]:
-    return list(parser._option_string_actions)
+    """All options, with the fields of those that take a dataclass or null, which the parser does not list."""
+    listed = [option for option in parser._option_string_actions if not option.endswith(".help")]
+    kinds = ((option, kind) for option in listed for kind in _classes(parser, option.removeprefix("--")))
+    return listed + [f"{option}.{field.name}" for option, kind in kinds if is_dataclass(kind) for field in fields(kind)]
 
 
 def _kind(parser: Any, key: str) -> Any:
