@@ -5,9 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from transformers.utils import logging as transformers_logging
 
 from lit_vapo.cli import main
 from lit_vapo.commands import notices
+from lit_vapo.models.policy import Policy
+from lit_vapo.models.pretrained import Pretrained, load_backbone
 
 
 def test_a_run_does_not_advertise(stage_args, tmp_path, caplog):
@@ -36,3 +39,19 @@ def test_a_warning_is_printed_so_once_notices_are_silenced():
     code += "warnings.warn_explicit('say', UserWarning, '/x/lit_vapo/data.py', 3)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stderr == "warning: say\n"
+
+
+def test_from_python_models_are_read_and_written_quietly(tiny_model_dir, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_info()
+    try:
+        load_backbone(Pretrained(tiny_model_dir))  # without its head
+        Policy(Pretrained(tiny_model_dir), None, keep_reference=False).save_pretrained(tmp_path / "policy")
+        printed = capfd.readouterr()
+        # For whatever else a script does with transformers, all is as it was.
+        assert transformers_logging.get_verbosity() == logging.INFO
+        assert transformers_logging.is_progress_bar_enabled()
+    finally:
+        transformers_logging.set_verbosity(before)
+    assert printed.out + printed.err == ""

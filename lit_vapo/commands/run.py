@@ -24,7 +24,6 @@ from lit_vapo.callbacks.plain_progress import lines_for_bar
 from lit_vapo.callbacks.run_summary import RunSummary
 from lit_vapo.callbacks.samples import SampleTable
 from lit_vapo.commands.endings import told
-from lit_vapo.commands.notices import silence
 from lit_vapo.commands.options import Parser, check_models, refuse_secrets
 from lit_vapo.commands.resume import WORDS, Found, checkpoint_meant, ends, found_to_resume, read
 from lit_vapo.commands.run_folder import (
@@ -81,7 +80,6 @@ class StageCLI(LightningCLI):
         self.claim: Claim | None = None
         self.trial = False
         quiet()
-        silence()
         try:
             with told(self):
                 super().__init__(

@@ -17,6 +17,7 @@ from lit_vapo.models.exported import same_place
 from lit_vapo.models.pretrained import KEY, Pretrained, disable_dropout, load_backbone
 from lit_vapo.models.settings import STRICT, read_settings
 from lit_vapo.models.tensors import check_finite, read_tensors
+from lit_vapo.models.weights import hushed
 
 CONFIG_NAME, WEIGHTS_NAME, TRUNK_NAME = "critic.json", "critic.safetensors", "trunk"
 HEAD = "value_head."
@@ -126,6 +127,7 @@ class _ReadsFile(BaseModel):
     layer: Annotated[int, Field(ge=1)] | None
 
 
+@hushed()
 def save_critic(folder: Path, critic: Critic, adapters: dict[str, Tensor], reads: Reads) -> None:
     """Write a critic: value head, its adapters by name, its own trunk, and what it reads."""
     folder.mkdir(parents=True)

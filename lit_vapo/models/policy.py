@@ -32,6 +32,7 @@ from lit_vapo.models.shaping import Shaping
 from lit_vapo.models.sharding import Sharing, most_of, within
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.trunk import TrunkOutput, response_states, response_tokens, run_layers
+from lit_vapo.models.weights import hushed
 
 Role = Literal["actor", "critic", "reference"]
 T = TypeVar("T")
@@ -217,6 +218,7 @@ class Policy(nn.Module):
 
         return self.within(role, work)
 
+    @hushed()
     def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
         """Write the actor: a peft adapter folder, or a whole transformers model.
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers.utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file, logging
 from transformers.utils.hub import is_offline_mode
 
 from lit_vapo.folders import if_moved
@@ -95,6 +95,20 @@ def _expected(path: str) -> str:
 
 
 @contextmanager
+def hushed() -> Iterator[None]:
+    """A block, or a function, in which transformers reports no unused heads and draws no bars; after it, as before."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def loading(path: str, key: str) -> Iterator[None]:
     """A block in which a library reads a model; its errors come out as one that names option, place and reason.
 
@@ -102,7 +116,8 @@ def loading(path: str, key: str) -> Iterator[None]:
         ValueError: The library could not read it.
     """
     try:
-        yield
+        with hushed():
+            yield
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, ImportError):

@@ -12,11 +12,13 @@ from transformers import AutoModelForSequenceClassification
 
 from lit_vapo.folders import check_new
 from lit_vapo.models.digests import seal
+from lit_vapo.models.weights import hushed
 from lit_vapo.rewards.reward_model import RewardModel
 
 OFFSET = "reward_offset"
 
 
+@hushed()
 def save_classifier(model: RewardModel, folder: str | Path) -> None:
     """Write K linear heads as `AutoModelForSequenceClassification` with `num_labels = K`, with its tokenizer.
 

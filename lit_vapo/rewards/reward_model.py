@@ -21,6 +21,7 @@ from lit_vapo.models.settings import Component, import_class, make
 from lit_vapo.models.sharding import most_of
 from lit_vapo.models.tensors import check_finite, read_shapes, read_tensors
 from lit_vapo.models.trunk import pooled
+from lit_vapo.models.weights import hushed
 from lit_vapo.rewards.adapters import load_adapter, save_adapter
 from lit_vapo.rewards.ensemble_file import CONFIG_NAME, WEIGHTS_NAME, EnsembleConfig, read_trusted_config, write_config
 from lit_vapo.rewards.ensemble_file import FeatureSpec as FeatureSpec
@@ -90,6 +91,7 @@ class RewardModel(nn.Module):
         estimate: RewardEstimate = self.head(self.encode(input_ids, lengths, prompt_lengths))
         return estimate
 
+    @hushed()
     def save_pretrained(self, folder: str | Path, save_backbone: bool = False) -> None:
         """Write `ensemble.json`, `head.safetensors`, members' adapters or backbones, and a backbone that was trained.
 
