@@ -90,6 +90,9 @@ def test_values_of_a_literal_are_all_there():
     (option,) = [option for option in options("ppo", "fit") if option.name == "model.base.quantization"]
     (literal, _) = typing.get_args(typing.get_type_hints(Pretrained)["quantization"])
     assert option.choices == typing.get_args(literal)
+    (mixed,) = [option for option in options("reward", "fit") if option.name == "model.reference"]
+    # It takes a model as well.
+    assert not mixed.choices
 
 
 def test_it_is_short_and_leads_to_the_rest(monkeypatch):

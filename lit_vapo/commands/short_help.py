@@ -129,9 +129,14 @@ def _yaml(default: ast.expr) -> str:
 
 
 def _listed(kind: ast.expr) -> tuple[str, ...]:
-    """The values of a `Literal` in a type."""
-    parts = [x for x in ast.walk(kind) if isinstance(x, ast.Subscript) and ast.unparse(x.value) == "Literal"]
-    return tuple(str(x.value) for part in parts for x in ast.walk(part.slice) if isinstance(x, ast.Constant))
+    """The values of a type that is a `Literal`, or nothing besides `None`."""
+    parts = [kind]
+    while isinstance(parts[0], ast.BinOp):
+        parts[:1] = [parts[0].left, parts[0].right]
+    parts = [x for x in parts if ast.unparse(x) != "None"]
+    if not all(isinstance(x, ast.Subscript) and ast.unparse(x.value) == "Literal" for x in parts):
+        return ()
+    return tuple(str(x.value) for part in parts for x in ast.walk(part) if isinstance(x, ast.Constant))
 
 
 def classes(pattern: str) -> tuple[str, ...]:

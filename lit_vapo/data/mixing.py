@@ -32,7 +32,7 @@ def shares(ratios: Mapping[str, float], key: str) -> list[float]:
     return [ratio / sum(ratios.values()) for ratio in ratios.values()]
 
 
-def counts(sizes: Sequence[int], parts: Sequence[float]) -> list[int]:
+def counts(sizes: Sequence[int], parts: Sequence[float], most: int | None = None) -> list[int]:
     """How many rows of each source make the largest mixture in which none comes twice.
 
     With n_i rows of source i and share r_i, the mixture has N = min_i n_i / r_i rows, r_i N of them (rounded down) from
@@ -41,12 +41,15 @@ def counts(sizes: Sequence[int], parts: Sequence[float]) -> list[int]:
     Args:
         sizes: Rows there are of each source.
         parts: Share of each source; together 1.
+        most: Rows that the mixture has at most.
 
     Examples:
         >>> counts([700, 90], [0.7, 0.3])
         [210, 90]
     """
     total = min(size / part for size, part in zip(sizes, parts, strict=True))
+    if most is not None:
+        total = min(total, most)
     # A share such as 0.7 is a little off in binary, and 7 rows of it must not become 6.
     return [min(size, int(total * part + 1e-6)) for size, part in zip(sizes, parts, strict=True)]
 

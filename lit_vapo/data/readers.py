@@ -181,10 +181,13 @@ def read_all(
         each_row(_some(load_rows(source, key, columns), number), hashed, key, skip_invalid)
         for source, number in zip(sources, most, strict=True)
     ]
-    wanted = counts([len(rows) for rows in found], parts)
+    wanted = counts([len(rows) for rows in found], parts, sample)
     if not all(wanted):
         sizes = {source: len(rows) for source, rows in zip(sources, found, strict=True)}
-        raise ValueError(f"{key}: expected ratios that leave a row of every source, got {sources} of {sizes} rows")
+        drawn = "" if sample is None else f" in a sample of {sample} (data.sample)"
+        raise ValueError(
+            f"{key}: expected ratios that leave a row of every source{drawn}, got {sources} of {sizes} rows"
+        )
     return [
         rows[i][1]
         for rows, count in zip(found, wanted, strict=True)

@@ -135,13 +135,14 @@ class _Record(LogitsProcessor):
     def ended(self, input_ids: Tensor) -> Tensor:
         """What was found, with the last token in it."""
         assert self.found is not None
-        if self.scores is not None:
+        # Where the end is found a step late, the last logits are those of a token that was taken back.
+        if self.scores is not None and self.place < input_ids.shape[1]:
             logprobs = self.scores.log_softmax(dim=-1)
             drawn = logprobs.gather(1, input_ids[:, self.place, None])[:, 0]
             # What could not be drawn counts 0, and not 0 times infinity.
             entropy = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(dim=-1)
             self.found[:, :, self.place - self.prompt_size] = torch.stack([drawn, entropy])
-            self.scores = None
+        self.scores = None
         return self.found
 
 

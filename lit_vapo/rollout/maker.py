@@ -93,7 +93,8 @@ class RolloutMaker:
         self.marks = marks
         self.exact_kl = exact_kl
         self._warned = False
-        self._own_holds: bool | None = None
+        # Up to which length sampling was seen to find what a pass finds; `None` once it was not.
+        self._held_up_to: int | None = 0
         self._ending = EndingWatch()
         self._encoders = Encoders()
 
@@ -275,13 +276,15 @@ class RolloutMaker:
 
     def _actor(self, rows: TokenRows, own: TokenLogprobs | None) -> TokenLogprobs:
         """Log-probabilities under the policy: what sampling found, if it was found right, or those of another pass."""
-        if own is None or self._own_holds is False:
+        if own is None or self._held_up_to is None:
             return self.networks.actor(rows, self.shaping)
         mask = rows.response_mask
         own = TokenLogprobs(*(x[:, : mask.shape[1]].masked_fill(~mask, 0.0) for x in own))
-        if self._own_holds is None:
-            # A model may compute otherwise with a cache and padding on the left. The first rows of a run tell.
+        longest = int(rows.lengths.max())
+        if longest > self._held_up_to:
+            # With a cache and padding on the left a model may compute otherwise, or only beyond some length.
             learner = self.networks.actor(rows, self.shaping)
-            self._own_holds = bool((own.logprobs - learner.logprobs).abs().amax() <= _ROUNDING)
-            return own if self._own_holds else learner
+            holds = bool((own.logprobs - learner.logprobs).abs().amax() <= _ROUNDING)
+            self._held_up_to = longest if holds else None
+            return own if holds else learner
         return own

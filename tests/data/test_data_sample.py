@@ -66,3 +66,12 @@ def test_a_stream_takes_none(tiny_model_dir, file):
         PreferenceDataModule(tiny_model_dir, file, streaming=True, validation_fraction=0.0, sample=5)
     with pytest.raises(ValueError, match=r"data.sample: .*got 0"):
         PreferenceDataModule(tiny_model_dir, file, sample=0)
+
+
+def test_a_sample_of_a_mixture_is_no_larger_than_it_says(tiny_model_dir, file, tmp_path):
+    other = write_jsonl(tmp_path / "b.jsonl", pairs("b", 30))
+    halves = PreferenceDataModule(tiny_model_dir, {file: 1, other: 1}, validation_fraction=0.0, sample=3)
+    assert len(held(halves)) <= 3
+    few = PreferenceDataModule(tiny_model_dir, {file: 9, other: 1}, validation_fraction=0.0, sample=5)
+    with pytest.raises(ValueError, match=r"a row of every source in a sample of 5 \(data.sample\), got"):
+        held(few)

@@ -1,6 +1,7 @@
 """Sampling: where responses end, and from which distribution they come."""
 
 import copy
+import math
 
 import helpers
 import pytest
@@ -10,7 +11,7 @@ from transformers import GenerationConfig
 from lit_vapo.functional import token_logprobs
 from lit_vapo.models.generation import Sampling, stop_ids
 from lit_vapo.models.pretrained import Pretrained, load_causal_lm
-from lit_vapo.models.transformers_generator import TransformersGenerator
+from lit_vapo.models.transformers_generator import TransformersGenerator, _Record
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,16 @@ def test_what_was_drawn_comes_with_what_a_pass_would_find(lm, sampling):
         )
         torch.testing.assert_close(out.own.logprobs[row, :length], found.logprobs, atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(out.own.entropy[row, :length], found.entropy, atol=2e-5, rtol=1e-5)
+
+
+def test_logits_of_a_token_that_was_taken_back_tell_nothing():
+    record = _Record(2, 1.0, torch.zeros(2, 1, 3))
+    ids = torch.tensor([[5, 6, 1]])
+    record(ids[:, :2], torch.zeros(1, 4))
+    # One step more than is kept, as where the end of all rows is found late.
+    record(ids, torch.zeros(1, 4))
+    found = record.ended(ids)
+    torch.testing.assert_close(found[:, 0], torch.tensor([[-1.0, 0, 0], [1.0, 0, 0]]) * math.log(4))
 
 
 def test_a_model_that_rounds_leaves_its_log_probabilities_to_the_learner(lm):

@@ -75,7 +75,7 @@ class PPOModule(ScoredPolicy):
         kl_target: Adapt β so that the *plain* KL to the reference (`train/kl_k3`: k3 of whole responses, over all
             processes) rises to this many nats per response over the first half of the run and stays there; `null`
             keeps β fixed.
-        kl_budget: End the run once the plain KL (`train/kl_k3`, too) is above this many nats per response. The update
+        kl_budget: End the run once the plain KL (`train/kl_k3`) is above this many nats per response. The update
             of the iteration that finds out is not taken; the policy that is saved has overstepped by no more than the
             update before it. (With `min_epochs` or `min_steps` the trainer goes on until these are met, without updates
             while the policy is above the budget.) `null` for no limit.

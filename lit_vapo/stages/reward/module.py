@@ -41,17 +41,17 @@ class RewardModule(BuiltRewards):
     Args:
         base: The backbone.
         head: The uncertainty estimator; `null` is `HeadEnsemble`.
-        layer: Read the hidden states after this many blocks (the rest is dropped); `null` for the last. Middle
-            layers often say more about a text's quality than the last one, which prepares the next token. `auto` tries
-            a quarter, a half, three quarters and all of the blocks in one pass, and takes what predicts the validation
-            pairs best; it is the last without such pairs, or where features are trained or streamed.
+        layer: Read the hidden states after this many blocks; `null` for the last, `auto` for what predicts the
+            validation pairs best. Middle layers often say more about a text's quality than the last one, which prepares
+            the next token. What is above is dropped. `auto` tries a quarter, a half, three quarters and all of the
+            blocks in one pass; it is the last without such pairs, or where features are trained or streamed.
         pooling: `mean` averages over the response, `last` reads its last token. Neither reads the token that ended it.
         freeze_backbone: Keep the backbone's weights and train from cached features.
         learning_rate: Peak learning rate of heads and adapters.
         backbone_learning_rate: Peak learning rate of backbones that are trained.
         weight_decay: Decoupled weight decay of all that is trained, by `adamw`.
         optimizer: `adamw`, or another by its class (`torch.optim.SGD`), which takes all but `lr` in `init_args`.
-        lr_scheduler: `linear` falls to 0 over the run; or another by its class, which makes a step with each batch.
+        lr_scheduler: `linear` falls to 0 over the run; or another by its class, with a step at each update.
         reference: The reference policy, whose responses fix each member's origin and unit; `base` for the base itself,
             `null` leaves that to the start of PPO.
         reference_sampling: How the reference responds; use what PPO will use.

@@ -35,7 +35,7 @@ class SFTModule(TrainedWeightsModule):
         weight_decay: Decoupled weight decay of `adamw`.
         warmup_steps: Steps over which the learning rate rises before it falls (`linear`).
         optimizer: `adamw`, or another by its class (`torch.optim.SGD`), which takes all but `lr` in `init_args`.
-        lr_scheduler: `linear` falls to 0 over the run; or another by its class, which makes a step with each batch.
+        lr_scheduler: `linear` falls to 0 over the run; or another by its class, with a step at each update.
     """
 
     stage = "sft"
