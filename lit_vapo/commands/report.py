@@ -102,6 +102,8 @@ def read_run(folder: Path) -> Run:
         facts |= {"reward": _named(model["reward"]), "objective": _named(model["objective"]) or "VarianceAware"}
     elif stage == "reward":
         facts["members"] = _named(model["head"]) or "HeadEnsemble"
+        if count := ((model["head"] or {}).get("init_args") or {}).get("num_members"):
+            facts["members"] = f"{count}, {facts['members']}"
     facts["ended"] = json.loads(ended.read_text())["ended"][:16].replace("T", " ") if ended.is_file() else "not yet"
     whole = folder.resolve()
     name = f"{whole.parent.name}/{whole.name}" if whole.name in PANELS else whole.name
