@@ -50,10 +50,10 @@ def test_a_run_answers_as_its_export_does_and_no_policy_beats_itself(
 
 
 def test_the_better_one_wins(tiny_model_dir, other_model, compared, monkeypatch, tmp_path):
-    file = tmp_path / "own_rewards.py"
+    file = tmp_path / "letter_rewards.py"
     file.write_text("def letter(completions, **kwargs):\n    return [float(len(text)) for text in completions]\n")
     monkeypatch.chdir(tmp_path)
-    reward = ("--reward=FunctionReward", "--reward.function=own_rewards.letter", "--sampling.num_responses=2")
+    reward = ("--reward=FunctionReward", "--reward.function=letter_rewards.letter", "--sampling.num_responses=2")
     text = compared(tiny_model_dir, other_model, *reward, f"--output={tmp_path / 'answers.jsonl'}")
     records = helpers.read_jsonl(tmp_path / "answers.jsonl")
     a, b = records[: len(records) // 2], records[len(records) // 2 :]

@@ -69,8 +69,11 @@ def test_asking_for_exact_kls_changes_nothing_else(tiny_model_dir, reward):
     (_, with_them), (_, without) = (rolled(nets, tiny_model_dir, exact, num_responses=2) for exact in (True, False))
     assert without.token_kl is None
     assert "kl_exact" not in rollout_statistics(without)
-    for name in ("logprobs", "ref_logprobs", "entropy", "values", "value_states", "reward"):
+    for name in ("ref_logprobs", "values", "value_states", "reward"):
         assert torch.equal(getattr(with_them, name), getattr(without, name)), name
+    # Exact KLs need a pass of the policy; without them sampling tells these, rounded otherwise.
+    for name in ("logprobs", "entropy"):
+        torch.testing.assert_close(getattr(with_them, name), getattr(without, name), atol=2e-5, rtol=1e-5)
 
 
 def test_only_training_asks_for_them(tiny_model_dir, reward):
