@@ -20,9 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.critic import CriticSpec
-from lit_vapo.models.pretrained import Lora, Pretrained, quiet
+from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.shaping import Shaping
 from lit_vapo.models.token_rows import TokenRows
+from lit_vapo.models.weights import quiet
 
 
 def seconds(score: Callable[[], object], device: str) -> float:

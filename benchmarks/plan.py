@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_vapo.commands.plan_settings import read_settings
-from lit_vapo.models.pretrained import quiet
+from lit_vapo.models.weights import quiet
 
 WORKER = Path(__file__).parent / "workers" / "plan_job.py"
 PROMPT, NEW, ROWS, VOCABULARY = 96, 32, 8, 8192

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from lit_vapo.commands.plan_settings import read_settings
-from lit_vapo.models.pretrained import quiet
+from lit_vapo.models.weights import quiet
 from lit_vapo.plan.draft import Plan
 from lit_vapo.plan.formulas import fits
 from lit_vapo.plan.gpus import GB, find_gpu

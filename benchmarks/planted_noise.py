@@ -34,7 +34,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_vapo.functional import spearman
 from lit_vapo.models.batching import right_pad
-from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, hidden_size, load_backbone, quiet
+from lit_vapo.models.pretrained import Pretrained, decoder_layers, freeze, hidden_size, load_backbone
+from lit_vapo.models.weights import quiet
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.bayesian import BayesianLinear
 from lit_vapo.rewards.members.dropout import McDropout

@@ -41,7 +41,8 @@ from ppo_task import train_heads, write_rows  # noqa: E402
 from reward_uq import WORDS, make_model, spread, write_pairs  # noqa: E402
 
 from lit_vapo.folders import claim_folder, new_folder  # noqa: E402
-from lit_vapo.models.pretrained import Pretrained, load_causal_lm, quiet  # noqa: E402
+from lit_vapo.models.pretrained import Pretrained, load_causal_lm  # noqa: E402
+from lit_vapo.models.weights import quiet  # noqa: E402
 
 RANK = 16
 

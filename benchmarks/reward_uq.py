@@ -48,7 +48,7 @@ sys.path.insert(0, str(WORKERS))
 from job import Answer, Job, start  # noqa: E402
 
 from lit_vapo.models.batching import TOKENS_ON_CPU  # noqa: E402
-from lit_vapo.models.pretrained import quiet  # noqa: E402
+from lit_vapo.models.weights import quiet  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TEXT = """

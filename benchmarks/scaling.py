@@ -33,7 +33,7 @@ from ppo_task import train_heads  # noqa: E402
 from reward_uq import make_model, write_pairs  # noqa: E402
 
 from lit_vapo.folders import claim_folder, new_folder  # noqa: E402
-from lit_vapo.models.pretrained import quiet  # noqa: E402
+from lit_vapo.models.weights import quiet  # noqa: E402
 
 AXES = {"response_length": "tokens of a response", "batch_size": "responses", "members": "heads"}
 

@@ -50,7 +50,7 @@ from ppo_task import PROMPT, RESPONSE, Judge, Judged, Language, make_policy, mak
 
 from lit_vapo.figures.drawing import BLUE, GREY, ORANGE  # noqa: E402
 from lit_vapo.folders import claim_folder, new_folder, write_whole  # noqa: E402
-from lit_vapo.models.pretrained import quiet  # noqa: E402
+from lit_vapo.models.weights import quiet  # noqa: E402
 from lit_vapo.study.experiment import Record  # noqa: E402
 
 # Prompts for runs that are so many times as long.

@@ -96,3 +96,8 @@ def lasting(stream: TextIO) -> TextIO:
         errors="replace",
         line_buffering=True,
     )
+
+
+def visible(text: str, kept: str = "") -> str:
+    """A text whose control characters are shown, but for those that are kept."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)

@@ -13,7 +13,8 @@ from job import Answer, Job, serve
 from lightning.pytorch import Trainer
 
 from lit_vapo.data.datamodule import PreferenceDataModule
-from lit_vapo.models.pretrained import Pretrained, quiet
+from lit_vapo.models.pretrained import Pretrained
+from lit_vapo.models.weights import quiet
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.members.lora import LoraEnsemble

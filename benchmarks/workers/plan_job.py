@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lit_vapo.commands.run import StageCLI
 from lit_vapo.commands.stages import STAGES
-from lit_vapo.models.pretrained import quiet
+from lit_vapo.models.weights import quiet
 from lit_vapo.rollout import RolloutMaker
 from lit_vapo.stages.ppo.update import PPOUpdate
 

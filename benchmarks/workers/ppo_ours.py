@@ -14,7 +14,8 @@ from lit_vapo import objectives
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import Lora, Pretrained, quiet
+from lit_vapo.models.pretrained import Lora, Pretrained
+from lit_vapo.models.weights import quiet
 from lit_vapo.stages.ppo.module import PPOModule
 from lit_vapo.stages.ppo.update import UpdateSettings
 

@@ -14,7 +14,7 @@ from lit_vapo.commands.voices import Voice, exported, find_voices, opinion, plai
 from lit_vapo.data.encoder import Encoder
 from lit_vapo.models.answers import Answer, answers
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import quiet
+from lit_vapo.models.weights import quiet
 from lit_vapo.rewards import RewardSource
 from lit_vapo.rollout import Encoders, text_responses
 from lit_vapo.types import Prompt

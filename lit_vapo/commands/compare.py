@@ -26,7 +26,7 @@ from lit_vapo.evaluation.policy_report import PolicyReport, compare
 from lit_vapo.folders import write_whole
 from lit_vapo.functional.intervals import share_interval
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import quiet
+from lit_vapo.models.weights import quiet
 from lit_vapo.rewards import Responses, RewardSource
 from lit_vapo.rollout import sampled_responses
 from lit_vapo.stages.seeding import seeded

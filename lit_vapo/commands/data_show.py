@@ -15,7 +15,7 @@ from lit_vapo.data.columns import Columns
 from lit_vapo.data.readers import load_encoder
 from lit_vapo.data.show import Marks, Summary, Viewer, show
 from lit_vapo.data.sources import iterate_rows
-from lit_vapo.models.pretrained import quiet
+from lit_vapo.models.weights import quiet
 
 
 def show_file(

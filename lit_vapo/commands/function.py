@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 from lit_vapo.commands.options import Parser, check_models
-from lit_vapo.models.pretrained import quiet
+from lit_vapo.models.weights import quiet
 
 
 def call(prog: str, function: Callable[..., None], words: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lit_vapo.commands.plan_settings import Settings, chosen_stage, read_settings
-from lit_vapo.models.pretrained import quiet
+from lit_vapo.models.weights import quiet
 from lit_vapo.plan.draft import Plan
 from lit_vapo.plan.formulas import fits
 from lit_vapo.plan.gpus import GB, GPUS, Gpu, find_gpu

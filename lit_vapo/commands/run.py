@@ -39,7 +39,7 @@ from lit_vapo.commands.run_folder import (
 )
 from lit_vapo.commands.save_config import SaveConfig
 from lit_vapo.folders import absolute, write_whole
-from lit_vapo.models.pretrained import quiet
+from lit_vapo.models.weights import quiet
 from lit_vapo.trackers import go_on, lasting
 
 # What the best checkpoint is kept by, where the stage has one figure for that.

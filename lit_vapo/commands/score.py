@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from lit_vapo.commands.options import Parser
 from lit_vapo.commands.sources import chosen_source, device_of, opinions, ready, row_responses, warn_of_units
-from lit_vapo.models.pretrained import quiet
 from lit_vapo.models.settings import explain
+from lit_vapo.models.weights import quiet
 from lit_vapo.rewards import RewardSource
 from lit_vapo.rewards.protocol import Row
 from lit_vapo.rollout import Encoders

@@ -13,6 +13,7 @@ from lit_vapo.commands.export import write_export
 from lit_vapo.commands.resume import checkpoint_meant
 from lit_vapo.commands.run_folder import CHECKPOINTS
 from lit_vapo.commands.sources import device_of
+from lit_vapo.console import visible
 from lit_vapo.models.exported import ADAPTER_CONFIG, AdapterFile, check_policy, is_adapter
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Pretrained, load_causal_lm, load_tokenizer, place
@@ -104,5 +105,5 @@ def opinion(reward: float | None, sigma: float | None) -> str:
 
 
 def plain(text: str) -> str:
-    """A text whose control characters are shown, line breaks and tabs aside."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    """A text as it is printed: its line breaks and tabs break and tab, other control characters are shown."""
+    return visible(text, "\n\t")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from rich.cells import cell_len
 from rich.text import Text
 
+from lit_vapo.console import visible
 from lit_vapo.data.conversation import Preference
 from lit_vapo.data.encoder import EncodedPair, Encoder
 from lit_vapo.data.formats import read_preference, read_prompt
@@ -104,17 +105,13 @@ class Viewer:
         tokenizer = self.encoder.tokenizer
         piece = str(tokenizer.convert_ids_to_tokens(token))
         if token in self._control:
-            return _visible(piece).join(self.marks.control), CONTROL
+            return visible(piece).join(self.marks.control), CONTROL
         text = str(tokenizer.decode([token]))
         if piece.startswith("▁") and not text.startswith(" "):
             text = " " + text  # SentencePiece drops the space of a text's first word
         if "\ufffd" in text:
             text = piece  # a part of a character
-        return _visible(text).replace(" ", self.marks.space), ""
-
-
-def _visible(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return visible(text).replace(" ", self.marks.space), ""
 
 
 def _lost(whole: Sequence[int], kept: Sequence[int]) -> range:

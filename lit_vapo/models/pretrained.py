@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from lit_vapo.folders import absolute
 from lit_vapo.models.quantised import let_inputs_go
@@ -286,9 +285,3 @@ def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Freeze a model and move it to a device; a quantised one was loaded where it belongs."""
     freeze(model)
     return model if getattr(model, "is_quantized", False) else cast("PreTrainedModel", model.to(device))
-
-
-def quiet() -> None:
-    """No reports of unused heads and no progress bars while weights are read."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -94,12 +94,17 @@ def _expected(path: str) -> str:
     return f"expected a folder with a transformers model (config.json), or a hub name, got {path!r}"
 
 
-@contextmanager
-def hushed() -> Iterator[None]:
-    """A block, or a function, in which transformers reports no unused heads and draws no bars; after it, as before."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+def quiet() -> None:
+    """No reports of unused heads and no progress bars from transformers."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """A block, or a function, in which transformers is `quiet`; after it, as before."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    quiet()
     try:
         yield
     finally:

@@ -81,7 +81,7 @@ class PPOModule(ScoredPolicy):
             while the policy is above the budget.) `null` for no limit.
         kl_estimator: What stands for a token's KL in the penalty, as far as its weight is the same for all responses:
             `sampled`, the log-ratio of the token drawn, or `exact`, the KL of the whole distribution it was drawn from,
-            which is less noisy and takes two more products with the head per scored token.
+            which is less noisy and takes two more products with the head per scored token (in float32 a pass, too).
         reward_clip: Largest absolute terminal reward, or `null`.
         missing_eos_penalty: Taken off the reward of a response cut off at `max_new_tokens`.
         gold: A judge that only watches: its mean is logged, training never sees it.

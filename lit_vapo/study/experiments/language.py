@@ -23,7 +23,8 @@ from lit_vapo.advantages.rloo import Rloo
 from lit_vapo.commands.notices import WARNINGS
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.generation import Sampling
-from lit_vapo.models.pretrained import Lora, quiet
+from lit_vapo.models.pretrained import Lora
+from lit_vapo.models.weights import quiet
 from lit_vapo.objectives.base import Objective
 from lit_vapo.rewards import HeldEnsemble, RewardSource
 from lit_vapo.rewards.members.base import RewardHead
