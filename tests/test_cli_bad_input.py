@@ -65,6 +65,7 @@ def test_an_unknown_option_is_named(stage_args, tmp_path, capsys, untrained, opt
         (["--trainer.max_epoch=1"], "--trainer.max_epochs"),  # a beginning is no option either
         (["--num_reference=1"], "--model.num_reference"),
         (["--backbone_learning_rat=1"], "--model.backbone_learning_rate"),
+        (["--num_responses=1"], "--model.reference_sampling.num_responses"),  # too far from the whole name
         (["--model.head=HeadEnsembl"], "HeadEnsemble"),
         (["--model.head=HeadEnsemble", "--model.head.num_member=3"], "num_members"),
     ],
