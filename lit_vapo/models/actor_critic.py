@@ -25,6 +25,7 @@ from lit_vapo.models.critic import (
 from lit_vapo.models.digests import seal
 from lit_vapo.models.exported import same_model
 from lit_vapo.models.generation import Sampling, generation_config, stop_ids
+from lit_vapo.models.lower_blocks import LowerBlocks
 from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.models.shaping import Shaping
@@ -44,6 +45,8 @@ class ReferencePass(NamedTuple):
         value_states: States for the critic (B, T, H), or `None` if it has another trunk.
         pooled: Pooled hidden states (B, H) for each tap that was asked for.
         states: States that predict each response token (B, T, H), or `None` if nobody asked.
+        lower_states: What the blocks below the policy's adapters make of all tokens (B, L, H); `None` where there are
+            none.
     """
 
     logprobs: Tensor
@@ -51,6 +54,7 @@ class ReferencePass(NamedTuple):
     value_states: Tensor | None
     pooled: list[Tensor]
     states: Tensor | None = None
+    lower_states: Tensor | None = None
 
 
 class ActorCritic(nn.Module):
@@ -90,6 +94,7 @@ class ActorCritic(nn.Module):
         self.policy = Policy(
             base, lora, critic_adapter=self.critic_trunk == "lora", critic_depth=self.value_layer, start=policy
         )
+        self.lower = LowerBlocks(self.policy)
         self.warm = critic is not None and critic.warm_start and comparable
         self.critic: Critic | None = None
         self.critic_start = "zeros"
@@ -140,8 +145,12 @@ class ActorCritic(nn.Module):
     def _reference(self, rows: TokenRows, shaping: Shaping, taps: Sequence[Tap], keep_states: bool) -> ReferencePass:
         read_here = self.value_layer if self.critic_trunk == "reference" else None
         layers = [None, read_here, *(tap.layer for tap in taps)]
-        last, valued, *tapped = self.policy.layers("reference", rows.input_ids, rows.lengths, layers)
-        logprobs = self.policy.logprobs("reference", last, *rows, shaping)
+        with self.lower.keep() as kept:
+            last, valued, *tapped = self.policy.layers("reference", rows.input_ids, rows.lengths, layers)
+        if kept and not self.lower.tried:
+            with self.lower.give(kept[0]):
+                self.lower.compare(last, self.policy.hidden("reference", rows.input_ids, rows.lengths).last)
+        logprobs = self.policy.logprobs("reference", last, *rows[:3], shaping)
         size = rows.response_mask.shape[1]
         states = response_states(last, rows.prompt_lengths, size) if keep_states else None
         value_states = None
@@ -151,11 +160,13 @@ class ActorCritic(nn.Module):
         for tap, hidden in zip(taps, tapped, strict=True):
             read = content_lengths(rows.input_ids, rows.lengths, rows.prompt_lengths, tap.ends)
             pooled.append(pool(hidden, read, rows.prompt_lengths, tap.pooling))
-        return ReferencePass(logprobs.logprobs, logprobs.entropy, value_states, pooled, states)
+        lower_states = kept[0] if self.lower.depth else None
+        return ReferencePass(logprobs.logprobs, logprobs.entropy, value_states, pooled, states, lower_states)
 
     def actor(self, rows: TokenRows, shaping: Shaping) -> TokenLogprobs:
         """Log-probabilities and entropies of the responses under the policy (B, T)."""
-        return self.policy.response_logprobs("actor", rows, shaping)
+        with self.lower.give(rows.lower_states):
+            return self.policy.response_logprobs("actor", rows, shaping)
 
     def actor_with_kl(self, rows: TokenRows, shaping: Shaping, ref_states: Tensor) -> tuple[TokenLogprobs, Tensor]:
         """The same, and the exact KL of each token's distribution from the reference's (B, T), nats, from one pass.
@@ -169,9 +180,10 @@ class ActorCritic(nn.Module):
         def work(_: object) -> list[Tensor]:
             hidden = self.policy.hidden("actor", rows.input_ids, rows.lengths).last
             kl = self.policy.kl(hidden, ref_states, rows, shaping)
-            return [*self.policy.logprobs("actor", hidden, *rows, shaping), kl]
+            return [*self.policy.logprobs("actor", hidden, *rows[:3], shaping), kl]
 
-        *logprobs, kl = self.policy.within("actor", work)
+        with self.lower.give(rows.lower_states):
+            *logprobs, kl = self.policy.within("actor", work)
         return TokenLogprobs(*logprobs), kl
 
     def values(self, rows: TokenRows, value_states: Tensor | None) -> Tensor:

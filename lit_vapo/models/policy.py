@@ -214,7 +214,7 @@ class Policy(nn.Module):
 
         def work(lm: PreTrainedModel) -> TokenLogprobs:
             hidden = self.hidden(role, rows.input_ids, rows.lengths).last
-            return self.logprobs(role, hidden, *rows, shaping)
+            return self.logprobs(role, hidden, *rows[:3], shaping)
 
         return self.within(role, work)
 

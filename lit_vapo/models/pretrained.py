@@ -74,7 +74,7 @@ class Lora:
         alpha: The update is scaled by alpha / rank.
         target_modules: Names of the linear layers to adapt, or `all-linear`.
         top_layers: Adapt only this many of the topmost layers; `null` adapts all. Backpropagation stops below
-            them, so the cost of a training step falls in proportion.
+            them, so the cost of a training step falls in proportion. PPO computes what lies below once an iteration.
     """
 
     rank: PositiveInt = 16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -31,12 +31,21 @@ def recomputed(backbone: nn.Module, again: Again = nullcontext) -> Iterator[None
     if not (recomputes_blocks(backbone) and torch.is_grad_enabled()):
         yield
         return
-    blocks = list(decoder_layers(backbone))[:-1]
+
+    def again_on_the_way_back(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(checkpoint, forward, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+
+    with forwards(list(decoder_layers(backbone))[:-1], again_on_the_way_back):
+        yield
+
+
+@contextmanager
+def forwards(blocks: Sequence[nn.Module], change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """A block in which some modules compute something else: what is made of each one's `forward`."""
     # What others have put in place of a class's own.
     own = [vars(block).get("forward") for block in blocks]
     for block in blocks:
-        function = partial(checkpoint, block.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
-        cast("Any", block).forward = function
+        cast("Any", block).forward = change(block.forward)
     try:
         yield
     finally:

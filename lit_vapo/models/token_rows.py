@@ -16,11 +16,13 @@ class TokenRows(NamedTuple):
         input_ids: Token ids (B, L).
         prompt_lengths: Tokens of each prompt (B,).
         response_mask: True at the tokens of each response (B, T), from its first token on.
+        lower_states: What the blocks below the policy's adapters make of the tokens (B, L, H), if it was kept.
     """
 
     input_ids: Tensor
     prompt_lengths: Tensor
     response_mask: Tensor
+    lower_states: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -39,4 +41,5 @@ class TokenRows(NamedTuple):
         prompts = self.prompt_lengths[index]
         size = int(mask.sum(1).max())
         longest = int((prompts + mask.sum(1)).max())
-        return TokenRows(self.input_ids[index, :longest], prompts, mask[:, :size])
+        lower = None if self.lower_states is None else self.lower_states[index, :longest]
+        return TokenRows(self.input_ids[index, :longest], prompts, mask[:, :size], lower)

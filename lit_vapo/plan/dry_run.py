@@ -164,7 +164,7 @@ class DryRun:
                 states = response_states(valued, batch.prompt_lengths, new)
             del last, valued, _
             with meter.part("activations"):
-                hidden = networks.policy.hidden("actor", batch.input_ids, batch.lengths).last
+                hidden = _acted(networks, batch)
             self._logprobs(networks.policy, "actor", hidden, batch)
             del hidden
             if networks.critic is not None:
@@ -178,7 +178,7 @@ class DryRun:
         with self._metered(trained) as meter, self._cut_below(meter):
             batch = _rows(rows, prompt_length, new)
             with meter.part("activations"):
-                hidden = networks.policy.hidden("actor", batch.input_ids, batch.lengths).last
+                hidden = _acted(networks, batch)
             loss = self._logprobs(networks.policy, "actor", hidden, batch).sum()
             if networks.critic is not None:
                 states = None
@@ -240,6 +240,14 @@ class DryRun:
                 softcap=softcap,
             )
         return out.logprobs
+
+
+def _acted(networks: ActorCritic, batch: TokenRows) -> Tensor:
+    """The actor's last hidden states (B, L, H); what the pass of the reference has computed already is given."""
+    lower, policy = networks.lower, networks.policy
+    given = torch.zeros(*batch.input_ids.shape, policy.hidden_size, dtype=policy.causal_lm.dtype)
+    with lower.give(given if lower.depth else None):
+        return policy.hidden("actor", batch.input_ids, batch.lengths).last
 
 
 def _sequences(rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:

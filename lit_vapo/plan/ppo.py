@@ -108,16 +108,15 @@ def _draft(job: PPOJob, setup: Setup, depth: int) -> Draft:
     )
     # Scoring.
     kept = KEPT * rows * job.new
-    states = 0.0
-    if networks.critic_trunk == "reference":
-        item = 2 if setup.mixed or lm.dtype != torch.float32 else 4
-        states = float(rows * job.new * networks.policy.hidden_size * item)
+    item = 2 if setup.mixed or lm.dtype != torch.float32 else 4
+    read = job.new if networks.critic_trunk == "reference" else 0
+    states = float(rows * (read + (width if networks.lower.depth else 0)) * networks.policy.hidden_size * item)
     batch = microbatch(rows, width, TOKENS_ON_CPU if setup.on_cpu else TOKENS_PER_BATCH)
     passes = -(-rows // batch)
     taps = () if job.reward is None else job.reward.taps
     scored = run.score(networks, batch, job.prompt_length, job.new, taps)
     scoring = [scored]
-    # What the passes kept for the critic, put side by side and then in order.
+    # What the passes kept for the critic and below the adapters, put side by side and then in order.
     moments = [Moment({"workspace": 3 * states + kept})]
     flops = scored.flops * passes
     for scorer in scorers:

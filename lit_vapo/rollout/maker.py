@@ -45,6 +45,7 @@ class _Scored(NamedTuple):
     values: Tensor | None
     value_states: Tensor | None
     kl: Tensor | None
+    lower_states: Tensor | None
     pooled: list[Tensor]
 
 
@@ -154,6 +155,7 @@ class RolloutMaker:
             self._ending.look(estimate.mean, generated.stopped)
             log_ratio = sequence_log_ratio(scored.logprobs, scored.ref_logprobs, rows.response_mask)
             score = objective.observe(estimate, log_ratio, each, all_sum)
+            rows = rows._replace(lower_states=scored.lower_states)
         reward = clip_rewards(score.reward, self.reward_clip)
         reward = torch.where(generated.stopped, reward, reward - self.missing_eos_penalty)
         gold = None
@@ -250,6 +252,7 @@ class RolloutMaker:
             index = torch.tensor(chosen, device=rows.input_ids.device)
             part = rows.select(index)
             reference = self.networks.reference(part, self.shaping, self.reward.taps, keep_states=exact_kl)
+            part = part._replace(lower_states=reference.lower_states)
             sampler: TokenLogprobs | ReferencePass = reference
             kl = None
             if reference.states is not None:
@@ -264,6 +267,7 @@ class RolloutMaker:
                     widen(self.networks.values(part, reference.value_states), size) if values else None,
                     None if reference.value_states is None or not values else widen(reference.value_states, size),
                     None if kl is None else widen(kl, size),
+                    None if part.lower_states is None else widen(part.lower_states, rows.input_ids.shape[1]),
                     reference.pooled,
                 )
             )
