@@ -15,7 +15,8 @@ What is measured:
   computation of the features;
 - adapters: K LoRA members with a reward head each, on all blocks and on the top quarter of them; ours in one
   training, the peer's in one training per member, times summed;
-- growth: ours alone, 2K members on the top quarter against one.
+- growth: ours alone, 2K members on the top quarter against one;
+- bootstrap: ours alone, adapters on all blocks that each read the pairs of their own bootstrap, against all pairs.
 
 Equal on both sides: texts, tokens, batch size, steps, data type, threads, AdamW and its settings, rank, scale and place
 of the adapters. Off on both sides: bootstrap, regularisation, gradient clipping, logging, checkpoints, evaluation,
@@ -176,6 +177,20 @@ def growth(job: Job, repetitions: int) -> None:
     )
 
 
+def bootstrapped(job: Job, repetitions: int) -> None:
+    """Ours alone: members that read the pairs of their own bootstrap against members that read all."""
+    own: list[float] = []
+    every: list[float] = []
+    for i in range(repetitions):
+        for bootstrap, seconds in ((True, own), (False, every))[:: -1 if i % 2 else 1]:
+            seconds.append(run(sys.executable, "ours.py", replace(job, bootstrap=bootstrap)).train)
+    ratios = [b / a for a, b in zip(own, every, strict=True)]
+    print(
+        f"bootstrap: {job.members} members on all blocks, each with its own pairs against all pairs: "
+        f"{statistics.median(own):.3g} s, {statistics.median(every):.3g} s, ratio {spread(ratios)}"
+    )
+
+
 def main(
     peer_python: str | None = None,
     model: str | None = None,
@@ -191,7 +206,7 @@ def main(
     repetitions: int | None = None,
     threads: int = 1,
     processor_time: bool = False,
-    parts: list[str] = ["heads", "adapters", "growth"],  # noqa: B006
+    parts: list[str] = ["heads", "adapters", "growth", "bootstrap"],  # noqa: B006
 ) -> None:
     """Print the table.
 
@@ -260,6 +275,8 @@ def main(
                 both.line("    peak memory", lambda a: a.peak_mb, unit="MB")
         if "growth" in parts:
             growth(job, repetitions)
+        if "bootstrap" in parts:
+            bootstrapped(replace(job, top_layers=layers), repetitions)
     if peer_python is None:
         print("The peer was left out: --peer_python wants the interpreter of an environment with RewardUQ.")
 

@@ -5,11 +5,12 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
 from lit_vapo.cli import main
-from lit_vapo.commands.report import read_run
+from lit_vapo.commands.report import page, read_run
 from lit_vapo.evaluation.findings import policy_findings, verdict_findings
 
 REFERENCE = {
@@ -130,9 +131,20 @@ def test_a_page_shows_what_the_run_wrote_and_nothing_runs_in_it(tested, capsys):
 
 def test_runs_are_set_side_by_side(tested, reward_run, tmp_path):
     main(["report", str(tested), str(reward_run), f"--output={tmp_path}/new/both.html"])
-    page = (tmp_path / "new/both.html").read_text()
-    assert "Side by side" in page
-    assert "Not tested yet: lit-vapo reward test" in page
+    text = (tmp_path / "new/both.html").read_text()
+    assert "Side by side" in text
+    assert text.index("Side by side") < text.index("Whether to trust it")
+    assert "Not tested yet: lit-vapo reward test" in text
+
+
+def test_settings_that_differ_are_set_side_by_side(tested):
+    run = read_run(tested)
+    other = replace(run, name="other", settings=run.settings.replace("max_new_tokens: 6", "max_new_tokens: 7"))
+    assert other.settings != run.settings
+    table = page([run, other]).partition("Whether to trust it")[0]
+    assert "<tr><th>model.sampling.max_new_tokens</th><td>6</td><td>7</td></tr>" in table
+    assert "model.seed" not in table
+    assert "Side by side" not in page([run])
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -41,6 +41,7 @@ class Job:
         threads: Threads of torch.
         learning_rate: Peak learning rate of AdamW; it decays linearly.
         processor_time: Count the seconds that the process computed, not those that passed.
+        bootstrap: Ours alone: each adapter has its own bootstrap of the pairs, and reads no others.
     """
 
     part: str
@@ -62,6 +63,7 @@ class Job:
     threads: int
     learning_rate: float
     processor_time: bool
+    bootstrap: bool = False
 
     def now(self) -> float:
         """The clock's seconds."""

@@ -109,7 +109,7 @@ def work(job: Job) -> Answer:
         alpha=job.alpha,
         target_modules=job.targets,
         top_layers=None if job.top_layers == job.layers else job.top_layers,
-        bootstrap=False,
+        bootstrap=job.bootstrap,
     )
     module, seconds = fit(job, head, job.epochs, loads)
     whole = module.prepared - sum(loads) + module.seconds

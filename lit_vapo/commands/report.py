@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,10 +182,26 @@ def page(runs: Sequence[Run]) -> str:
     """The page, pictures and all."""
     names = dict.fromkeys(name for run in runs for name in run.figures)
     figures = {name: [f"{run.figures.get(name, math.nan):.3g}" for run in runs] for name in names}
+    figures |= _differences([dict(_flat(yaml.safe_load(run.settings))) for run in runs])
     machine = "\n".join(f"{name}: {value}" for name, value in machine_facts().items())
     title = " and ".join(run.name for run in runs)
     shown = figures if len(runs) > 1 else {}
     return html("lit_vapo.commands", "report.html.j2", title=title, runs=runs, figures=shown, machine=machine)
+
+
+def _differences(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Settings that are not the same in all runs, where these are of one kind and have them all."""
+    shared = [key for key in settings[0] if all(key in each for each in settings)]
+    found = {key: [each[key] for each in settings] for key in shared if key != "trainer.default_root_dir"}
+    return {key: values for key, values in found.items() if len(set(values)) > 1}
+
+
+def _flat(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(settings, dict) and settings:
+        for name, value in settings.items():
+            yield from _flat(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, "null" if settings is None else str(settings)
 
 
 def _named(value: Any) -> str:

@@ -90,7 +90,8 @@ class StageCLI(LightningCLI):
                     # The modules make their own optimisers; options that do nothing would mislead.
                     auto_configure_optimizers=False,
                     seed_everything_default=0,
-                    trainer_defaults={"default_root_dir": f"runs/{stage}"},
+                    # `about` says what trains; a table of modules in two thousand parts says nothing more.
+                    trainer_defaults={"default_root_dir": f"runs/{stage}", "enable_model_summary": False},
                     parser_kwargs={"prog": f"lit-vapo {stage}"},
                     args=list(args) if args is not None else None,
                 )

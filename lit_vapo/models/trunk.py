@@ -198,18 +198,22 @@ def pooled(
     ends: Sequence[int] = (),
     layers: Sequence[int | None] = (None,),
     again: Again = nullcontext,
+    rows: Tensor | None = None,
 ) -> list[Tensor]:
     """Features of right-padded sequences (B, L), one tensor for each of `layers`, from one pass.
 
     They are (B, H), or (B, K, H) from a backbone that answers once per member. The tokens of `ends` are not read where
-    they end a response.
+    they end a response. A backbone whose answers are of other rows than these says of which: `rows` (N,), for features
+    (N, H).
     """
-    lengths = content_lengths(input_ids, lengths, prompt_lengths, ends)
+    read = lengths = content_lengths(input_ids, lengths, prompt_lengths, ends)
+    if rows is not None:
+        lengths, prompt_lengths = lengths[rows], prompt_lengths[rows]
     with last_rows_only(backbone, lengths) if pooling == "last" else nullcontext():
-        states = run_layers(backbone, input_ids, lengths, layers, again)
+        states = run_layers(backbone, input_ids, read, layers, again)
     copies = states[0].shape[0] // len(lengths)
-    rows = (lengths.repeat(copies), prompt_lengths.repeat(copies), pooling)
-    features = [pool(hidden, *rows) for hidden in states]
+    repeated = (lengths.repeat(copies), prompt_lengths.repeat(copies), pooling)
+    features = [pool(hidden, *repeated) for hidden in states]
     return features if copies == 1 else [x.view(copies, len(lengths), -1).transpose(0, 1) for x in features]
 
 

@@ -69,8 +69,9 @@ class RewardModel(nn.Module):
 
     def encode(self, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> Tensor:
         """Features (B, H) of right-padded sequences (B, L), or (B, K, H) where members differ in them."""
-        rows = (input_ids, lengths, prompt_lengths, self.spec.pooling, self.spec.ends)
-        return self.head.join(self.each_pass(lambda x: pooled(x, *rows, again=self.head.in_place)[0]))
+        inputs = (input_ids, lengths, prompt_lengths, self.spec.pooling, self.spec.ends)
+        options: dict[str, Any] = {"again": self.head.in_place, "rows": self.head.rows}
+        return self.head.join(self.each_pass(lambda x: pooled(x, *inputs, **options)[0]))
 
     def each_pass(self, work: Callable[[PreTrainedModel], T]) -> list[T]:
         """What a function makes of each of the models to run, one after another."""

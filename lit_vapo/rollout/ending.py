@@ -42,5 +42,5 @@ class EndingWatch:
                 f"{'end' if gap > 0 else 'go on'} first of all. Give responses more room "
                 "(model.sampling.max_new_tokens), say yourself what an end is worth (model.missing_eos_penalty), or "
                 "train the ensemble on responses as long as these.",
-                stacklevel=3,
+                stacklevel=2,
             )

@@ -232,7 +232,7 @@ class RolloutMaker:
                 f"0 of {len(stopped)} responses (0%) ended by themselves, all were cut off at "
                 f"{self.sampling.max_new_tokens} tokens: their rewards are those of unfinished texts. Give them more "
                 "room (model.sampling.max_new_tokens) or more to end with (stop_token_ids, stop_strings).",
-                stacklevel=3,
+                stacklevel=2,
             )
 
     def _decode(self, rows: TokenRows) -> list[str]:

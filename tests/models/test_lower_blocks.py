@@ -125,6 +125,7 @@ def test_a_rollout_keeps_the_states_for_learning_alone(folders, tmp_path):
     learned = maker.make(batch, ppo_helpers.MeanReward(), all_sum=lambda x: x)
     watched = maker.make(batch, ppo_helpers.MeanReward())
     assert watched.rows.lower_states is None
+    assert learned.rows.lower_states.shape == (*learned.rows.input_ids.shape, 32)
     whole = nets.actor(learned.rows._replace(lower_states=None), maker.shaping).logprobs
     torch.testing.assert_close(nets.actor(learned.rows, maker.shaping).logprobs, whole, atol=1e-5, rtol=1e-5)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -82,6 +83,67 @@ def test_a_member_trains_as_it_would_alone(tiny_model_dir):
             torch.testing.assert_close(a[key].grad[0], b[key].grad[0], atol=1e-6, rtol=1e-4)
             assert b[key].grad[2].abs().max() > 0
     torch.testing.assert_close(one.head.weight.grad[0], three.head.weight.grad[0])
+
+
+def many(pairs, seed=0, **kwargs):
+    """Pairs of sequences of different lengths, chosen ones first, and their labels."""
+    make = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 12, (2 * pairs,), generator=make)
+    ids = torch.randint(3, 60, (2 * pairs, 11), generator=make)
+    ones = torch.ones(pairs)
+    return (ids, lengths, torch.full((2 * pairs,), 2)), PairLabels(0 * ones, ones, ones, torch.arange(pairs), **kwargs)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_pairs_that_the_bootstrap_leaves_out_are_not_read(tmp_path, kind, checkpointing, pooling):
+    sizes = {"head_dim": 16} if kind == "gemma2" else {}
+    folder = tiny_model(tmp_path / "base", tiny_tokenizer(tmp_path / "base"), kind=kind, layers=3, **sizes)
+    inputs, labels = many(8)
+    found, rows = [], []
+    for skips in (False, True):
+        model = reward_model(folder, top_layers=2, centering=0.1)
+        model.spec = FeatureSpec(Pretrained(folder, gradient_checkpointing=checkpointing), None, pooling)
+        model.backbone.recomputes_blocks = checkpointing
+        decoder_layers(model.backbone)[-1].register_forward_hook(lambda *args: rows.append(len(args[2])))
+        with model.head.learning_from(labels) if skips else nullcontext():
+            features = model.encode(*inputs)
+        value = model.head.loss(features[:8], features[8:], labels)
+        value.backward()
+        found.append([value.detach(), *(p.grad for p in model.head.parameters())])
+    counted = (poisson_bootstrap(labels.example_ids, 3, seed=0) > 0).sum(0)
+    assert counted.unique().numel() > 1
+    assert rows == [3 * 16, 3 * 2 * int(counted.max())]
+    for whole, few in zip(*found, strict=True):
+        assert whole.abs().max() > 0
+        torch.testing.assert_close(few, whole, atol=1e-6, rtol=1e-4)
+    assert model.encode(*inputs).shape == (16, 3, 32)
+
+
+@pytest.mark.parametrize(
+    ("members", "weights"),
+    [
+        (2, [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]),  # as many rows as the batch has
+        (3, [[1.0, 1.0, 0.0]] * 2 + [[0.0, 0.0, 0.0]] * 2),  # a member and two pairs that do not count
+        (2, [[0.0, 0.0]] * 4),
+        (2, [[1.0, 1.0]] * 4),
+        (1, [[0.0], [1.0], [0.0], [1.0]]),
+    ],
+)
+def test_whatever_pairs_count_the_loss_is_that_of_all_rows(tiny_model_dir, monkeypatch, members, weights):
+    inputs, labels = many(4)
+    monkeypatch.setattr(LoraEnsemble, "pair_weights", lambda *_: torch.tensor(weights))
+    found = []
+    for skips in (False, True):
+        model = reward_model(tiny_model_dir, members=members)
+        with model.head.learning_from(labels) if skips else nullcontext():
+            features = model.encode(*inputs)
+        value = model.head.loss(features[:4], features[4:], labels)
+        value.backward()
+        found.append([value.detach(), *(p.grad for p in model.head.parameters())])
+    for whole, few in zip(*found, strict=True):
+        torch.testing.assert_close(few, whole, atol=1e-6, rtol=1e-4)
 
 
 def test_the_lower_blocks_run_once_for_all_members(tiny_model_dir):

@@ -51,6 +51,8 @@ class RewardHead(ModeratedNormaliser, ABC):
     owns_backbones: bool = False
     # Whether these are held in memory while scoring.
     resident: bool = True
+    # Which rows of a batch its pass answers for, where not for all (see `learning_from`).
+    rows: Tensor | None = None
 
     def __init__(
         self,
@@ -248,6 +250,11 @@ class RewardHead(ModeratedNormaliser, ABC):
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """A block in which the backbone's own passes are the members': within `passes`, and on the way back."""
+        yield
+
+    @contextmanager
+    def learning_from(self, labels: PairLabels) -> Iterator[None]:
+        """A block in which features are for the loss of these pairs alone: of others they may be anything finite."""
         yield
 
     def join(self, outputs: list[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ class LoraEnsemble(RewardHead):
     Below the lowest adapted block all members see the same states, so that part of the backbone runs once. There the
     batch is repeated K times, and each adapted layer y = Wx + α/r·B_k·A_k·x adds the update of all members by two
     grouped matrix products. A member differs from the others by the initialisation of adapters and head and by
-    the bootstrap.
+    the bootstrap. In training no member reads the pairs that its bootstrap leaves out.
 
     Adapters: 2106.09685. Diversity of an ensemble of them: 2401.00243, which maximises the nuclear norm of the members'
     adapters side by side; here it is taken relative to the Frobenius norm, so that larger weights alone gain nothing.
@@ -132,11 +132,35 @@ class LoraEnsemble(RewardHead):
         finally:
             self.active = False
 
+    @contextmanager
+    def learning_from(self, labels: PairLabels) -> Iterator[None]:
+        """A block in which no member reads pairs that its bootstrap has left out, as far as others leave out as many.
+
+        Of the rows of chosen and rejected responses, `rows` has those that the members read, one member after another:
+        each the pairs that count for it, filled up to the member with the most.
+        """
+        counted = self.pair_weights(labels, self.num_members) > 0
+        pairs, most = len(counted), max(1, int(counted.sum(0).max()))
+        # States of as many rows as the batch would be taken for those of the batch.
+        if self.num_members > 1 and most < pairs and self.num_members * most != pairs:
+            first = (~counted).T.byte().argsort(dim=1, stable=True)[:, :most]
+            self.rows = torch.cat([first, first + pairs], dim=1).flatten()
+        try:
+            yield
+        finally:
+            self.rows = None
+
     def join(self, outputs: list[Tensor]) -> Tensor:
         """Features (B, K, H)."""
         (features,) = outputs
         if self.num_members == 1:
             return features[:, None]
+        if self.rows is not None:
+            members = torch.arange(self.num_members, device=features.device).repeat_interleave(
+                len(self.rows) // self.num_members
+            )
+            empty = features.new_zeros(self._rows, self.num_members, features.shape[-1])
+            return empty.index_put((self.rows, members), features)
         if features.ndim != 3:
             raise ValueError(
                 f"expected states of {self.num_members} members, got those of the backbone alone: is this the backbone "
@@ -166,6 +190,8 @@ class LoraEnsemble(RewardHead):
         # Masks, rotations and (before the first block) states have the rows of the batch in front; what is
         # broadcast over the batch has 1 there, and what came from an adapted block K times as many.
         if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == self._rows:
+            if self.rows is not None:
+                return value[self.rows]
             return value.repeat(self.num_members, *[1] * (value.ndim - 1))
         return type(value)(self._repeat(x) for x in value) if isinstance(value, (tuple, list)) else value
 

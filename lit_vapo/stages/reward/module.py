@@ -125,8 +125,10 @@ class RewardModule(BuiltRewards):
         """
         # Heads draw by pair, so that no process needs numbers of its own.
         with seeded_batch(self, rank=0):
-            chosen, rejected = self.encode(batch)
-            loss = self.head.loss(chosen, rejected, self._shared(batch.labels))
+            labels = self._shared(batch.labels)
+            with self.head.learning_from(labels):
+                chosen, rejected = self.encode(batch)
+            loss = self.head.loss(chosen, rejected, labels)
         shown = loss_of_all(self, loss, batch_idx) / len(self.head.present_members)
         self.log("train/loss", shown, prog_bar=True, batch_size=len(chosen))
         return loss
