@@ -31,7 +31,7 @@ from lit_vapo.models.pretrained import Lora, Pretrained, load_tokenizer
 from lit_vapo.models.shaping import Shaping
 from lit_vapo.models.sharding import Sharing
 from lit_vapo.models.token_rows import TokenRows
-from lit_vapo.models.trunk import Tap, content_lengths, pool, response_states, run_trunk
+from lit_vapo.models.trunk import Tap, content_lengths, length_mask, pool, response_states, run_trunk
 
 CRITIC_NAME = "critic"
 
@@ -148,8 +148,10 @@ class ActorCritic(nn.Module):
         with self.lower.keep() as kept:
             last, valued, *tapped = self.policy.layers("reference", rows.input_ids, rows.lengths, layers)
         if kept and not self.lower.tried:
+            real = length_mask(rows.lengths, rows.input_ids.shape[1])
             with self.lower.give(kept[0]):
-                self.lower.compare(last, self.policy.hidden("reference", rows.input_ids, rows.lengths).last)
+                again = self.policy.hidden("reference", rows.input_ids, rows.lengths).last
+            self.lower.compare(last[real], again[real])
         logprobs = self.policy.logprobs("reference", last, *rows[:3], shaping)
         size = rows.response_mask.shape[1]
         states = response_states(last, rows.prompt_lengths, size) if keep_states else None
@@ -160,7 +162,7 @@ class ActorCritic(nn.Module):
         for tap, hidden in zip(taps, tapped, strict=True):
             read = content_lengths(rows.input_ids, rows.lengths, rows.prompt_lengths, tap.ends)
             pooled.append(pool(hidden, read, rows.prompt_lengths, tap.pooling))
-        lower_states = kept[0] if self.lower.depth else None
+        lower_states = kept[0] if kept and self.lower.depth else None
         return ReferencePass(logprobs.logprobs, logprobs.entropy, value_states, pooled, states, lower_states)
 
     def actor(self, rows: TokenRows, shaping: Shaping) -> TokenLogprobs:

@@ -28,7 +28,9 @@ class LowerBlocks:
     def __init__(self, policy: Policy) -> None:
         self.blocks = decoder_layers(cast("nn.Module", policy.causal_lm.base_model))
         adapted = (i for i, block in enumerate(self.blocks) if _is_adapted(block))
-        self.depth = 0 if policy.reference_lm is not None else next(adapted, 0)
+        # Upper blocks that read keys of lower ones (Gemma 4) cannot start from states.
+        shares_keys = getattr(policy.causal_lm.config.get_text_config(), "num_kv_shared_layers", 0)
+        self.depth = 0 if shares_keys or policy.reference_lm is not None else next(adapted, 0)
         self.tried = False
         self._in_tuple = False
 
@@ -41,8 +43,13 @@ class LowerBlocks:
             return
 
         def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            self._in_tuple = not isinstance(output, Tensor)
-            kept.append(output if isinstance(output, Tensor) else output[0])
+            states = output if isinstance(output, Tensor) else output[0]
+            self._in_tuple = states is not output
+            if states.ndim == 3:
+                kept.append(states)
+            else:
+                # Several streams (Gemma 3n), which nobody else knows how to cut.
+                self.depth = 0
 
         handle = self.blocks[self.depth - 1].register_forward_hook(hook)
         try:

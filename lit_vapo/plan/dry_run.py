@@ -157,14 +157,15 @@ class DryRun:
             with meter.part("activations"):
                 read = networks.value_layer if networks.critic_trunk == "reference" else None
                 layers = [None, read, *(tap.layer for tap in taps)]
-                last, valued, *_ = networks.policy.layers("reference", batch.input_ids, batch.lengths, layers)
+                with networks.lower.keep() as kept:
+                    last, valued, *_ = networks.policy.layers("reference", batch.input_ids, batch.lengths, layers)
             self._logprobs(networks.policy, "reference", last, batch)
             states = None
             if networks.critic_trunk == "reference":
                 states = response_states(valued, batch.prompt_lengths, new)
             del last, valued, _
             with meter.part("activations"):
-                hidden = _acted(networks, batch)
+                hidden = _acted(networks, batch, *kept)
             self._logprobs(networks.policy, "actor", hidden, batch)
             del hidden
             if networks.critic is not None:
@@ -178,7 +179,11 @@ class DryRun:
         with self._metered(trained) as meter, self._cut_below(meter):
             batch = _rows(rows, prompt_length, new)
             with meter.part("activations"):
-                hidden = _acted(networks, batch)
+                given = None
+                if networks.lower.depth:
+                    size, dtype = networks.policy.hidden_size, networks.policy.causal_lm.dtype
+                    given = torch.zeros(*batch.input_ids.shape, size, dtype=dtype)
+                hidden = _acted(networks, batch, given)
             loss = self._logprobs(networks.policy, "actor", hidden, batch).sum()
             if networks.critic is not None:
                 states = None
@@ -242,12 +247,10 @@ class DryRun:
         return out.logprobs
 
 
-def _acted(networks: ActorCritic, batch: TokenRows) -> Tensor:
+def _acted(networks: ActorCritic, batch: TokenRows, given: Tensor | None = None) -> Tensor:
     """The actor's last hidden states (B, L, H); what the pass of the reference has computed already is given."""
-    lower, policy = networks.lower, networks.policy
-    given = torch.zeros(*batch.input_ids.shape, policy.hidden_size, dtype=policy.causal_lm.dtype)
-    with lower.give(given if lower.depth else None):
-        return policy.hidden("actor", batch.input_ids, batch.lengths).last
+    with networks.lower.give(given):
+        return networks.policy.hidden("actor", batch.input_ids, batch.lengths).last
 
 
 def _sequences(rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -108,7 +108,8 @@ def _draft(job: PPOJob, setup: Setup, depth: int) -> Draft:
     )
     # Scoring.
     kept = KEPT * rows * job.new
-    item = 2 if setup.mixed or lm.dtype != torch.float32 else 4
+    # States are of the weights' type, under autocast too.
+    item = 4 if lm.dtype == torch.float32 else 2
     read = job.new if networks.critic_trunk == "reference" else 0
     states = float(rows * (read + (width if networks.lower.depth else 0)) * networks.policy.hidden_size * item)
     batch = microbatch(rows, width, TOKENS_ON_CPU if setup.on_cpu else TOKENS_PER_BATCH)

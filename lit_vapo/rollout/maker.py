@@ -145,7 +145,7 @@ class RolloutMaker:
         texts = self._decode(rows)
         generated_at = time.perf_counter()
         own = generated.own if role == "actor" else None
-        scored = self._score(rows, role, values, self.exact_kl and all_sum is not None, own)
+        scored = self._score(rows, role, values, all_sum is not None, own)
         sampler_logprobs, sampler = compared(generated, scored.logprobs, rows.response_mask, self.generator.max_kl)
         responses = self._responses(batch, rows, texts, generated.stopped, scored.pooled)
         estimate = self.reward.estimate(responses)
@@ -240,7 +240,7 @@ class RolloutMaker:
         return [self.tokenizer.decode(ids[start:end], skip_special_tokens=True) for ids, start, end in bounds]
 
     def _score(
-        self, rows: TokenRows, role: Role, values: bool, exact_kl: bool = False, own: TokenLogprobs | None = None
+        self, rows: TokenRows, role: Role, values: bool, learns: bool = False, own: TokenLogprobs | None = None
     ) -> _Scored:
         """Log-probabilities, values and what rewards read, in batches of similar length."""
         size = rows.response_mask.shape[1]
@@ -251,7 +251,9 @@ class RolloutMaker:
         ):
             index = torch.tensor(chosen, device=rows.input_ids.device)
             part = rows.select(index)
-            reference = self.networks.reference(part, self.shaping, self.reward.taps, keep_states=exact_kl)
+            reference = self.networks.reference(
+                part, self.shaping, self.reward.taps, keep_states=self.exact_kl and learns
+            )
             part = part._replace(lower_states=reference.lower_states)
             sampler: TokenLogprobs | ReferencePass = reference
             kl = None
@@ -265,9 +267,9 @@ class RolloutMaker:
                     widen(sampler.entropy, size),
                     widen(reference.logprobs, size),
                     widen(self.networks.values(part, reference.value_states), size) if values else None,
-                    None if reference.value_states is None or not values else widen(reference.value_states, size),
-                    None if kl is None else widen(kl, size),
-                    None if part.lower_states is None else widen(part.lower_states, rows.input_ids.shape[1]),
+                    _widened(reference.value_states if values else None, size),
+                    _widened(kl, size),
+                    _widened(part.lower_states if learns else None, rows.input_ids.shape[1]),
                     reference.pooled,
                 )
             )
@@ -292,3 +294,7 @@ class RolloutMaker:
             self._held_up_to = longest if holds else None
             return own if holds else learner
         return own
+
+
+def _widened(x: Tensor | None, size: int) -> Tensor | None:
+    return None if x is None else widen(x, size)

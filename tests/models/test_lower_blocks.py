@@ -1,5 +1,7 @@
 """Blocks below the adapters: computed once in an iteration, and what comes of it is as if they were computed anew."""
 
+from contextlib import suppress
+
 import helpers
 import ppo_helpers
 import pytest
@@ -8,10 +10,11 @@ import torch
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Shaping
+from lit_vapo.models.lower_blocks import LowerBlocks
 from lit_vapo.models.pretrained import Lora, Pretrained, decoder_layers
 from lit_vapo.models.token_rows import TokenRows
 
-KINDS = ["llama", "gpt2", "gemma2"]
+KINDS = ["llama", "gpt2", "gemma2", "falcon"]
 SIZES = {"gemma2": {"head_dim": 16}}
 TOP = Lora(4, 16.0, top_layers=1)
 
@@ -96,6 +99,22 @@ def test_without_frozen_blocks_below_nothing_is_kept(folders, lora):
     nets = moved(folders["llama"], lora)
     assert nets.lower.depth == 0
     assert nets.reference(rows(folders["llama"]), Shaping()).lower_states is None
+
+
+def test_upper_blocks_that_read_lower_keys_start_from_nothing(folders, monkeypatch):
+    nets = moved(folders["llama"])
+    monkeypatch.setattr(type(nets.policy.causal_lm.config), "num_kv_shared_layers", 1, raising=False)
+    assert LowerBlocks(nets.policy).depth == 0
+
+
+def test_states_in_several_streams_are_not_kept(folders):
+    nets = moved(folders["llama"])
+    blocks = decoder_layers(nets.policy.causal_lm.base_model)
+    blocks[1].register_forward_hook(lambda _, args, out: out[None])
+    with nets.lower.keep() as kept, suppress(RuntimeError):
+        nets.policy.hidden("reference", torch.ones(2, 3, dtype=torch.long), torch.tensor([3, 2]))
+    assert not kept
+    assert nets.lower.depth == 0
 
 
 def test_a_reference_of_its_own_shares_no_states(folders, tmp_path):

@@ -179,6 +179,24 @@ def test_a_pass_with_data_takes_as_much(tmp_path, lora, saving, mixed):
     assert made == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+def test_blocks_below_the_adapters_are_computed_once(tmp_path, kind):
+    # Falcon's blocks answer with tuples.
+    path = config_only(tmp_path / "model")
+    if kind == "falcon":
+        sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 5, "vocab_size": 500}
+        AutoConfig.for_model("falcon", **sizes).save_pretrained(path)
+    setup, found = Setup(on_cpu=True), {}
+    for top in (None, 1):
+        score, update = draft_ppo(job_of(path, lora=Lora(rank=4, top_layers=top), critic=None), setup).phases[1:]
+        found[top] = score.flops, update.flops, score.moments[0].parts["workspace"]
+    # Four of five blocks: the reference computes them, the policy does not. Without, there were five forth and back.
+    assert found[1][0] < 0.7 * found[None][0]
+    assert found[1][1] < 0.45 * found[None][1]
+    # What is kept of 8 rows, while it is put in order.
+    assert found[1][2] - found[None][2] == 3 * 4 * 8 * (PROMPT + NEW) * 64
+
+
 FULL = {"lora": None, "prompt_length": 30, "new": 2, "minibatches": 1, "micro_batch_tokens": 128}
 
 
