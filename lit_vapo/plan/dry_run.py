@@ -164,8 +164,8 @@ class DryRun:
             if networks.critic_trunk == "reference":
                 states = response_states(valued, batch.prompt_lengths, new)
             del last, valued, _
-            with meter.part("activations"):
-                hidden = _acted(networks, batch, *kept)
+            with meter.part("activations"), networks.lower.give(kept[0] if kept else None):
+                hidden = networks.policy.hidden("actor", batch.input_ids, batch.lengths).last
             self._logprobs(networks.policy, "actor", hidden, batch)
             del hidden
             if networks.critic is not None:
@@ -179,16 +179,14 @@ class DryRun:
         with self._metered(trained) as meter, self._cut_below(meter):
             batch = _rows(rows, prompt_length, new)
             with meter.part("activations"):
-                given = None
-                if networks.lower.depth:
-                    size, dtype = networks.policy.hidden_size, networks.policy.causal_lm.dtype
-                    given = torch.zeros(*batch.input_ids.shape, size, dtype=dtype)
-                hidden = _acted(networks, batch, given)
+                width, dtype = networks.policy.hidden_size, networks.policy.causal_lm.dtype
+                lower = torch.zeros(*batch.input_ids.shape, width, dtype=dtype) if networks.lower.depth else None
+            with meter.part("activations"), networks.lower.give(lower):
+                hidden = networks.policy.hidden("actor", batch.input_ids, batch.lengths).last
             loss = self._logprobs(networks.policy, "actor", hidden, batch).sum()
             if networks.critic is not None:
-                states = None
-                if networks.critic_trunk == "reference":
-                    states = torch.zeros(rows, new, networks.policy.hidden_size, dtype=hidden.dtype)
+                kept = networks.critic_trunk == "reference"
+                states = torch.zeros(rows, new, width, dtype=hidden.dtype) if kept else None
                 with meter.part("activations"):
                     loss = loss + networks.values(batch, states).sum()
             meter.cut()
@@ -247,12 +245,6 @@ class DryRun:
         return out.logprobs
 
 
-def _acted(networks: ActorCritic, batch: TokenRows, given: Tensor | None = None) -> Tensor:
-    """The actor's last hidden states (B, L, H); what the pass of the reference has computed already is given."""
-    with networks.lower.give(given):
-        return networks.policy.hidden("actor", batch.input_ids, batch.lengths).last
-
-
 def _sequences(rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.zeros(rows, length, dtype=torch.long)
     return ids, torch.full((rows,), length), torch.full((rows,), length // 2)
@@ -299,11 +291,8 @@ def _without_data(networks: nn.Module, on_cpu: bool) -> None:
 
 def held_bytes(*modules: nn.Module) -> float:
     """Bytes of what modules hold, once each."""
-    storages = {}
-    for module in modules:
-        for x in (*module.parameters(), *module.buffers()):
-            storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-    return float(sum(storages.values()))
+    storages = (x.untyped_storage() for module in modules for x in (*module.parameters(), *module.buffers()))
+    return float(sum({storage._cdata: storage.nbytes() for storage in storages}.values()))
 
 
 def parameter_bytes(parameters: Sequence[nn.Parameter]) -> float:
