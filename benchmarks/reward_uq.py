@@ -165,11 +165,8 @@ class Comparison:
 
 def growth(job: Job, repetitions: int) -> None:
     """Ours alone: 2K members on the top quarter against one."""
-    one: list[float] = []
-    many: list[float] = []
-    for i in range(repetitions):
-        for members, seconds in ((1, one), (2 * job.members, many))[:: -1 if i % 2 else 1]:
-            seconds.append(run(sys.executable, "ours.py", replace(job, members=members)).whole)
+    jobs = [replace(job, members=members) for members in (1, 2 * job.members)]
+    one, many = alternating(jobs, lambda answer: answer.whole, repetitions)
     ratios = [b / a for a, b in zip(one, many, strict=True)]
     print(
         f"growth: {2 * job.members} members on the top {job.top_layers} of {job.layers} blocks against one: "
@@ -179,16 +176,22 @@ def growth(job: Job, repetitions: int) -> None:
 
 def bootstrapped(job: Job, repetitions: int) -> None:
     """Ours alone: members that read the pairs of their own bootstrap against members that read all."""
-    own: list[float] = []
-    every: list[float] = []
-    for i in range(repetitions):
-        for bootstrap, seconds in ((True, own), (False, every))[:: -1 if i % 2 else 1]:
-            seconds.append(run(sys.executable, "ours.py", replace(job, bootstrap=bootstrap)).train)
+    jobs = [replace(job, bootstrap=bootstrap) for bootstrap in (True, False)]
+    own, every = alternating(jobs, lambda answer: answer.train, repetitions)
     ratios = [b / a for a, b in zip(own, every, strict=True)]
     print(
         f"bootstrap: {job.members} members on all blocks, each with its own pairs against all pairs: "
         f"{statistics.median(own):.3g} s, {statistics.median(every):.3g} s, ratio {spread(ratios)}"
     )
+
+
+def alternating(jobs: list[Job], quantity: Callable[[Answer], float], repetitions: int) -> list[list[float]]:
+    """A quantity of our own trainings, a list for each of two jobs, which take turns in beginning."""
+    found: list[list[float]] = [[], []]
+    for i in range(repetitions):
+        for job, values in list(zip(jobs, found, strict=True))[:: -1 if i % 2 else 1]:
+            values.append(quantity(run(sys.executable, "ours.py", job)))
+    return found
 
 
 def main(
