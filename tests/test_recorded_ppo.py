@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from lit_vapo.advantages.rloo import Rloo
+from lit_vapo.models import transformers_generator
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained, decoder_layers, freeze, load_backbone
 from lit_vapo.objectives.covariance_aware import CovarianceAware
 from lit_vapo.objectives.lower_confidence import LowerConfidence
 from lit_vapo.objectives.variance_aware import VarianceAware
+from lit_vapo.rewards.ensemble import PlacedEnsemble
 from lit_vapo.rewards.members.full import FullEnsemble
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.members.lora import LoraEnsemble
@@ -107,6 +109,10 @@ def figures(state, rows):
 def test_the_weights_are_those_of_before(name, tmp_path, monkeypatch):
     # Halves of a minibatch add up in another order, and Adam makes of rounding what it may move a weight.
     monkeypatch.setattr(PPOUpdate, "_probe", lambda *_: None)
+    # Critics started from heads that read means of states, too.
+    monkeypatch.setattr(PlacedEnsemble, "linear_mean", lambda source: source.head.linear_mean())
+    # Tokens were drawn by a random number for each word of the vocabulary.
+    monkeypatch.setattr(transformers_generator, "draw", lambda p: torch.multinomial(p, num_samples=1)[:, 0])
     found, known = figures(*train(name, tmp_path)), json.loads(RECORDED.read_text())[name]
     # Log-probabilities come from sampling since, where cached keys round them otherwise.
     torch.testing.assert_close(torch.tensor(found["weights"]), torch.tensor(known["weights"]), atol=5e-5, rtol=1e-5)

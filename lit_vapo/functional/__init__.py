@@ -23,6 +23,7 @@ from lit_vapo.functional.calibration import (
 )
 from lit_vapo.functional.comparison import Gain, paired_gain, win_rate
 from lit_vapo.functional.covariance import PromptGains, covariance_optimal_policy, member_weights, prompt_gains
+from lit_vapo.functional.drawing import draw
 from lit_vapo.functional.ensemble import (
     constant_share,
     ensemble_estimate,
@@ -125,6 +126,7 @@ __all__ = [
     "constant_share",
     "covariance_optimal_policy",
     "disagreement",
+    "draw",
     "ensemble_estimate",
     "example_uniforms",
     "expected_calibration_error",

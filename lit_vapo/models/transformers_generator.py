@@ -21,7 +21,7 @@ from transformers import (
     StopStringCriteria,
 )
 
-from lit_vapo.functional import TokenLogprobs
+from lit_vapo.functional import TokenLogprobs, draw
 from lit_vapo.models.generation import Generated, Generator, Sampling, generation_config
 from lit_vapo.models.sharding import is_sharded
 
@@ -83,19 +83,19 @@ class TransformersGenerator(Generator):
             while done < longest and len(going):
                 search = _StopSearch(size, ids, stops, strings)
                 until = min(done + (drop_every or longest), longest)
-                record = _Record(size, sampling.temperature, None if own is None else own[:, going])
+                found = None if own is None else own[:, going]
                 out = lm.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     generation_config=_config(sampling, stops, done, until),
-                    logits_processor=LogitsProcessorList([record]),
+                    logits_processor=LogitsProcessorList([_Draw(size, sampling.temperature, found)]),
                     stopping_criteria=StoppingCriteriaList([search]),
                     synced_gpus=together,
                     **({} if cache is None else {"past_key_values": cache}),
                 )
                 ids = out.sequences
-                if own is not None:
-                    own[:, going] = record.ended(ids)
+                if own is not None and found is not None:
+                    own[:, going] = found
                 mask = nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
                 done = ids.shape[1] - size
                 responses[going, :done] = ids[:, size:]
@@ -108,42 +108,33 @@ class TransformersGenerator(Generator):
         return Generated(responses[:, :done], ends.clamp_max(done), ends <= done, own=known)
 
 
-class _Record(LogitsProcessor):
-    """Applies the temperature, and writes down how probable the drawn tokens were.
+class _Draw(LogitsProcessor):
+    """Draws the next token of each row, and leaves `generate` no other; it would take a random number for every logit.
 
     Args:
         prompt_size: Tokens before a response.
         temperature: The logits are divided by it.
-        found: Log-probabilities and entropies (2, B, T) to fill in, or `None` to write nothing down.
+        found: Log-probabilities and entropies of the drawn tokens (2, B, T) to fill in, or `None` to write nothing
+            down.
     """
 
     def __init__(self, prompt_size: int, temperature: float, found: Tensor | None) -> None:
         self.prompt_size = prompt_size
         self.temperature = temperature
         self.found = found
-        self.scores: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The logits that the next token is drawn from (B, V)."""
-        scores = scores / self.temperature
-        if self.found is not None:
-            self.ended(input_ids)
-            # The token that is drawn from them is known at the next call.
-            self.scores, self.place = scores, input_ids.shape[1]
-        return scores
-
-    def ended(self, input_ids: Tensor) -> Tensor:
-        """What was found, with the last token in it."""
-        assert self.found is not None
-        # Where the end is found a step late, the last logits are those of a token that was taken back.
-        if self.scores is not None and self.place < input_ids.shape[1]:
-            logprobs = self.scores.log_softmax(dim=-1)
-            drawn = logprobs.gather(1, input_ids[:, self.place, None])[:, 0]
+        """Logits that only the drawn tokens have (B, V)."""
+        logprobs = (scores / self.temperature).log_softmax(dim=-1)
+        probabilities = logprobs.exp()
+        tokens = draw(probabilities)
+        place = input_ids.shape[1] - self.prompt_size
+        # Where `generate` finds the end of all rows a step late, it takes the last token back.
+        if self.found is not None and place < self.found.shape[2]:
             # What could not be drawn counts 0, and not 0 times infinity.
-            entropy = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(dim=-1)
-            self.found[:, :, self.place - self.prompt_size] = torch.stack([drawn, entropy])
-        self.scores = None
-        return self.found
+            entropy = -(probabilities * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(dim=-1)
+            self.found[:, :, place] = torch.stack([logprobs.gather(1, tokens[:, None])[:, 0], entropy])
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 class _StopSearch(StoppingCriteria):
@@ -174,7 +165,11 @@ def _config(sampling: Sampling, stops: list[int], done: int, until: int) -> Gene
     return generation_config(
         sampling,
         stops,
-        temperature=1.0,  # `_Record` divides by it
+        # `_Draw` draws, and divides by the temperature.
+        do_sample=False,
+        temperature=None,
+        top_k=None,
+        top_p=None,
         max_new_tokens=until - done,
         min_new_tokens=max(0, min(sampling.min_new_tokens, until) - done) or None,
         stop_strings=None,  # `_StopSearch` looks for them in the responses alone

@@ -94,7 +94,7 @@ def passes(lm, monkeypatch):
 
 def test_a_prompt_is_read_once_and_a_row_that_ended_never_again(lm, monkeypatch):
     seen = passes(lm, monkeypatch)
-    out = draw(lm, PROMPTS, Sampling(10, num_responses=8), STOPS, drop_every=1)
+    out = draw(lm, PROMPTS, Sampling(6, num_responses=8), STOPS, drop_every=1)
     assert 0 < out.stopped.sum() < 32
     # All but the last token of four prompts; then for every response its prompt's last token and its own but the last.
     assert sum(rows * columns for rows, columns in seen) == 4 * 5 + int(out.response_lengths.sum())

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from lit_vapo.functional import token_logprobs
 from lit_vapo.models.generation import Sampling, stop_ids
 from lit_vapo.models.pretrained import Pretrained, load_causal_lm
-from lit_vapo.models.transformers_generator import TransformersGenerator, _Record
+from lit_vapo.models.transformers_generator import TransformersGenerator, _Draw
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,9 @@ def test_the_model_s_own_generation_settings_do_not_shape_the_distribution(lm, s
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(24), Sampling(24, 0.5, num_responses=3), Sampling(24, 2.0, min_new_tokens=20)], ids=str
+    "sampling",
+    [Sampling(24), Sampling(24, 0.5, num_responses=3), Sampling(24, 2.0, num_responses=3, min_new_tokens=18)],
+    ids=str,
 )
 def test_what_was_drawn_comes_with_what_a_pass_would_find(lm, sampling):
     # Longer than the rows that have ended are kept for.
@@ -108,14 +110,19 @@ def test_what_was_drawn_comes_with_what_a_pass_would_find(lm, sampling):
         torch.testing.assert_close(out.own.entropy[row, :length], found.entropy, atol=2e-5, rtol=1e-5)
 
 
-def test_logits_of_a_token_that_was_taken_back_tell_nothing():
-    record = _Record(2, 1.0, torch.zeros(2, 1, 3))
+def test_a_token_that_is_taken_back_is_not_written_down():
+    drawing = _Draw(2, 1.0, torch.zeros(2, 1, 1))
     ids = torch.tensor([[5, 6, 1]])
-    record(ids[:, :2], torch.zeros(1, 4))
+    drawing(ids[:, :2], torch.zeros(1, 4))
     # One step more than is kept, as where the end of all rows is found late.
-    record(ids, torch.zeros(1, 4))
-    found = record.ended(ids)
-    torch.testing.assert_close(found[:, 0], torch.tensor([[-1.0, 0, 0], [1.0, 0, 0]]) * math.log(4))
+    drawing(ids, torch.tensor([[9.0, 0, 0, 0]]))
+    torch.testing.assert_close(drawing.found[:, 0, 0], torch.tensor([-1.0, 1.0]) * math.log(4))
+
+
+def test_generate_is_left_the_drawn_token_alone():
+    scores = _Draw(1, 1.0, None)(torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, 4))
+    assert (scores == 0).sum(dim=1).tolist() == [1, 1, 1]
+    assert (scores == -math.inf).sum() == 9
 
 
 def test_a_model_that_rounds_leaves_its_log_probabilities_to_the_learner(lm):
