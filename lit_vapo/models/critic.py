@@ -31,7 +31,7 @@ class CriticSpec:
         trunk: `reference`, hidden states of the frozen reference: they are there anyway, so the critic costs a
             matrix-vector product. `lora`, own adapters on the same base. `own`, a model of its own, trained.
         base: The model of an `own` trunk; `null` takes the policy's base.
-        warm_start: Start from the mean reward head where it is linear and reads the same hidden states.
+        warm_start: Start from the mean reward head where it is linear in the last token's state of the same model.
     """
 
     trunk: Literal["reference", "lora", "own"] = "reference"

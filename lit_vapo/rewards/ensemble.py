@@ -77,8 +77,10 @@ class PlacedEnsemble(RewardSource):
         return self._placement.features(responses)
 
     def linear_mean(self) -> tuple[Tensor, Tensor] | None:
-        """The mean head, where members are linear."""
-        return self.head.linear_mean()
+        """The mean head, where members are linear and read the last token."""
+        # What is trained on means of states says little of one: its values would be worse than none.
+        assert self.model is not None, "`prepare` comes first"
+        return self.head.linear_mean() if self.model.spec.pooling == "last" else None
 
     def own_state(self) -> set[str]:
         """The members: training may have calibrated them, and a folder may go away."""

@@ -198,7 +198,10 @@ class RewardSource(nn.Module, ABC):
         return found
 
     def linear_mean(self) -> tuple[Tensor, Tensor] | None:
-        """Weight (H,) and bias () of the mean reward if it is linear in `reads`, else `None`: a critic starts there."""
+        """Weight (H,) and bias () of the mean reward if it is linear in the last token's `reads`, else `None`.
+
+        A critic starts there.
+        """
         return None
 
     # 4. Checkpoints.

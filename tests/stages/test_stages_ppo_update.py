@@ -182,6 +182,13 @@ def test_warm_start_is_the_mean_reward(tiny_model_dir, reward):
     assert torch.equal(cold.critic(states), torch.zeros(5, 1))
 
 
+def test_heads_that_read_means_start_no_critic(tiny_model_dir, tmp_path):
+    # Of one state they know little: on the demo's task such a critic explained less than none.
+    folder = ppo_helpers.ensemble(tmp_path / "means", tiny_model_dir, pooling="mean")
+    states = torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ppo_helpers.networks(tiny_model_dir, folder).critic(states), torch.zeros(5, 1))
+
+
 def test_full_fine_tuning_trains_the_policy_and_not_its_copy(tiny_model_dir, reward):
     nets = ppo_helpers.networks(tiny_model_dir, reward, lora=False)
     frozen = {n: p.clone() for n, p in nets.policy.reference_lm.named_parameters()}
