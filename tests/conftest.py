@@ -35,6 +35,13 @@ def no_run_left_open():
         wandb.finish()
 
 
+@pytest.fixture(autouse=True)
+def no_report_of_ended_runs(request, monkeypatch):
+    """The page at the end of a run takes a second or two; only tests marked `report` wait for it."""
+    if "report" not in request.keywords:
+        monkeypatch.setattr("lit_vapo.commands.report.report_of_ended", lambda folder: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory):
     """Folder of a tiny Llama with its tokenizer."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from lit_vapo.cli import main
-from lit_vapo.commands.report import page, read_run
+from lit_vapo.commands.report import page, read_run, report_of_ended
 from lit_vapo.evaluation.findings import policy_findings, verdict_findings
 
 REFERENCE = {
@@ -174,6 +174,29 @@ def test_a_browser_shows_all_of_a_page_and_runs_nothing_of_it(tested, reward_run
     seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', done.stdout)[1]))
     assert seen == {"wide": seen["wide"], "pictures": 0, "flat": 0, "ran": False}
     assert seen["wide"] <= 0
+
+
+@pytest.mark.report
+def test_a_run_ends_with_its_page_and_a_test_renews_it(stage_args, tmp_path, capsys):
+    folder = tmp_path / "run"
+    main(stage_args("reward", "fit", folder))
+    assert f"report: {folder}/report.html" in capsys.readouterr().out
+    before = (folder / "report.html").read_text()
+    assert "Not tested yet" in before
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    main(stage_args("reward", "test", folder, f"--ckpt_path={checkpoint}"))
+    assert "Not tested yet" not in (folder / "report.html").read_text()
+    # It goes where the run goes.
+    main(stage_args("reward", "fit", folder, "--overwrite=true"))
+    assert "Not tested yet" in (folder / "report.html").read_text()
+
+
+@pytest.mark.report
+def test_a_page_that_cannot_be_written_does_not_fail_the_run(reward_run, tmp_path):
+    folder = shutil.copytree(reward_run, tmp_path / "run")
+    (folder / "finished.json").write_text("{}")
+    with pytest.warns(UserWarning, match="no report could be written .*KeyError.*lit-vapo report"):
+        report_of_ended(folder)
 
 
 def test_a_reward_run_is_judged_by_its_test_or_else_by_its_last_validation(reward_run, tmp_path):

@@ -63,7 +63,7 @@ class RunSummary(Callback):
         kept = [path for name in (BEST, LAST) if (path := self.checkpoint.folder / name).exists()]
         lines = {"ended": f"after {clock(time.monotonic() - self.started)}", **found}
         if kept:
-            lines |= {"checkpoint": str(kept[-1]), "report": f"lit-vapo report {self.folder}"}
+            lines |= {"checkpoint": str(kept[-1])}
             lines |= {"next": f"lit-vapo export --checkpoint {kept[0]} --output FOLDER"}
         _print(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,21 @@ def report(runs: list[str], output: str | None = None) -> None:
         for finding in run.findings:
             print(f"  {MARKS[finding.level]} {finding.text}")
     print(f"report: {path}")
+
+
+def report_of_ended(folder: Path) -> None:
+    """Write the page about a run that has just ended.
+
+    Where it cannot be written, that is a warning: the run is whole.
+
+    Args:
+        folder: The run's.
+    """
+    try:
+        report([str(folder)])
+    except Exception as error:
+        again = f"try again with: lit-vapo report {folder}"
+        warnings.warn(f"no report could be written ({type(error).__name__}: {error}); {again}", stacklevel=2)
 
 
 def main(words: Sequence[str]) -> None:

@@ -267,6 +267,7 @@ class StageCLI(LightningCLI):
             "ended": datetime.now(UTC).isoformat(),
         }
         write_whole(self.root / FINISHED, json.dumps(record, indent=2) + "\n")
+        self._report()
 
     def after_validate(self) -> None:
         """Refuse to end as if something had been validated."""
@@ -275,10 +276,18 @@ class StageCLI(LightningCLI):
     def after_test(self) -> None:
         """Refuse to end as if something had been tested."""
         self._refuse_nothing("test on", "test", self.trainer.num_test_batches)
+        if not self.trial and self.trainer.is_global_zero:
+            self._report()
 
     def after_predict(self) -> None:
         """Refuse to end as if something had been answered."""
         self._refuse_nothing("respond to", "test", self.trainer.num_predict_batches)
+
+    def _report(self) -> None:
+        # Nothing that only a page needs delays the start.
+        from lit_vapo.commands.report import report_of_ended
+
+        report_of_ended(self.root)
 
     def _refuse_nothing(self, what: str, split: str, batches: Sequence[int | float]) -> None:
         if not sum(batches):

@@ -19,7 +19,7 @@ CHECKPOINTS = "checkpoints"
 # Bytes that show whether a file system takes any more.
 BLOCK = 4096
 # What a run writes besides its logs and checkpoints.
-WRITTEN = ("samples_*.jsonl", "evaluations.csv", "overoptimisation.png", "test")
+WRITTEN = ("samples_*.jsonl", "evaluations.csv", "overoptimisation.png", "test", "report", "report.html")
 
 
 _held: set[Claim] = set()
