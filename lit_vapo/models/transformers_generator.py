@@ -125,16 +125,22 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits that only the drawn tokens have (B, V)."""
-        logprobs = (scores / self.temperature).log_softmax(dim=-1)
-        probabilities = logprobs.exp()
-        tokens = draw(probabilities)
+        tokens, known = drawn(scores, self.temperature)
         place = input_ids.shape[1] - self.prompt_size
         # Where `generate` finds the end of all rows a step late, it takes the last token back.
         if self.found is not None and place < self.found.shape[2]:
-            # What could not be drawn counts 0, and not 0 times infinity.
-            entropy = -(probabilities * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(dim=-1)
-            self.found[:, :, place] = torch.stack([logprobs.gather(1, tokens[:, None])[:, 0], entropy])
+            self.found[:, :, place] = torch.stack(known)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+
+def drawn(scores: Tensor, temperature: float) -> tuple[Tensor, TokenLogprobs]:
+    """A token for each row of logits (B, V), and its log-probability and the entropy (B,) it was drawn with."""
+    logprobs = (scores / temperature).log_softmax(dim=-1)
+    probabilities = logprobs.exp()
+    tokens = draw(probabilities)
+    # What could not be drawn counts 0, and not 0 times infinity.
+    entropy = -(probabilities * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(dim=-1)
+    return tokens, TokenLogprobs(logprobs.gather(1, tokens[:, None])[:, 0], entropy)
 
 
 class _StopSearch(StoppingCriteria):

@@ -21,6 +21,7 @@ from lit_vapo.functional import token_logprobs
 from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.policy import Policy, Role
 from lit_vapo.models.token_rows import TokenRows
+from lit_vapo.models.transformers_generator import drawn
 from lit_vapo.models.trunk import Tap, response_states
 from lit_vapo.models.weightless import quantised_forward, quantised_weight
 from lit_vapo.plan.meter import Meter
@@ -140,9 +141,8 @@ class DryRun:
                 with meter.part("activations"):
                     ids = torch.zeros(rows, 1, dtype=torch.long)
                     out = lm(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-                # The sampler's own copy, divided by the temperature, and its probabilities.
-                scores = out.logits[:, -1].to(torch.float32, copy=True)
-                (scores / 2.0).softmax(-1)
+                # `generate` has a copy of its own.
+                drawn(out.logits[:, -1].to(torch.float32, copy=True), 2.0)
                 drawing = Found([_with_cache(meter.at_peak, out.past_key_values)], meter.flops - before)
         return [reading, drawing]
 
