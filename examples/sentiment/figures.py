@@ -62,10 +62,19 @@ def trained_metrics(folder: Path) -> Series:
     return trained[-1]
 
 
-def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
-    """Centred moving average that shortens at the ends."""
-    half = width // 2
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over a third of the points, less at the ends."""
+    half = len(values) // 6
     return np.array([np.nanmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+def _course(axis: Any, train: Series, key: str, color: str) -> Any:
+    """A point an iteration against the KL, and the course of many; a line through few would show their noise."""
+    points = axis.scatter(train["kl_k1"], train[key], c=train["iteration"], cmap="viridis", s=26, zorder=3)
+    order = np.argsort(train["kl_k1"])
+    if len(order) >= 12:
+        axis.plot(train["kl_k1"][order], smooth(train[key][order]), color=color, linewidth=2)
+    return points
 
 
 def _line(axis: Any, x: np.ndarray, y: np.ndarray, color: str, label: str) -> None:
@@ -80,9 +89,7 @@ def reward_against_kl(train: Series) -> Figure:
     for axis, (key, title, color) in zip(axes, panels, strict=True):
         if key not in train:
             continue
-        points = axis.scatter(train["kl_k1"], train[key], c=train["iteration"], cmap="viridis", s=26, zorder=3)
-        order = np.argsort(train["kl_k1"])
-        axis.plot(train["kl_k1"][order], smooth(train[key][order], 7), color=color, linewidth=2)
+        points = _course(axis, train, key, color)
         axis.set(title=title, xlabel="KL to the reference (nats per response)")
     figure.colorbar(points, ax=axes, label="iteration", pad=0.01)
     return figure
@@ -128,9 +135,7 @@ def before_and_after(reference: Records, policy: Records) -> Figure:
 def headline(train: Series, reference: Records, policy: Records) -> Figure:
     """The demo in one picture: gold against KL, disagreement, gold before and after."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    axes[0].scatter(train["kl_k1"], train["gold"], c=train["iteration"], cmap="viridis", s=26, zorder=3)
-    order = np.argsort(train["kl_k1"])
-    axes[0].plot(train["kl_k1"][order], smooth(train["gold"][order], 7), color=POLICY, linewidth=2)
+    figure.colorbar(_course(axes[0], train, "gold", POLICY), ax=axes[0], label="iteration", pad=0.01)
     axes[0].set(title="Gold reward against KL", xlabel="KL to the reference (nats)", ylabel="P(positive)")
     _line(axes[1], train["iteration"], train["ensemble_sigma"], REWARD, "σ")
     axes[1].set(title="Disagreement of ten reward heads", xlabel="iteration", ylabel="σ", ylim=(0, None))
