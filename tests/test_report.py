@@ -183,6 +183,7 @@ def test_a_run_ends_with_its_page_and_a_test_renews_it(stage_args, tmp_path, cap
     assert f"report: {folder}/report.html" in capsys.readouterr().out
     before = (folder / "report.html").read_text()
     assert "Not tested yet" in before
+    assert "not yet" not in before.replace("Not tested yet", "")
     checkpoint = folder / "checkpoints" / "last.ckpt"
     main(stage_args("reward", "test", folder, f"--ckpt_path={checkpoint}"))
     assert "Not tested yet" not in (folder / "report.html").read_text()

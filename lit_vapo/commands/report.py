@@ -55,17 +55,18 @@ class Run:
     samples: list[dict[str, str]] = field(default_factory=list)
 
 
-def report(runs: list[str], output: str | None = None) -> None:
+def report(runs: list[str], output: str | None = None, ended: str | None = None) -> None:
     """Write one page about a run of PPO or of reward training: what happened, and whether to trust it.
 
     Args:
         runs: Folders of runs (`trainer.default_root_dir`); several are set side by side.
         output: The page; `null` for `report.html` in the folder of the first run. Pictures go to `report/` of each.
+        ended: When the run ended, if it is not marked as finished yet.
 
     Raises:
         ValueError: A folder holds no run, or one that has logged nothing yet.
     """
-    found = [read_run(Path(run)) for run in runs]
+    found = [read_run(Path(run), ended) for run in runs]
     path = Path(output) if output is not None else Path(runs[0]) / PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page(found))
@@ -76,16 +77,17 @@ def report(runs: list[str], output: str | None = None) -> None:
     print(f"report: {path}")
 
 
-def report_of_ended(folder: Path) -> None:
+def report_of_ended(folder: Path, ended: str | None = None) -> None:
     """Write the page about a run that has just ended.
 
     Where it cannot be written, that is a warning: the run is whole.
 
     Args:
         folder: The run's.
+        ended: When it ended, if it is not marked as finished yet.
     """
     try:
-        report([str(folder)])
+        report([str(folder)], ended=ended)
     except Exception as error:
         again = f"try again with: lit-vapo report {folder}"
         warnings.warn(f"no report could be written ({type(error).__name__}: {error}); {again}", stacklevel=2)
@@ -100,8 +102,12 @@ def main(words: Sequence[str]) -> None:
     report(options.runs, options.output)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, ended: str | None = None) -> Run:
     """What a run has written.
+
+    Args:
+        folder: The run's.
+        ended: When it ended, if it is not marked as finished yet.
 
     Raises:
         ValueError: It is no run, or has logged nothing yet.
@@ -112,7 +118,6 @@ def read_run(folder: Path) -> Run:
     settings = yaml.safe_load(logs[0].read_text(encoding="utf-8"))
     model = settings["model"]
     stage = "ppo" if "objective" in model else "reward" if "head" in model else "sft"
-    ended = folder / "finished.json"
     facts = {"model": str(model["base"]["path"])}
     if stage == "ppo":
         facts |= {"reward": _named(model["reward"]), "objective": _named(model["objective"]) or "VarianceAware"}
@@ -120,7 +125,9 @@ def read_run(folder: Path) -> Run:
         facts["members"] = _named(model["head"]) or "HeadEnsemble"
         if count := ((model["head"] or {}).get("init_args") or {}).get("num_members"):
             facts["members"] = f"{count}, {facts['members']}"
-    facts["ended"] = json.loads(ended.read_text())["ended"][:16].replace("T", " ") if ended.is_file() else "not yet"
+    finished = folder / "finished.json"
+    ended = json.loads(finished.read_text())["ended"] if finished.is_file() else ended
+    facts["ended"] = "not yet" if ended is None else ended[:16].replace("T", " ")
     whole = folder.resolve()
     name = f"{whole.parent.name}/{whole.name}" if whole.name in PANELS else whole.name
     run = Run(name, stage, yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), facts, [])

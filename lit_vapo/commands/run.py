@@ -266,8 +266,9 @@ class StageCLI(LightningCLI):
             "ends": ends(config["trainer"]),
             "ended": datetime.now(UTC).isoformat(),
         }
+        # Before the mark: a run that is killed meanwhile goes on, and ends with its page.
+        self._report(str(record["ended"]))
         write_whole(self.root / FINISHED, json.dumps(record, indent=2) + "\n")
-        self._report()
 
     def after_validate(self) -> None:
         """Refuse to end as if something had been validated."""
@@ -283,11 +284,11 @@ class StageCLI(LightningCLI):
         """Refuse to end as if something had been answered."""
         self._refuse_nothing("respond to", "test", self.trainer.num_predict_batches)
 
-    def _report(self) -> None:
+    def _report(self, ended: str | None = None) -> None:
         # Nothing that only a page needs delays the start.
         from lit_vapo.commands.report import report_of_ended
 
-        report_of_ended(self.root)
+        report_of_ended(self.root, ended)
 
     def _refuse_nothing(self, what: str, split: str, batches: Sequence[int | float]) -> None:
         if not sum(batches):
