@@ -74,8 +74,8 @@ def write_pairs(path: Path, count: int, seed: int = 0) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_model(folder: Path) -> None:
-    """A Llama of 6.3 million random parameters, and a tokenizer with a token for each word."""
+def make_model(folder: Path, width: int = 256) -> None:
+    """A Llama of random parameters (6.3 million by default), and a tokenizer with a token for each word."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -92,10 +92,10 @@ def make_model(folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192,
-        hidden_size=256,
-        intermediate_size=688,
+        hidden_size=width,
+        intermediate_size=688 * width // 256,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=width // 64,
         max_position_embeddings=512,
         pad_token_id=0,
         eos_token_id=1,

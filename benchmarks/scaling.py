@@ -1,4 +1,4 @@
-"""How an iteration of PPO grows: with the length of responses, the batch, the number of heads and processes.
+"""How an iteration of PPO grows: with responses, batch, heads, the size of the model, kinds of members, processes.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --model FOLDER --picture scaling.png
@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jsonargparse import auto_cli
+from safetensors import safe_open
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "workers")]
@@ -35,7 +36,12 @@ from reward_uq import make_model, write_pairs  # noqa: E402
 from lit_vapo.folders import claim_folder, new_folder  # noqa: E402
 from lit_vapo.models.weights import quiet  # noqa: E402
 
-AXES = {"response_length": "tokens of a response", "batch_size": "responses", "members": "heads"}
+AXES = {
+    "response_length": "tokens of a response",
+    "batch_size": "responses",
+    "members": "heads",
+    "parameters": "parameters of the policy",
+}
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
@@ -57,6 +63,9 @@ def main(
     response_lengths: list[int] = [16, 32, 64, 128],  # noqa: B006
     batch_sizes: list[int] = [8, 16, 32, 64],  # noqa: B006
     heads: list[int] = [2, 10, 100],  # noqa: B006
+    widths: list[int] = [256, 512, 1024],  # noqa: B006
+    kinds: list[str] = ["HeadEnsemble", "LoraEnsemble", "FullEnsemble"],  # noqa: B006
+    kind_members: int = 4,
     processes: list[int] = [1, 2],  # noqa: B006
     process_batch: int = 64,
     picture: str | None = None,
@@ -76,6 +85,9 @@ def main(
         response_lengths: Lengths to try.
         batch_sizes: Batches to try.
         heads: Numbers of reward heads to try; the second is that of all other runs.
+        widths: Widths of Llamas to try, of four blocks each.
+        kinds: Estimators to try.
+        kind_members: Members of each of them.
         processes: Numbers of processes to try.
         process_batch: Responses of an iteration there, over all processes.
         picture: Where to draw times and slopes (`.png`), if anywhere.
@@ -84,22 +96,26 @@ def main(
     root = Path(work)
     root.mkdir(parents=True, exist_ok=True)
     claim_folder(root, "--work", {"model": model, "prompt_length": prompt_length, "response_length": response_length})
-    policy = root / "policy" if model is None else Path(model)
-    if not policy.is_dir():
-        with new_folder(policy, "--work") as partial:
-            make_model(partial)
+
+    def llama(width: int = 256) -> Path:
+        folder = root / f"policy_{width}"
+        if not folder.is_dir():
+            with new_folder(folder, "--work") as partial:
+                make_model(partial, width)
+        return folder
+
+    policy = llama() if model is None else Path(model)
     most = max(*batch_sizes, process_batch, batch_size) * iterations
     asked = prompts(root / "prompts.jsonl", most, prompt_length, prompt_length)
     preferences = root / "preferences.jsonl"
     write_pairs(preferences, 64)
-    for count in heads:
-        folder = root / f"reward_{count}"
+
+    def ensemble(count: int, kind: str = "HeadEnsemble", base: Path = policy) -> str:
+        folder = root / f"{kind}_{count}_{base.name}"
         if not folder.is_dir():
             with new_folder(folder, "--work") as partial:
-                train_heads(partial, policy, str(preferences), 0, count, 128, response_length)
-
-    def ensemble(count: int) -> str:
-        return str(root / f"reward_{count}" / "ensemble")
+                train_heads(partial, base, str(preferences), 0, count, 128, response_length, kind)
+        return str(folder / "ensemble")
 
     usual = Job(
         str(policy), ensemble(heads[1]), "", asked, str(root), [], iterations, batch_size, prompt_length,
@@ -120,12 +136,21 @@ def main(
 
     print(f"batch {batch_size}, prompts of {prompt_length}, responses of {response_length}, {heads[1]} heads")
     found: dict[str, list[tuple[int, float, float]]] = {}
-    for axis, values in zip(AXES, (response_lengths, batch_sizes, heads), strict=True):
+    tried = {"response_length": response_lengths, "batch_size": batch_sizes, "members": heads}
+    for axis, values in tried.items():
         for value in values:
             change = {"ensemble": ensemble(value)} if axis == "members" else {axis: value}
             seconds, _, peak = measured(replace(usual, **change))  # type: ignore[arg-type]
             found.setdefault(axis, []).append((value, seconds, peak))
             print(f"{axis} {value}: {seconds:.3g} s, {peak:.0f} MB", flush=True)
+    for width in widths:
+        base = llama(width)
+        seconds, _, peak = measured(replace(usual, policy=str(base), ensemble=ensemble(heads[1], base=base)))
+        found.setdefault("parameters", []).append((size(base), seconds, peak))
+        print(f"width {width}, {size(base):,} parameters: {seconds:.3g} s, {peak:.0f} MB", flush=True)
+    for kind in kinds:
+        seconds, _, peak = measured(replace(usual, ensemble=ensemble(kind_members, kind)))
+        print(f"{kind} of {kind_members}: {seconds:.3g} s, {peak:.0f} MB", flush=True)
     print("\n| what grows | from, to | s | MB | slope of time |\n| --- | --- | --- | --- | --- |")
     for axis, points in found.items():
         values, seconds, peaks = zip(*points, strict=True)
@@ -146,6 +171,12 @@ def main(
         draw(found, Path(picture))
 
 
+def size(model: Path) -> int:
+    """Parameters of a model in one file; what is stored once counts once."""
+    with safe_open(model / "model.safetensors", "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
 def draw(found: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
     """Time over each setting, both on logarithmic axes, with the line of a cost that is proportional."""
     import matplotlib
@@ -158,7 +189,8 @@ def draw(found: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
         values, seconds, _ = zip(*points, strict=True)
         panel.loglog(values, seconds, "o-", base=2)
         panel.loglog(values, [seconds[-1] * x / values[-1] for x in values], ":", color="grey", label="proportional")
-        panel.set(xlabel=AXES[axis], xticks=values, xticklabels=values)
+        labels = [f"{x / 1e6:.0f}M" if x > 1e6 else x for x in values]
+        panel.set(xlabel=AXES[axis], xticks=values, xticklabels=labels)
         panel.minorticks_off()
     panels[0].set(ylabel="processor seconds\nof an iteration")
     panels[0].legend(frameon=False)

@@ -175,6 +175,7 @@ def train_heads(
     members: int = 1,
     max_length: int = PROMPT + RESPONSE,
     response: int = RESPONSE,
+    kind: str = "HeadEnsemble",
 ) -> None:
     """Linear reward heads on a frozen policy, below `ensemble`; the same below `classifier` if there is one head.
 
@@ -186,6 +187,7 @@ def train_heads(
         members: Heads.
         max_length: Most tokens of prompt and response.
         response: Most tokens of the responses that the heads are calibrated on.
+        kind: Another estimator in place of heads, by its name.
     """
     options = {
         "seed_everything": seed,
@@ -197,13 +199,13 @@ def train_heads(
         "model.base.path": policy,
         "model.reference.path": policy,
         "model.reference_sampling.max_new_tokens": response,
-        "model.head": "lit_vapo.rewards.members.heads.HeadEnsemble",
+        "model.head": kind,
         "model.head.num_members": members,
         "model.head.bootstrap": str(members > 1).lower(),
         # What a classifier reads; and a critic that starts from it should be a whole model.
         "model.pooling": "last",
         "model.layer": "null",
-        "model.learning_rate": 1e-2,
+        "model.learning_rate": 1e-2 if kind == "HeadEnsemble" else 1e-4,
         "data.tokenizer": policy,
         "data.preferences": preferences,
         "data.batch_size": 16,
