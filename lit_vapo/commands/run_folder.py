@@ -19,7 +19,8 @@ CHECKPOINTS = "checkpoints"
 # Bytes that show whether a file system takes any more.
 BLOCK = 4096
 # What a run writes besides its logs and checkpoints.
-WRITTEN = ("samples_*.jsonl", "evaluations.csv", "overoptimisation.png", "test", "report", "report.html")
+PAGE = ("report.html", "report/curves.png", "report/distributions.png")
+WRITTEN = ("samples_*.jsonl", "evaluations.csv", "overoptimisation.png", "test", *PAGE)
 
 
 _held: set[Claim] = set()
