@@ -11,6 +11,7 @@ import pytest
 
 from lit_vapo.cli import main
 from lit_vapo.commands.report import page, read_run, report_of_ended
+from lit_vapo.commands.run_folder import replaced_by_run
 from lit_vapo.evaluation.findings import policy_findings, verdict_findings
 
 REFERENCE = {
@@ -188,6 +189,7 @@ def test_a_run_ends_with_its_page_and_a_test_renews_it(stage_args, tmp_path, cap
     main(stage_args("reward", "test", folder, f"--ckpt_path={checkpoint}"))
     assert "Not tested yet" not in (folder / "report.html").read_text()
     # It goes where the run goes.
+    assert folder / "report.html" in replaced_by_run(folder, [])
     main(stage_args("reward", "fit", folder, "--overwrite=true"))
     assert "Not tested yet" in (folder / "report.html").read_text()
 

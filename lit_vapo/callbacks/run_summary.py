@@ -63,8 +63,8 @@ class RunSummary(Callback):
         kept = [path for name in (BEST, LAST) if (path := self.checkpoint.folder / name).exists()]
         lines = {"ended": f"after {clock(time.monotonic() - self.started)}", **found}
         if kept:
-            lines |= {"checkpoint": str(kept[-1])}
-            lines |= {"next": f"lit-vapo export --checkpoint {kept[0]} --output FOLDER"}
+            export = f"lit-vapo export --checkpoint {kept[0]} --output FOLDER"
+            lines |= {"checkpoint": str(kept[-1]), "next": export}
         _print(lines)
 
 
