@@ -5,32 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_vapo.functional.masked import accumulation_dtype
+# Largest float32 below 1.
+_BELOW_ONE = 1 - 2.0**-24
 
 
-def draw(probabilities: Tensor, uniform: Tensor | None = None) -> Tensor:
-    """One index a row, drawn by the inverse of the cumulated probabilities.
+def draw(probabilities: Tensor, times: Tensor | None = None) -> Tensor:
+    """One index a row, by a race: each index needs a random time, and the less the likelier it is.
 
-        index = the least i with  p_0 + … + p_i  >  u · (p_0 + … + p_{V−1})
+        index = argmin_i  E_i / p_i ,   E_i ~ Exp(1)
 
-    A row takes one random number, where `torch.multinomial` makes one for each of the V entries. What has probability
-    0 is never drawn. Sums are taken in float64, so a row need not sum to 1 exactly.
+    This is the Gumbel-max trick without logarithms of p. Two distributions that race with the same times mostly draw
+    the same index: with a probability of at least (1 − d) / (1 + d) where d is their total variation distance
+    (arXiv 2408.07978). So two policies that answer with the same random numbers differ where they have to.
+    `torch.multinomial` races too, and takes three times as long on a processor, since it draws exponential numbers one
+    by one.
 
     Args:
-        probabilities: `(B, V)`, not negative, with a positive sum in each row.
-        uniform: `(B,)`, u in [0, 1), independent and uniform; by default from torch's generator of the device.
+        probabilities: `(B, V)`, not negative, with something positive in each row; a row need not sum to 1.
+        times: `(B, V)`, E > 0; by default from torch's generator of the device.
 
     Returns:
-        `(B,)` int64, indices in [0, V).
+        `(B,)` int64, indices in [0, V). What has probability 0 is not drawn.
 
     Examples:
-        >>> p = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).expand(4, 4)
-        >>> draw(p, torch.tensor([0.0, 0.49, 0.5, 0.99])).tolist()
-        [0, 0, 2, 3]
+        >>> p = torch.tensor([[0.5, 0.0, 0.25, 0.25]])
+        >>> draw(p, torch.tensor([[1.0, 0.1, 0.4, 0.6]])).tolist()
+        [2]
     """
-    cumulated = probabilities.cumsum(dim=-1, dtype=accumulation_dtype(probabilities.device))
-    total = cumulated[:, -1]
-    u = torch.rand_like(total) if uniform is None else uniform.to(total)
-    # Rounding must not reach the total: behind it there is nothing.
-    goal = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, goal[:, None], right=True)[:, 0]
+    if times is None:
+        # 31 random bits each: the small numbers that decide must not be steps of 2^-24, as those of `rand` are.
+        bits = torch.empty_like(probabilities, dtype=torch.int32).random_()
+        uniform = (bits + 0.5).mul_(2.0**-31).clamp_max_(_BELOW_ONE)
+        times = uniform.neg_().log1p_().neg_()
+    return (probabilities / times).argmax(dim=-1)

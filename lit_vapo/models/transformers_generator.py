@@ -109,13 +109,16 @@ class TransformersGenerator(Generator):
 
 
 class _Draw(LogitsProcessor):
-    """Draws the next token of each row, and leaves `generate` no other; it would take a random number for every logit.
+    """Draws the next token of each row, and leaves `generate` no other; its own draws cost more.
 
     Args:
         prompt_size: Tokens before a response.
         temperature: The logits are divided by it.
         found: Log-probabilities and entropies of the drawn tokens (2, B, T) to fill in, or `None` to write nothing
             down.
+
+    Raises:
+        ValueError: A logit is NaN, or all of a row are minus infinity.
     """
 
     def __init__(self, prompt_size: int, temperature: float, found: Tensor | None) -> None:
@@ -125,22 +128,25 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits that only the drawn tokens have (B, V)."""
-        tokens, known = drawn(scores, self.temperature)
+        tokens, logprobs, probabilities = drawn(scores, self.temperature)
+        own = logprobs.gather(1, tokens[:, None])[:, 0]
         place = input_ids.shape[1] - self.prompt_size
+        if bool(own.isnan().any()):
+            row = int(own.isnan().nonzero()[0])
+            raise ValueError(f"row {row}, token {place} of its response: expected logits that are numbers, got NaN")
         # Where `generate` finds the end of all rows a step late, it takes the last token back.
         if self.found is not None and place < self.found.shape[2]:
-            self.found[:, :, place] = torch.stack(known)
+            # What could not be drawn counts 0, and not 0 times infinity.
+            terms = probabilities * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)
+            self.found[:, :, place] = torch.stack([own, -terms.sum(dim=-1)])
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
-def drawn(scores: Tensor, temperature: float) -> tuple[Tensor, TokenLogprobs]:
-    """A token for each row of logits (B, V), and its log-probability and the entropy (B,) it was drawn with."""
+def drawn(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A token for each row of logits (B, V), and log-probabilities and probabilities (B, V) it was drawn with."""
     logprobs = (scores / temperature).log_softmax(dim=-1)
     probabilities = logprobs.exp()
-    tokens = draw(probabilities)
-    # What could not be drawn counts 0, and not 0 times infinity.
-    entropy = -(probabilities * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(dim=-1)
-    return tokens, TokenLogprobs(logprobs.gather(1, tokens[:, None])[:, 0], entropy)
+    return draw(probabilities), logprobs, probabilities
 
 
 class _StopSearch(StoppingCriteria):

@@ -72,8 +72,8 @@ def test_left_padding_does_not_change_what_is_likely(lm):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"suppress_tokens": list(range(1, 320))}, {"min_p": 0.99}, {"top_k": 1}, {"top_p": 1e-3}, {"typical_p": 1e-3},
-     {"min_new_tokens": 5}, {"no_repeat_ngram_size": 1}, {"forced_eos_token_id": 3}, {"repetition_penalty": 1e6}],
+    [{"suppress_tokens": list(range(1, 320))}, {"min_new_tokens": 5}, {"no_repeat_ngram_size": 1},
+     {"forced_eos_token_id": 3}, {"repetition_penalty": 1e-6}],
     ids=lambda s: next(iter(s)),
 )  # fmt: skip
 def test_the_model_s_own_generation_settings_do_not_shape_the_distribution(lm, setting, monkeypatch):
@@ -117,6 +117,13 @@ def test_a_token_that_is_taken_back_is_not_written_down():
     # One step more than is kept, as where the end of all rows is found late.
     drawing(ids, torch.tensor([[9.0, 0, 0, 0]]))
     torch.testing.assert_close(drawing.found[:, 0, 0], torch.tensor([-1.0, 1.0]) * math.log(4))
+
+
+@pytest.mark.parametrize("wrong", [[math.nan, 0.0, 0.0], [-math.inf] * 3], ids=["nan", "nothing"])
+def test_logits_that_are_no_numbers_are_refused(wrong):
+    logits = torch.tensor([[0.0, 0.0, 0.0], wrong])
+    with pytest.raises(ValueError, match="row 1, token 2 of its response: expected logits that are numbers, got NaN"):
+        _Draw(3, 1.0, None)(torch.zeros(2, 5, dtype=torch.long), logits)
 
 
 def test_generate_is_left_the_drawn_token_alone():
