@@ -39,7 +39,7 @@ def no_run_left_open():
 def no_report_of_ended_runs(request, monkeypatch):
     """The page at the end of a run takes a second or two; only tests marked `report` wait for it."""
     if "report" not in request.keywords:
-        monkeypatch.setattr("lit_vapo.commands.report.report_of_ended", lambda *_: None)
+        monkeypatch.setattr("lit_vapo.commands.run.write_page", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,11 @@ import subprocess
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from lit_vapo.cli import main
-from lit_vapo.commands.report import page, read_run, report_of_ended
+from lit_vapo.commands.endings import write_page
+from lit_vapo.commands.report import page, read_run
 from lit_vapo.commands.run_folder import replaced_by_run
 from lit_vapo.evaluation.findings import policy_findings, verdict_findings
 
@@ -47,7 +49,11 @@ def test_a_healthy_run_has_nothing_to_look_at():
 @pytest.mark.parametrize(
     ("changed", "level", "said"),
     [
-        ({"reward_gain": 0.1}, "look", "not shown to prefer the policy: +0.1 on held-out prompts (95% interval -0.096"),
+        (
+            {"reward_gain": 0.1},
+            "look",
+            "not shown to prefer the policy: +0.1 on validation prompts (95% interval -0",
+        ),
         ({"reward_gain": -0.5}, "bad", "prefers the reference to the policy"),
         ({"gold_gain": -0.3}, "bad", "learned errors of the ensemble"),
         ({"gold_gain": 0.0}, "look", "does not tell them apart"),
@@ -80,6 +86,18 @@ def test_who_was_better_before_is_told():
     assert len(found) == 1
     assert found[0].text.startswith("Gold was 0.3 higher at iteration 4")
     assert "over-optimised" not in str(policy_findings([REFERENCE, POLICY | {"gold_gain": 0.45}, POLICY]))
+
+
+def test_a_test_is_judged_in_place_of_the_last_validation():
+    tested = [REFERENCE, POLICY | {"gold_gain": -0.3, "reward_gain": 0.4}]
+    found = policy_findings([REFERENCE, POLICY], (), tested)
+    assert [finding.level for finding in found if finding.level != "good"] == ["bad"]
+    assert "prefers the policy to the reference: +0.4 on test prompts (95% interval" in found[0].text
+    # Of a folder in which nothing was trained, too.
+    assert policy_findings([], (), tested) == found
+    # What the validations said of the course stays.
+    best = POLICY | {"iteration": 4, "gold_gain": 0.6}
+    assert any("at iteration 4" in finding.text for finding in policy_findings([REFERENCE, best, POLICY], (), tested))
 
 
 def test_members_say_nothing_of_a_policy_that_has_not_moved():
@@ -195,11 +213,81 @@ def test_a_run_ends_with_its_page_and_a_test_renews_it(stage_args, tmp_path, cap
 
 
 @pytest.mark.report
+def test_a_test_in_a_folder_of_its_own_is_judged(stage_args, ppo_run, tiny_ensemble_dir, tmp_path):
+    last = ppo_run / "checkpoints/last.ckpt"
+    main(stage_args("ppo", "test", tmp_path / "run", ckpt_path=last, model__reward=tiny_ensemble_dir))
+    run = read_run(tmp_path / "run")
+    assert "on test prompts" in run.findings[0].text
+    assert run.findings[0].text in html.unescape((tmp_path / "run/report.html").read_text())
+    steps = json.loads((ppo_run / "finished.json").read_text())["steps"]
+    assert run.facts["tested"] == f"after {steps} weight updates"
+    record = json.loads((tmp_path / "run/test/evaluation.json").read_text())
+    assert run.figures["reward_gain"] == record["comparison"]["reward_gain"]
+    assert run.figures["kl_k3"] == record["policy"]["kl_k3"]
+
+
+@pytest.mark.report
+def test_a_page_is_about_the_run_that_replaced_another(stage_args, tmp_path):
+    folder = tmp_path / "run"
+    main(stage_args("reward", "fit", folder))
+    once = read_run(folder)
+    main(stage_args("reward", "fit", folder, "--overwrite=true", "--model.learning_rate=0.0123"))
+    again = read_run(folder)
+    assert "learning_rate: 0.0123" in again.settings
+    assert "learning_rate: 0.0123" not in once.settings
+    assert "learning_rate: 0.0123" in (folder / "report.html").read_text()
+    assert json.loads((folder / "finished.json").read_text())["logs"] == "logs/version_1"
+
+
+def test_without_a_mark_the_newest_training_is_shown(reward_run, tmp_path):
+    folder = shutil.copytree(reward_run, tmp_path / "run")
+    (folder / "finished.json").unlink()
+    logs = folder / "logs"
+    settings = (logs / "version_0/config.yaml").read_text()
+    for number, metric in ((2, "val/nll"), (10, "train/loss"), (11, "test/nll")):
+        (logs / f"version_{number}").mkdir()
+        (logs / f"version_{number}/config.yaml").write_text(re.sub(r"seed: \d+", f"seed: {number}", settings, count=1))
+        (logs / f"version_{number}/metrics.csv").write_text(f"step,{metric}\n0,1\n")
+    # Whoever names a version has a folder without a number.
+    shutil.copytree(logs / "version_0", logs / "mine")
+    assert "seed: 10" in read_run(folder).settings
+    (logs / "version_10/config-2.yaml").write_text(settings.replace("seed_everything: 0", "seed_everything: 22"))
+    (logs / "version_10/config-11.yaml").write_text(settings.replace("seed_everything: 0", "seed_everything: 111"))
+    assert "seed_everything: 111" in read_run(folder).settings
+    # Whatever a mark says goes before.
+    (folder / "finished.json").write_text('{"logs": "logs/version_0"}')
+    assert yaml.safe_load(read_run(folder).settings) == yaml.safe_load(settings)
+
+
+@pytest.mark.report
+@pytest.mark.filterwarnings("error:no report")
+def test_a_run_that_logs_elsewhere_has_its_page(stage_args, tmp_path):
+    folder = tmp_path / "run"
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "csv", "version": "mine"}}
+    main(stage_args("reward", "fit", folder, f"--trainer.logger={json.dumps(logger)}"))
+    assert not (folder / "logs").exists()
+    (folder / "report.html").unlink()
+    main(["report", str(folder)])
+    assert (folder / "report.html").is_file()
+    assert "version: mine" in read_run(folder).settings
+
+
+@pytest.mark.report
+def test_every_stage_has_a_page_and_a_trial_has_none(stage_args, tiny_ensemble_dir, tmp_path):
+    main(stage_args("sft", "fit", tmp_path / "sft"))
+    assert "loss" in (tmp_path / "sft/report.html").read_text()
+    main(stage_args("ppo", "fit", tmp_path / "ppo", model__reward=tiny_ensemble_dir))
+    assert "on validation prompts" in (tmp_path / "ppo/report.html").read_text()
+    main(stage_args("reward", "fit", tmp_path / "trial", "--trainer.fast_dev_run=true"))
+    assert not (tmp_path / "trial").exists()
+
+
+@pytest.mark.report
 def test_a_page_that_cannot_be_written_does_not_fail_the_run(reward_run, tmp_path):
     folder = shutil.copytree(reward_run, tmp_path / "run")
-    (folder / "finished.json").write_text("{}")
-    with pytest.warns(UserWarning, match="no report could be written .*KeyError.*lit-vapo report"):
-        report_of_ended(folder)
+    (folder / "finished.json").write_text('{"ended": 5}')
+    with pytest.warns(UserWarning, match="no report could be written .*TypeError.*lit-vapo report"):
+        write_page(folder, {})
 
 
 def test_a_reward_run_is_judged_by_its_test_or_else_by_its_last_validation(reward_run, tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -74,3 +76,22 @@ def lost_process(trainer: Any) -> str | None:
     if lost is None and not children and os.environ.get("LOCAL_RANK", "0") != "0" and os.getppid() != _PARENT:
         lost = f"process 0 of this run (PID {_PARENT}) has died"
     return lost and f"{lost}; the others cannot go on without it. With --resume it goes on from its last checkpoint."
+
+
+def write_page(folder: Path, mark: Mapping[str, Any]) -> None:
+    """Write the page about a run that has just ended.
+
+    Where it cannot be written, that is a warning: the run is whole.
+
+    Args:
+        folder: The run's.
+        mark: What its mark says, or will say.
+    """
+    try:
+        # Nothing that only a page needs delays the start.
+        from lit_vapo.commands.report import report
+
+        report([str(folder)], mark=mark)
+    except Exception as error:
+        again = f"try again with: lit-vapo report {folder}"
+        warnings.warn(f"no report could be written ({type(error).__name__}: {error}); {again}", stacklevel=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import warnings
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ import yaml
 
 from lit_vapo.commands.environment import facts as machine_facts
 from lit_vapo.commands.options import Parser
+from lit_vapo.commands.run_folder import FINISHED
 from lit_vapo.evaluation.findings import Finding, policy_findings, verdict_findings
 from lit_vapo.evaluation.policy_files import read_evaluations
 from lit_vapo.figures.runs import PANELS, curves, distributions
@@ -55,18 +56,18 @@ class Run:
     samples: list[dict[str, str]] = field(default_factory=list)
 
 
-def report(runs: list[str], output: str | None = None, ended: str | None = None) -> None:
+def report(runs: list[str], output: str | None = None, mark: Mapping[str, Any] | None = None) -> None:
     """Write one page about a run of PPO or of reward training: what happened, and whether to trust it.
 
     Args:
         runs: Folders of runs (`trainer.default_root_dir`); several are set side by side.
         output: The page; `null` for `report.html` in the folder of the first run. Pictures go to `report/` of each.
-        ended: When the run ended, if it is not marked as finished yet.
+        mark: What the mark of a finished run will say, where it is not written yet.
 
     Raises:
         ValueError: A folder holds no run, or one that has logged nothing yet.
     """
-    found = [read_run(Path(run), ended) for run in runs]
+    found = [read_run(Path(run), mark) for run in runs]
     path = Path(output) if output is not None else Path(runs[0]) / PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page(found))
@@ -75,22 +76,6 @@ def report(runs: list[str], output: str | None = None, ended: str | None = None)
         for finding in run.findings:
             print(f"  {MARKS[finding.level]} {finding.text}")
     print(f"report: {path}")
-
-
-def report_of_ended(folder: Path, ended: str | None = None) -> None:
-    """Write the page about a run that has just ended.
-
-    Where it cannot be written, that is a warning: the run is whole.
-
-    Args:
-        folder: The run's.
-        ended: When it ended, if it is not marked as finished yet.
-    """
-    try:
-        report([str(folder)], ended=ended)
-    except Exception as error:
-        again = f"try again with: lit-vapo report {folder}"
-        warnings.warn(f"no report could be written ({type(error).__name__}: {error}); {again}", stacklevel=2)
 
 
 def main(words: Sequence[str]) -> None:
@@ -102,20 +87,23 @@ def main(words: Sequence[str]) -> None:
     report(options.runs, options.output)
 
 
-def read_run(folder: Path, ended: str | None = None) -> Run:
+def read_run(folder: Path, mark: Mapping[str, Any] | None = None) -> Run:
     """What a run has written.
 
     Args:
         folder: The run's.
-        ended: When it ended, if it is not marked as finished yet.
+        mark: What the mark of a finished run will say, where it is not written yet.
 
     Raises:
         ValueError: It is no run, or has logged nothing yet.
     """
-    logs = sorted(folder.glob("logs/version_*/config.yaml"), key=lambda path: int(path.parent.name.split("_")[1]))
-    if not logs:
-        raise ValueError(f"{folder}: expected the folder of a run (with logs/version_N/config.yaml), got none")
-    settings = yaml.safe_load(logs[0].read_text(encoding="utf-8"))
+    finished = folder / FINISHED
+    known = {**(mark or {}), **(json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else {})}
+    logs = _logs(folder, known)
+    metrics = _rows(logs / "metrics.csv")
+    # A run that was resumed with other settings has several.
+    newest = max(logs.glob("config*.yaml"), key=lambda path: _number(path.stem))
+    settings = yaml.safe_load(newest.read_text(encoding="utf-8"))
     model = settings["model"]
     stage = "ppo" if "objective" in model else "reward" if "head" in model else "sft"
     facts = {"model": str(model["base"]["path"])}
@@ -125,29 +113,63 @@ def read_run(folder: Path, ended: str | None = None) -> Run:
         facts["members"] = _named(model["head"]) or "HeadEnsemble"
         if count := ((model["head"] or {}).get("init_args") or {}).get("num_members"):
             facts["members"] = f"{count}, {facts['members']}"
-    finished = folder / "finished.json"
-    ended = json.loads(finished.read_text())["ended"] if finished.is_file() else ended
-    facts["ended"] = "not yet" if ended is None else ended[:16].replace("T", " ")
+    facts["ended"] = known.get("ended", "not yet")[:16].replace("T", " ")
     whole = folder.resolve()
     name = f"{whole.parent.name}/{whole.name}" if whole.name in PANELS else whole.name
     run = Run(name, stage, yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), facts, [])
-    metrics = [row for path in logs for row in _rows(path.with_name("metrics.csv"))]
     drawn = folder / PICTURES
     if curves(drawn / "curves.png", metrics, stage):
         run.pictures["The course of the run"] = drawn / "curves.png"
+    judged = folder / "test/evaluation.json"
+    test = json.loads(judged.read_text(encoding="utf-8")) if judged.is_file() else {}
+    if test.get("step") is not None:
+        facts["tested"] = f"after {test['step']} weight updates" + f" of {known.get('steps')}" * ("steps" in known)
     if stage == "ppo":
-        _read_policy(run, folder, metrics)
+        _read_policy(run, folder, metrics, test)
     else:
-        _read_rewards(run, folder, metrics)
+        _read_rewards(run, folder, metrics, test)
     return run
 
 
-def _read_policy(run: Run, folder: Path, metrics: Sequence[Mapping[str, float]]) -> None:
+def _logs(folder: Path, mark: Mapping[str, Any]) -> Path:
+    """Where a run logged: as its mark says, or else the newest of its folders that has something of a training.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    told = [folder / mark[name] for name in ("logs", "test_logs") if name in mark]
+    found = [place for place in (*told, *folder.glob("logs/*")) if (place / "config.yaml").is_file()]
+    if not found:
+        raise ValueError(f"{folder}: expected the folder of a run (with logs/version_N/config.yaml), got none")
+    if "logs" in mark and found[0] == told[0]:
+        return found[0]
+    return max(found, key=lambda place: (_logged(place, "train/"), _logged(place, "val/"), _number(place.name)))
+
+
+def _logged(logs: Path, prefix: str) -> bool:
+    """Whether metrics of such names were logged."""
+    path = logs / "metrics.csv"
+    names = path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else ""
+    return any(name.startswith(prefix) for name in names.split(","))
+
+
+def _number(name: str) -> int:
+    """What a name ends with, 0 for none."""
+    found = re.search(r"\d+$", name)
+    return int(found[0]) if found else 0
+
+
+def _read_policy(
+    run: Run, folder: Path, metrics: Sequence[Mapping[str, float]], test: Mapping[str, Mapping[str, float]]
+) -> None:
     course = read_evaluations(folder / "evaluations.csv")
     ratios = [row["train/first_ratio"] for row in metrics if "train/first_ratio" in row]
-    run.findings = policy_findings(course, ratios)
-    if course:
-        run.figures = {name: float(x) for name in SIDE_BY_SIDE if (x := course[-1].get(name)) is not None}
+    # As a test writes it; NaN is null in JSON.
+    both = [test["reference"], {**test["policy"], **test["comparison"]}] if test else []
+    rows = [{name: math.nan if x is None else x for name, x in row.items()} for row in both]
+    run.findings = policy_findings(course, ratios, rows)
+    if judged := (rows or course)[-1:]:
+        run.figures = {name: float(x) for name in SIDE_BY_SIDE if (x := judged[0].get(name)) is not None}
     for picture in (folder / "test/overoptimisation.png", folder / "overoptimisation.png"):
         if picture.is_file():
             run.pictures["Gain over the reference against √KL"] = picture
@@ -163,14 +185,12 @@ def _read_policy(run: Run, folder: Path, metrics: Sequence[Mapping[str, float]])
         run.samples = _samples(records)
 
 
-def _read_rewards(run: Run, folder: Path, metrics: Sequence[Mapping[str, float]]) -> None:
-    judged = folder / "test/evaluation.json"
-    if judged.is_file():
-        record = json.loads(judged.read_text(encoding="utf-8"))
-        run.findings = verdict_findings(record.get("verdict", {}).get("sentences", []))
-        run.figures = {name: float(record["mean"][name]) for name in FIGURES}
+def _read_rewards(run: Run, folder: Path, metrics: Sequence[Mapping[str, float]], test: Mapping[str, Any]) -> None:
+    if test:
+        run.findings = verdict_findings(test.get("verdict", {}).get("sentences", []))
+        run.figures = {name: float(test["mean"][name]) for name in FIGURES}
         names = {"reliability": "Calibration", "risk_coverage": "Errors by how many are left", "sigma": "σ"}
-        pictures = {title: judged.with_name(f"{name}.png") for name, title in names.items()}
+        pictures = {title: folder / f"test/{name}.png" for name, title in names.items()}
         run.pictures |= {title: path for title, path in pictures.items() if path.is_file()}
     elif run.stage == "reward":
         validated = next((row for row in reversed(metrics) if "val/accuracy" in row), {})

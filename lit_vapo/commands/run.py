@@ -23,7 +23,7 @@ from lit_vapo.callbacks.metrics_file import MetricsFile
 from lit_vapo.callbacks.plain_progress import lines_for_bar
 from lit_vapo.callbacks.run_summary import RunSummary
 from lit_vapo.callbacks.samples import SampleTable
-from lit_vapo.commands.endings import told
+from lit_vapo.commands.endings import told, write_page
 from lit_vapo.commands.options import Parser, check_models, refuse_secrets
 from lit_vapo.commands.resume import WORDS, Found, checkpoint_meant, ends, found_to_resume, read
 from lit_vapo.commands.run_folder import (
@@ -56,8 +56,8 @@ class StageCLI(LightningCLI):
     """`fit`, `validate` and `test` of one stage, and `predict` of the ppo stage.
 
     A run lives in `trainer.default_root_dir`: `checkpoints/`, `logs/version_N/` (metrics.csv, config.yaml),
-    samples, evaluations, and `finished.json` once it ended. A folder that holds a run is not written over unless told
-    to.
+    samples, evaluations, and `report.html` and `finished.json` once it ended. A folder that holds a run is not written
+    over unless told to.
 
     Args:
         model_class: The stage's module.
@@ -265,9 +265,10 @@ class StageCLI(LightningCLI):
             "steps": self.trainer.global_step,
             "ends": ends(config["trainer"]),
             "ended": datetime.now(UTC).isoformat(),
+            "logs": self._logs,
         }
         # Before the mark: a run that is killed meanwhile goes on, and ends with its page.
-        self._report(str(record["ended"]))
+        write_page(self.root, record)
         write_whole(self.root / FINISHED, json.dumps(record, indent=2) + "\n")
 
     def after_validate(self) -> None:
@@ -278,17 +279,16 @@ class StageCLI(LightningCLI):
         """Refuse to end as if something had been tested."""
         self._refuse_nothing("test on", "test", self.trainer.num_test_batches)
         if not self.trial and self.trainer.is_global_zero:
-            self._report()
+            write_page(self.root, {"test_logs": self._logs})
 
     def after_predict(self) -> None:
         """Refuse to end as if something had been answered."""
         self._refuse_nothing("respond to", "test", self.trainer.num_predict_batches)
 
-    def _report(self, ended: str | None = None) -> None:
-        # Nothing that only a page needs delays the start.
-        from lit_vapo.commands.report import report_of_ended
-
-        report_of_ended(self.root, ended)
+    @property
+    def _logs(self) -> str:
+        """Where metrics and configuration are, from the run's folder."""
+        return os.path.relpath(self.trainer.log_dir or self.root, self.root)
 
     def _refuse_nothing(self, what: str, split: str, batches: Sequence[int | float]) -> None:
         if not sum(batches):

@@ -36,18 +36,23 @@ class Finding(NamedTuple):
     text: str
 
 
-def policy_findings(course: Sequence[Row], first_ratios: Sequence[float] = ()) -> list[Finding]:
+def policy_findings(
+    course: Sequence[Row], first_ratios: Sequence[float] = (), test: Sequence[Row] = ()
+) -> list[Finding]:
     """What the evaluations of a run come to.
 
     Args:
         course: Rows of `evaluations.csv`, the reference's first.
         first_ratios: Mean ratio of each iteration's first minibatch, before any update.
+        test: Figures of reference and policy on the test prompts; empty for the last row of `course`.
     """
-    if len(course) < 2:
+    judged = test or course
+    if len(judged) < 2:
         return [Finding("look", "No policy was evaluated on prompts that were set aside: nothing is known of a gain.")]
-    before, after = course[0], course[-1]
-    rules = (_gain(after), _gold(course), _distance(after), _doubt(before, after), _members(before, after))
-    found = [finding for rule in rules for finding in rule]
+    before, after = judged[0], judged[-1]
+    where = "test prompts" if test else "validation prompts"
+    found = [*_gain(after, where), *_gold(after, where), *_over_optimised(course), *_distance(after)]
+    found += [*_doubt(before, after), *_members(before, after)]
     found += [*_length(before, after), *_words(before, after), *_ratio(first_ratios)]
     return found
 
@@ -72,12 +77,12 @@ def _known(row: Row, name: str) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
 
 
-def _risen(row: Row, name: str, good: str, bad: str, unclear: str) -> Iterator[Finding]:
+def _risen(row: Row, where: str, name: str, good: str, bad: str, unclear: str) -> Iterator[Finding]:
     gain, error = _known(row, f"{name}_gain"), _known(row, f"{name}_gain_se")
     if gain is None or error is None:
         return
     low, high = gain - NORMAL_95 * error, gain + NORMAL_95 * error
-    seen = f"{gain:+.3g} on held-out prompts (95% interval {low:+.3g} to {high:+.3g})"
+    seen = f"{gain:+.3g} on {where} (95% interval {low:+.3g} to {high:+.3g})"
     if low > 0:
         yield Finding("good", f"{good}: {seen}.")
     elif high < 0:
@@ -86,9 +91,10 @@ def _risen(row: Row, name: str, good: str, bad: str, unclear: str) -> Iterator[F
         yield Finding("look", f"{unclear}: {seen}.")
 
 
-def _gain(after: Row) -> Iterator[Finding]:
+def _gain(after: Row, where: str) -> Iterator[Finding]:
     yield from _risen(
         after,
+        where,
         "reward",
         "The ensemble prefers the policy to the reference",
         "The ensemble prefers the reference to the policy",
@@ -96,8 +102,7 @@ def _gain(after: Row) -> Iterator[Finding]:
     )
 
 
-def _gold(course: Sequence[Row]) -> Iterator[Finding]:
-    after = course[-1]
+def _gold(after: Row, where: str) -> Iterator[Finding]:
     if _known(after, "gold_gain") is None:
         yield Finding(
             "look",
@@ -107,12 +112,19 @@ def _gold(course: Sequence[Row]) -> Iterator[Finding]:
         return
     yield from _risen(
         after,
+        where,
         "gold",
         "A judge that training never saw agrees",
         "A judge that training never saw likes the policy less than the reference: the policy learned errors of the "
         "ensemble. Use a larger model.kl_coef, or an earlier checkpoint",
         "A judge that training never saw does not tell them apart",
     )
+
+
+def _over_optimised(course: Sequence[Row]) -> Iterator[Finding]:
+    if len(course) < 2 or _known(course[-1], "gold_gain") is None:
+        return
+    after = course[-1]
     best = max(course[1:], key=lambda row: _known(row, "gold_gain") or -math.inf)
     lost = float(best["gold_gain"]) - float(after["gold_gain"])
     if lost > NORMAL_95 * (_known(after, "gold_gain_se") or math.inf):

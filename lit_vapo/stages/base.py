@@ -44,6 +44,8 @@ class TrainedWeightsModule(LightningModule):
         super().__init__()
         # What the run had logged when it was last saved, by key: a model card tells it.
         self.figures: dict[str, float] = {}
+        # Weight updates behind the checkpoint that was read, if one was.
+        self.loaded_step: int | None = None
 
     def about(self) -> dict[str, str]:
         """What a run of this is about, in a few lines by what they are called."""
@@ -169,6 +171,7 @@ class TrainedWeightsModule(LightningModule):
             raise ValueError(f"checkpoint: expected one of stage {self.stage!r}, got one of stage {stage!r}")
         update_checkpoint(checkpoint)
         self.figures = dict(checkpoint.get(FIGURES_KEY, {}))
+        self.loaded_step = checkpoint.get("global_step")
         self._check_optimizer(checkpoint)
         self._tell_differences(checkpoint)
         self.choose_state(checkpoint)

@@ -113,7 +113,8 @@ class EvaluatedRewards(TrainedWeightsModule):
         reports = {split: self._report(split) for split in splits}
         report = reports["test"]
         cut = self.cut_rewards("test") if report.num_pairs else None
-        self.evaluation = tested(reports, self._rows("test"), cut, bool(self.head.calibrated))
+        found = tested(reports, self._rows("test"), cut, bool(self.head.calibrated))
+        self.evaluation = {"step": self.loaded_step, **found}
         fitted = self.evaluation.get("temperature", {})
         shown = {k: fitted[k] for k in ("temperature", "nll_calibrated", "ece_calibrated") if k in fitted}
         more = {"ood_auroc": self.evaluation["ood_auroc"]} if "ood_auroc" in self.evaluation else {}
