@@ -15,13 +15,15 @@ What is measured:
   computation of the features;
 - adapters: K LoRA members with a reward head each, on all blocks and on the top quarter of them; ours in one
   training, the peer's in one training per member, times summed;
+- defaults: the same on all blocks as both come: the peer recomputes activations, and our members each read the pairs
+  of their own bootstrap (the peer has none);
 - growth: ours alone, 2K members on the top quarter against one;
 - bootstrap: ours alone, adapters on all blocks that each read the pairs of their own bootstrap, against all pairs.
 
-Equal on both sides: texts, tokens, batch size, steps, data type, threads, AdamW and its settings, rank, scale and place
-of the adapters. Off on both sides: bootstrap, regularisation, gradient clipping, logging, checkpoints, evaluation,
-progress bars. The peer recomputes activations in the backward pass wherever there are adapters; here that is off, which
-is to its advantage (`--checkpointing true` leaves it on).
+Equal on both sides, but for `defaults`: texts, tokens, batch size, steps, data type, threads, AdamW and its settings,
+rank, scale and place of the adapters. Off on both sides: bootstrap, regularisation, gradient clipping, logging,
+checkpoints, evaluation, progress bars. The peer recomputes activations in the backward pass wherever there are
+adapters; here that is off, which is to its advantage (`--checkpointing true` leaves it on).
 
 Not equal: the peer's heads have no bias, and it computes the norm of their move even where it counts for nothing. It
 pads prompts on the left and responses on the right, each to the longest of its batch, in random order; we pad whole
@@ -209,7 +211,7 @@ def main(
     repetitions: int | None = None,
     threads: int = 1,
     processor_time: bool = False,
-    parts: list[str] = ["heads", "adapters", "growth", "bootstrap"],  # noqa: B006
+    parts: list[str] = ["heads", "adapters", "defaults", "growth", "bootstrap"],  # noqa: B006
 ) -> None:
     """Print the table.
 
@@ -276,6 +278,10 @@ def main(
                 both.line(f"adapters on {name} ({count} blocks), {adapter_pairs} pairs", lambda a: a.whole, ">= 2")
                 both.line("    reading, tokenising, loading", lambda a: a.rest)
                 both.line("    peak memory", lambda a: a.peak_mb, unit="MB")
+        if "defaults" in parts:
+            both = Comparison(replace(job, top_layers=layers, checkpointing=True, bootstrap=True), peer, repetitions)
+            both.line(f"adapters on all, as both come, {adapter_pairs} pairs", lambda a: a.whole, ">= 2")
+            both.line("    peak memory", lambda a: a.peak_mb, unit="MB")
         if "growth" in parts:
             growth(job, repetitions)
         if "bootstrap" in parts:

@@ -12,6 +12,7 @@ from lit_vapo.data.collate import SFTBatch
 from lit_vapo.data.datamodule import PreferenceDataModule, SFTDataModule
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.models.sharding import is_sharded, whole
+from lit_vapo.rewards.members.aleatoric import AleatoricEnsemble
 from lit_vapo.rewards.members.bayesian import BayesianLinear
 from lit_vapo.rewards.members.dropout import McDropout
 from lit_vapo.rewards.members.full import FullEnsemble
@@ -37,6 +38,7 @@ KINDS = {
     "sft_lora": sft(Lora(4, 16.0)),
     "sft_full": sft(None),
     "heads": reward(lambda: HeadEnsemble(3)),
+    "aleatoric": reward(lambda: AleatoricEnsemble(3)),
     "heads_trained": reward(lambda: HeadEnsemble(3), freeze=False),
     "lora": reward(lambda: LoraEnsemble(3, rank=2)),
     "lora_diverse": reward(lambda: LoraEnsemble(3, rank=2, diversity=0.5)),

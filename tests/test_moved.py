@@ -1,6 +1,7 @@
 """Models on another machine or in a container: under another path, and read by another user."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ from rewards.test_rewards_lora import reward_model, tokens
 
 from lit_vapo.cli import main
 from lit_vapo.folders import absolute
+from lit_vapo.models.exported import same_model
+from lit_vapo.models.policy import Policy
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.rewards import PretrainedRewards, load_reward
 from lit_vapo.rewards.features import save_features
+from lit_vapo.rewards.placement import SharedTrunk
 from lit_vapo.rewards.reward_model import RewardModel
 
 WARNED = "is no folder here; .* is taken for it .LIT_VAPO_MODELS."
@@ -71,6 +75,55 @@ def test_adapters_find_their_base(base, move, tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match=f"expected an adapter of .*, got one of .*; {ADVICE}"):
         load_adapter(tmp_path / "ensemble" / "member_0", model.backbone, there)
+
+
+def change(folder, name):
+    """Another model than it was, by a little."""
+    if name == "weights":
+        path = next(folder.glob("*.safetensors"))
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    elif name == "configuration":
+        (folder / "config.json").write_text((folder / "config.json").read_text().replace('"rms_norm_eps": ', '"x": '))
+    elif name == "one file more":
+        (folder / "more.safetensors").write_bytes(b"")
+    elif name == "no weights":
+        next(folder.glob("*.safetensors")).unlink()
+
+
+@pytest.mark.parametrize("other", ["weights", "configuration", "one file more", "no weights"])
+def test_what_differs_from_a_model_is_no_copy_of_it(base, tmp_path, other):
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    assert same_model(Pretrained(str(base)), Pretrained(str(copy)))
+    assert not same_model(Pretrained(str(base)), Pretrained(str(copy), quantization="8bit"))
+    change(copy, other)
+    assert not same_model(Pretrained(str(base)), Pretrained(str(copy)))
+    if other == "no weights":
+        change(base, other)
+        assert not same_model(Pretrained(str(base)), Pretrained(str(copy)))
+
+
+def test_a_copy_of_the_base_shares_its_passes(base, tmp_path):
+    folder = ensemble(tmp_path / "ensemble", str(base))
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    placed = []
+    for name in (None, "weights"):
+        change(copy, name)
+        source = load_reward(folder)
+        source.prepare(Policy(Pretrained(str(copy)), None))
+        placed.append(isinstance(source._placement, SharedTrunk))
+    assert placed == [True, False]
+
+
+def test_adapters_fit_a_copy_of_their_base(base, tmp_path):
+    from lit_vapo.rewards.adapters import load_adapter
+
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    model = reward_model(str(base))
+    model.save_pretrained(tmp_path / "ensemble")
+    assert load_adapter(tmp_path / "ensemble" / "member_0", model.backbone, str(copy)).weights
+    change(copy, "weights")
+    with pytest.raises(ValueError, match="expected an adapter of .*, got one of"):
+        load_adapter(tmp_path / "ensemble" / "member_0", model.backbone, str(copy))
 
 
 def test_public_rewards_find_theirs(move, tmp_path):

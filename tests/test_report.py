@@ -75,6 +75,11 @@ def test_what_is_wrong_is_the_one_thing_that_is_told(changed, level, said):
     assert said in found[0].text
 
 
+def test_where_hardly_any_response_ends_fewer_ends_say_nothing():
+    short = {"eos_rate": 0.01}, {"eos_rate": 0.0}
+    assert all(x.level == "good" for x in policy_findings([REFERENCE | short[0], POLICY | short[1]]))
+
+
 def test_a_ratio_that_is_not_one_is_told():
     assert policy_findings([REFERENCE, POLICY], [1.0, 0.98])[-1].text.endswith("a first ratio was 0.9800.")
     assert policy_findings([REFERENCE, POLICY], [float("nan")]) == policy_findings([REFERENCE, POLICY])
@@ -84,7 +89,7 @@ def test_who_was_better_before_is_told():
     best = POLICY | {"iteration": 4, "gold_gain": 0.6}
     found = [finding for finding in policy_findings([REFERENCE, best, POLICY]) if finding.level == "bad"]
     assert len(found) == 1
-    assert found[0].text.startswith("Gold was 0.3 higher at iteration 4")
+    assert found[0].text.startswith("Gold on validation prompts was 0.3 higher at iteration 4")
     assert "over-optimised" not in str(policy_findings([REFERENCE, POLICY | {"gold_gain": 0.45}, POLICY]))
 
 
@@ -227,6 +232,39 @@ def test_a_test_in_a_folder_of_its_own_is_judged(stage_args, ppo_run, tiny_ensem
 
 
 @pytest.mark.report
+def test_a_test_that_is_older_than_the_training_is_not_judged(stage_args, ppo_run, tiny_ensemble_dir, tmp_path):
+    folder = shutil.copytree(ppo_run, tmp_path / "run")
+    last, reward = folder / "checkpoints/last.ckpt", {"model__reward": tiny_ensemble_dir}
+    main(stage_args("ppo", "test", folder, ckpt_path=last, **reward))
+    assert "on test prompts" in (folder / "report.html").read_text()
+    main(stage_args("ppo", "fit", folder, "--resume", "--trainer.max_epochs=2", **reward))
+    page = html.unescape((folder / "report.html").read_text())
+    assert "on test prompts" not in page
+    assert "on validation prompts" in page
+    assert "A test here is older than the training: lit-vapo ppo test renews it." in page
+    run = read_run(folder)
+    assert "tested" not in run.facts
+    assert run.pictures["Gain over the reference against √KL"] == folder / "overoptimisation.png"
+    record = json.loads((folder / "finished.json").read_text())
+    assert run.facts["ended"].endswith(f", after {record['steps']} weight updates")
+    main(stage_args("ppo", "test", folder, ckpt_path=last, **reward))
+    assert "older than" not in (folder / "report.html").read_text()
+    assert json.loads((folder / "test/evaluation.json").read_text())["step"] == record["steps"]
+
+
+def test_a_run_that_goes_on_is_found_by_its_mark(reward_run, tmp_path):
+    folder = shutil.copytree(reward_run, tmp_path / "run")
+    shutil.move(folder / "logs/version_0", tmp_path / "elsewhere")
+    for text in ("", "{", "[]"):
+        (folder / "finished.json").write_text(text)
+        with pytest.raises(ValueError, match="expected the folder of a run"):
+            read_run(folder)
+    (folder / "finished.json").unlink()
+    (folder / "running.json").write_text('{"process": 1, "logs": ["../elsewhere"]}')
+    assert read_run(folder).facts["ended"] == "not yet"
+
+
+@pytest.mark.report
 def test_a_page_is_about_the_run_that_replaced_another(stage_args, tmp_path):
     folder = tmp_path / "run"
     main(stage_args("reward", "fit", folder))
@@ -236,7 +274,7 @@ def test_a_page_is_about_the_run_that_replaced_another(stage_args, tmp_path):
     assert "learning_rate: 0.0123" in again.settings
     assert "learning_rate: 0.0123" not in once.settings
     assert "learning_rate: 0.0123" in (folder / "report.html").read_text()
-    assert json.loads((folder / "finished.json").read_text())["logs"] == "logs/version_1"
+    assert json.loads((folder / "finished.json").read_text())["logs"] == ["logs/version_1"]
 
 
 def test_without_a_mark_the_newest_training_is_shown(reward_run, tmp_path):
@@ -255,7 +293,7 @@ def test_without_a_mark_the_newest_training_is_shown(reward_run, tmp_path):
     (logs / "version_10/config-11.yaml").write_text(settings.replace("seed_everything: 0", "seed_everything: 111"))
     assert "seed_everything: 111" in read_run(folder).settings
     # Whatever a mark says goes before.
-    (folder / "finished.json").write_text('{"logs": "logs/version_0"}')
+    (folder / "finished.json").write_text('{"logs": ["logs/version_0"]}')
     assert yaml.safe_load(read_run(folder).settings) == yaml.safe_load(settings)
 
 
@@ -273,13 +311,16 @@ def test_a_run_that_logs_elsewhere_has_its_page(stage_args, tmp_path):
 
 
 @pytest.mark.report
-def test_every_stage_has_a_page_and_a_trial_has_none(stage_args, tiny_ensemble_dir, tmp_path):
+def test_every_stage_has_a_page_and_a_trial_has_none(stage_args, tiny_ensemble_dir, reward_run, tmp_path, capsys):
     main(stage_args("sft", "fit", tmp_path / "sft"))
-    assert "loss" in (tmp_path / "sft/report.html").read_text()
+    assert "The course of the run" in (tmp_path / "sft/report.html").read_text()
     main(stage_args("ppo", "fit", tmp_path / "ppo", model__reward=tiny_ensemble_dir))
     assert "on validation prompts" in (tmp_path / "ppo/report.html").read_text()
+    capsys.readouterr()
     main(stage_args("reward", "fit", tmp_path / "trial", "--trainer.fast_dev_run=true"))
-    assert not (tmp_path / "trial").exists()
+    last = reward_run / "checkpoints" / "last.ckpt"
+    main(stage_args("reward", "test", tmp_path / "trial", "--trainer.fast_dev_run=true", ckpt_path=last))
+    assert "report" not in capsys.readouterr().out
 
 
 @pytest.mark.report
@@ -287,7 +328,7 @@ def test_a_page_that_cannot_be_written_does_not_fail_the_run(reward_run, tmp_pat
     folder = shutil.copytree(reward_run, tmp_path / "run")
     (folder / "finished.json").write_text('{"ended": 5}')
     with pytest.warns(UserWarning, match="no report could be written .*TypeError.*lit-vapo report"):
-        write_page(folder, {})
+        write_page(folder)
 
 
 def test_a_reward_run_is_judged_by_its_test_or_else_by_its_last_validation(reward_run, tmp_path):

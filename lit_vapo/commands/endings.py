@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,20 +78,20 @@ def lost_process(trainer: Any) -> str | None:
     return lost and f"{lost}; the others cannot go on without it. With --resume it goes on from its last checkpoint."
 
 
-def write_page(folder: Path, mark: Mapping[str, Any]) -> None:
+def write_page(folder: Path, logs: str | None = None) -> None:
     """Write the page about a run that has just ended.
 
     Where it cannot be written, that is a warning: the run is whole.
 
     Args:
         folder: The run's.
-        mark: What its mark says, or will say.
+        logs: Where its metrics and configuration are, from there, if the folder does not tell.
     """
     try:
         # Nothing that only a page needs delays the start.
         from lit_vapo.commands.report import report
 
-        report([str(folder)], mark=mark)
+        report([str(folder)], logs=logs)
     except Exception as error:
         again = f"try again with: lit-vapo report {folder}"
         warnings.warn(f"no report could be written ({type(error).__name__}: {error}); {again}", stacklevel=2)

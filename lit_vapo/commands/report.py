@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 
 from lit_vapo.commands.environment import facts as machine_facts
 from lit_vapo.commands.options import Parser
-from lit_vapo.commands.run_folder import FINISHED
+from lit_vapo.commands.run_folder import CLAIM, FINISHED
 from lit_vapo.evaluation.findings import Finding, policy_findings, verdict_findings
 from lit_vapo.evaluation.policy_files import read_evaluations
 from lit_vapo.figures.runs import PANELS, curves, distributions
@@ -56,18 +57,18 @@ class Run:
     samples: list[dict[str, str]] = field(default_factory=list)
 
 
-def report(runs: list[str], output: str | None = None, mark: Mapping[str, Any] | None = None) -> None:
+def report(runs: list[str], output: str | None = None, logs: str | None = None) -> None:
     """Write one page about a run of PPO or of reward training: what happened, and whether to trust it.
 
     Args:
         runs: Folders of runs (`trainer.default_root_dir`); several are set side by side.
         output: The page; `null` for `report.html` in the folder of the first run. Pictures go to `report/` of each.
-        mark: What the mark of a finished run will say, where it is not written yet.
+        logs: Where metrics and configuration are, from a run's folder, if that does not tell.
 
     Raises:
         ValueError: A folder holds no run, or one that has logged nothing yet.
     """
-    found = [read_run(Path(run), mark) for run in runs]
+    found = [read_run(Path(run), logs) for run in runs]
     path = Path(output) if output is not None else Path(runs[0]) / PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page(found))
@@ -87,22 +88,21 @@ def main(words: Sequence[str]) -> None:
     report(options.runs, options.output)
 
 
-def read_run(folder: Path, mark: Mapping[str, Any] | None = None) -> Run:
+def read_run(folder: Path, logs: str | None = None) -> Run:
     """What a run has written.
 
     Args:
         folder: The run's.
-        mark: What the mark of a finished run will say, where it is not written yet.
+        logs: Where metrics and configuration are, from there, if the folder does not tell.
 
     Raises:
         ValueError: It is no run, or has logged nothing yet.
     """
-    finished = folder / FINISHED
-    known = {**(mark or {}), **(json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else {})}
-    logs = _logs(folder, known)
-    metrics = _rows(logs / "metrics.csv")
+    known = _json(folder / CLAIM) | _json(folder / FINISHED)
+    place = _logs(folder, known.get("logs") or [], logs)
+    metrics = _rows(place / "metrics.csv")
     # A run that was resumed with other settings has several.
-    newest = max(logs.glob("config*.yaml"), key=lambda path: _number(path.stem))
+    newest = max(place.glob("config*.yaml"), key=lambda path: _number(path.stem))
     settings = yaml.safe_load(newest.read_text(encoding="utf-8"))
     model = settings["model"]
     stage = "ppo" if "objective" in model else "reward" if "head" in model else "sft"
@@ -113,37 +113,50 @@ def read_run(folder: Path, mark: Mapping[str, Any] | None = None) -> Run:
         facts["members"] = _named(model["head"]) or "HeadEnsemble"
         if count := ((model["head"] or {}).get("init_args") or {}).get("num_members"):
             facts["members"] = f"{count}, {facts['members']}"
-    facts["ended"] = known.get("ended", "not yet")[:16].replace("T", " ")
+    ended = known.get("ended")
+    facts["ended"] = "not yet" if ended is None else ended[:16].replace("T", " ")
+    if "steps" in known:
+        facts["ended"] += f", after {known['steps']} weight updates"
     whole = folder.resolve()
     name = f"{whole.parent.name}/{whole.name}" if whole.name in PANELS else whole.name
     run = Run(name, stage, yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), facts, [])
     drawn = folder / PICTURES
     if curves(drawn / "curves.png", metrics, stage):
         run.pictures["The course of the run"] = drawn / "curves.png"
-    judged = folder / "test/evaluation.json"
-    test = json.loads(judged.read_text(encoding="utf-8")) if judged.is_file() else {}
+    test, old = _test(folder, ended)
     if test.get("step") is not None:
-        facts["tested"] = f"after {test['step']} weight updates" + f" of {known.get('steps')}" * ("steps" in known)
+        facts["tested"] = f"after {test['step']} weight updates"
     if stage == "ppo":
         _read_policy(run, folder, metrics, test)
     else:
         _read_rewards(run, folder, metrics, test)
+    if old:
+        text = f"A test here is older than the training: lit-vapo {stage} test renews it."
+        run.findings.append(Finding("look", text))
     return run
 
 
-def _logs(folder: Path, mark: Mapping[str, Any]) -> Path:
+def _test(folder: Path, ended: str | None) -> tuple[dict[str, Any], bool]:
+    """What a test found; nothing, and `True`, of one that is older than the end of training."""
+    path = folder / "test/evaluation.json"
+    found = _json(path)
+    if found and ended is not None and path.stat().st_mtime < datetime.fromisoformat(ended).timestamp():
+        return {}, True
+    return found, False
+
+
+def _logs(folder: Path, marked: Sequence[str], told: str | None) -> Path:
     """Where a run logged: as its mark says, or else the newest of its folders that has something of a training.
 
     Raises:
         ValueError: There is no such folder.
     """
-    told = [folder / mark[name] for name in ("logs", "test_logs") if name in mark]
-    found = [place for place in (*told, *folder.glob("logs/*")) if (place / "config.yaml").is_file()]
-    if not found:
-        raise ValueError(f"{folder}: expected the folder of a run (with logs/version_N/config.yaml), got none")
-    if "logs" in mark and found[0] == told[0]:
-        return found[0]
-    return max(found, key=lambda place: (_logged(place, "train/"), _logged(place, "val/"), _number(place.name)))
+    places = [folder / name for name in marked]
+    others = [*folder.glob("logs/*"), *([] if told is None else [folder / told])]
+    for found in (places, others):
+        if kept := [place for place in found if (place / "config.yaml").is_file()]:
+            return max(kept, key=lambda x: (_logged(x, "train/"), _logged(x, "val/"), _number(x.name)))
+    raise ValueError(f"{folder}: expected the folder of a run (with logs/version_N/config.yaml), got none")
 
 
 def _logged(logs: Path, prefix: str) -> bool:
@@ -170,12 +183,10 @@ def _read_policy(
     run.findings = policy_findings(course, ratios, rows)
     if judged := (rows or course)[-1:]:
         run.figures = {name: float(x) for name in SIDE_BY_SIDE if (x := judged[0].get(name)) is not None}
-    for picture in (folder / "test/overoptimisation.png", folder / "overoptimisation.png"):
-        if picture.is_file():
-            run.pictures["Gain over the reference against √KL"] = picture
-            break
-    tested = folder / "test/responses.jsonl"
-    records = _lines(tested) or _lines(folder / "samples_val.jsonl")
+    picture = folder / ("test/overoptimisation.png" if test else "overoptimisation.png")
+    if picture.is_file():
+        run.pictures["Gain over the reference against √KL"] = picture
+    records = _lines(folder / ("test/responses.jsonl" if test else "samples_val.jsonl"))
     # Of the last evaluation, and of the reference, which answered once.
     last = max((record.get("step", 0) for record in records), default=0)
     records = [r for r in records if r["policy"] == "reference" or r.get("step", last) == last]
@@ -252,6 +263,15 @@ def _named(value: Any) -> str:
     if isinstance(value, dict):
         return str(value.get("class_path", "")).rpartition(".")[2]
     return "" if value is None else str(value)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a file says; nothing where there is none, or half of one, as where a run has just begun."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _rows(path: Path) -> list[dict[str, float]]:

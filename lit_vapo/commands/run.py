@@ -241,8 +241,7 @@ class StageCLI(LightningCLI):
         remove(self.replaced)
         if self.claim is not None:
             # For whoever comes after a kill.
-            logs = [os.path.relpath(x.log_dir, self.root) for x in self.trainer.loggers if isinstance(x, MetricsFile)]
-            self.claim.note(logs=logs)
+            self.claim.note(logs=self._logs)
             self.began = True
 
     def after_fit(self) -> None:
@@ -268,7 +267,9 @@ class StageCLI(LightningCLI):
             "logs": self._logs,
         }
         # Before the mark: a run that is killed meanwhile goes on, and ends with its page.
-        write_page(self.root, record)
+        if self.claim is not None:
+            self.claim.note(**record)
+        write_page(self.root)
         write_whole(self.root / FINISHED, json.dumps(record, indent=2) + "\n")
 
     def after_validate(self) -> None:
@@ -279,16 +280,16 @@ class StageCLI(LightningCLI):
         """Refuse to end as if something had been tested."""
         self._refuse_nothing("test on", "test", self.trainer.num_test_batches)
         if not self.trial and self.trainer.is_global_zero:
-            write_page(self.root, {"test_logs": self._logs})
+            write_page(self.root, next(iter(self._logs), None))
 
     def after_predict(self) -> None:
         """Refuse to end as if something had been answered."""
         self._refuse_nothing("respond to", "test", self.trainer.num_predict_batches)
 
     @property
-    def _logs(self) -> str:
-        """Where metrics and configuration are, from the run's folder."""
-        return os.path.relpath(self.trainer.log_dir or self.root, self.root)
+    def _logs(self) -> list[str]:
+        """Where metrics and configuration are, from the run's folder; Lightning would ask all processes."""
+        return [os.path.relpath(x.log_dir, self.root) for x in self.trainer.loggers if isinstance(x, MetricsFile)]
 
     def _refuse_nothing(self, what: str, split: str, batches: Sequence[int | float]) -> None:
         if not sum(batches):

@@ -20,6 +20,8 @@ FAR, VERY_FAR = 10.0, 30.0
 MORE_DOUBT, MUCH_MORE_DOUBT = 1.25, 2.0
 # How much longer or shorter responses may become, and what may be lost of their distinct pairs of words.
 OTHER_LENGTH, LOST_WORDS = 1.5, 0.2
+# Share of responses that end by themselves from which on its fall says anything.
+SOME_END = 0.1
 # Of the ratio of the policy to itself, which is 1 but for rounding.
 ROUNDING = 1e-3
 
@@ -130,8 +132,8 @@ def _over_optimised(course: Sequence[Row]) -> Iterator[Finding]:
     if lost > NORMAL_95 * (_known(after, "gold_gain_se") or math.inf):
         yield Finding(
             "bad",
-            f"Gold was {lost:.3g} higher at iteration {best['iteration']}: after it, the policy was over-optimised. "
-            "model.kl_budget or model.kl_target ends a run earlier.",
+            f"Gold on validation prompts was {lost:.3g} higher at iteration {best['iteration']}: after it, the policy "
+            "was over-optimised. model.kl_budget or model.kl_target ends a run earlier.",
         )
 
 
@@ -176,7 +178,7 @@ def _length(before: Row, after: Row) -> Iterator[Finding]:
     if then and now is not None and not 1 / OTHER_LENGTH <= now / then <= OTHER_LENGTH:
         yield Finding("look", f"Responses went from {then:.0f} to {now:.0f} tokens: length may be what was learned.")
     ended, ends = _known(before, "eos_rate"), _known(after, "eos_rate")
-    if ended and ends is not None and ends < ended / 2:
+    if ended and ended >= SOME_END and ends is not None and ends < ended / 2:
         yield Finding("look", f"{ends:.0%} of responses end by themselves, and {ended:.0%} of the reference's.")
 
 

@@ -17,8 +17,7 @@ def draw(probabilities: Tensor, times: Tensor | None = None) -> Tensor:
     This is the Gumbel-max trick without logarithms of p. Two distributions that race with the same times mostly draw
     the same index: with a probability of at least (1 − d) / (1 + d) where d is their total variation distance
     (arXiv 2408.07978). So two policies that answer with the same random numbers differ where they have to.
-    `torch.multinomial` races too, and takes three times as long on a processor, since it draws exponential numbers one
-    by one.
+    `torch.multinomial` races too, but takes longer on a processor, since it draws exponential numbers one by one.
 
     Args:
         probabilities: `(B, V)`, not negative, with something positive in each row; a row need not sum to 1.
@@ -34,7 +33,7 @@ def draw(probabilities: Tensor, times: Tensor | None = None) -> Tensor:
     """
     if times is None:
         # 31 random bits each: the small numbers that decide must not be steps of 2^-24, as those of `rand` are.
-        bits = torch.empty_like(probabilities, dtype=torch.int32).random_()
-        uniform = (bits + 0.5).mul_(2.0**-31).clamp_max_(_BELOW_ONE)
+        bits = torch.empty_like(probabilities, dtype=torch.int32).random_().to(torch.float32)
+        uniform = bits.add_(0.5).mul_(2.0**-31).clamp_max_(_BELOW_ONE)
         times = uniform.neg_().log1p_().neg_()
     return (probabilities / times).argmax(dim=-1)

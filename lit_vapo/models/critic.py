@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_vapo.models.exported import same_place
+from lit_vapo.models.exported import same_weights
 from lit_vapo.models.pretrained import KEY, Pretrained, disable_dropout, load_backbone
 from lit_vapo.models.settings import STRICT, read_settings
 from lit_vapo.models.tensors import check_finite, read_tensors
@@ -114,7 +114,7 @@ class Reads(NamedTuple):
 
     def same(self, other: Reads) -> bool:
         """Whether two critics read the same states, before either was trained."""
-        return (self.trunk, self.layer) == (other.trunk, other.layer) and same_place(self.base, other.base)
+        return (self.trunk, self.layer) == (other.trunk, other.layer) and same_weights(self.base, other.base)
 
 
 class _ReadsFile(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from lit_vapo.models.settings import read_settings
 from lit_vapo.models.tensors import check_finite, read_tensors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "config.json", (".safetensors", ".bin")
 # Kinds of adapters whose update is not alpha / rank · B·A on the layers named by `target_modules`.
 UNSUPPORTED = (
     *("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication"),
@@ -84,7 +86,7 @@ def _adapter_settings(path: Path, base: Pretrained) -> Lora:
     if not (path / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"model.policy: expected {ADAPTER_WEIGHTS} beside {ADAPTER_CONFIG}, got none in {str(path)!r}")
     config = read_settings(path / ADAPTER_CONFIG, AdapterFile)
-    if not same_place(config.base_model_name_or_path, base.path):
+    if not same_weights(config.base_model_name_or_path, base.path):
         raise ValueError(
             f"model.policy: expected an adapter of model.base, {base.path!r}, got one of "
             f"{config.base_model_name_or_path!r} in {str(path)!r}{if_moved(config.base_model_name_or_path)}"
@@ -147,10 +149,24 @@ def same_place(one: Any, other: Any) -> bool:
     return all(p.is_dir() for p in paths) and paths[0].resolve() == paths[1].resolve()
 
 
+def same_weights(one: Any, other: Any) -> bool:
+    """Whether two paths or hub names are of the same model: they mean the same, or one folder is a copy of the other.
+
+    Of copies, the configuration and every byte of the weights are compared.
+    """
+    if same_place(one, other):
+        return True
+    left, right = (Path(absolute(str(x))) for x in (one, other))
+    names, others = ({p.name for p in x.glob("*") if p.name == CONFIG or p.suffix in WEIGHTS} for x in (left, right))
+    if names != others or CONFIG not in names or names == {CONFIG}:
+        return False
+    return not any(filecmp.cmpfiles(left, right, sorted(names), shallow=False)[1:])
+
+
 def same_model(one: Pretrained, other: Pretrained) -> bool:
     """Whether two specifications give the same frozen weights."""
     alike = (one.revision, one.quantization) == (other.revision, other.quantization)
-    return alike and same_place(one.path, other.path)
+    return alike and same_weights(one.path, other.path)
 
 
 def _shape(shape: Any) -> str:

@@ -84,15 +84,18 @@ class TransformersGenerator(Generator):
                 search = _StopSearch(size, ids, stops, strings)
                 until = min(done + (drop_every or longest), longest)
                 found = None if own is None else own[:, going]
+                drawing = _Draw(size, sampling.temperature, found)
                 out = lm.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     generation_config=_config(sampling, stops, done, until),
-                    logits_processor=LogitsProcessorList([_Draw(size, sampling.temperature, found)]),
+                    logits_processor=LogitsProcessorList([drawing]),
                     stopping_criteria=StoppingCriteriaList([search]),
                     synced_gpus=together,
                     **({} if cache is None else {"past_key_values": cache}),
                 )
+                if bool(drawing.broken):
+                    raise ValueError(f"{lm.config.name_or_path}: expected logits that are numbers, got NaN in sampling")
                 ids = out.sequences
                 if own is not None and found is not None:
                     own[:, going] = found
@@ -117,23 +120,22 @@ class _Draw(LogitsProcessor):
         found: Log-probabilities and entropies of the drawn tokens (2, B, T) to fill in, or `None` to write nothing
             down.
 
-    Raises:
-        ValueError: A logit is NaN, or all of a row are minus infinity.
+    Attributes:
+        broken: Whether a logit was NaN, or all of a row minus infinity; one bool on the device, so that nobody waits.
     """
 
     def __init__(self, prompt_size: int, temperature: float, found: Tensor | None) -> None:
         self.prompt_size = prompt_size
         self.temperature = temperature
         self.found = found
+        self.broken = torch.tensor(False)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits that only the drawn tokens have (B, V)."""
         tokens, logprobs, probabilities = drawn(scores, self.temperature)
         own = logprobs.gather(1, tokens[:, None])[:, 0]
         place = input_ids.shape[1] - self.prompt_size
-        if bool(own.isnan().any()):
-            row = int(own.isnan().nonzero()[0])
-            raise ValueError(f"row {row}, token {place} of its response: expected logits that are numbers, got NaN")
+        self.broken = self.broken.to(own.device) | own.isnan().any()
         # Where `generate` finds the end of all rows a step late, it takes the last token back.
         if self.found is not None and place < self.found.shape[2]:
             # What could not be drawn counts 0, and not 0 times infinity.

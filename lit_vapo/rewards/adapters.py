@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_vapo.folders import if_moved
-from lit_vapo.models.exported import ADAPTER_CONFIG, AdapterFile, same_place
+from lit_vapo.models.exported import ADAPTER_CONFIG, AdapterFile, same_weights
 from lit_vapo.models.exported import ADAPTER_WEIGHTS as WEIGHTS_NAME
 from lit_vapo.models.settings import read_settings
 from lit_vapo.models.tensors import check_finite, read_tensors
@@ -65,7 +65,7 @@ def load_adapter(folder: Path, backbone: PreTrainedModel, base: str) -> Adapter:
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: expected a member with {name}, got none")
     config = read_settings(folder / ADAPTER_CONFIG, AdapterFile)
-    if not same_place(config.base_model_name_or_path, base):
+    if not same_weights(config.base_model_name_or_path, base):
         noted = config.base_model_name_or_path
         raise ValueError(f"{folder}: expected an adapter of {base!r}, got one of {noted!r}{if_moved(noted)}")
     weights = read_tensors(folder / WEIGHTS_NAME)

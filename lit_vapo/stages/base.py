@@ -44,8 +44,8 @@ class TrainedWeightsModule(LightningModule):
         super().__init__()
         # What the run had logged when it was last saved, by key: a model card tells it.
         self.figures: dict[str, float] = {}
-        # Weight updates behind the checkpoint that was read, if one was.
-        self.loaded_step: int | None = None
+        # Weight updates behind the weights, if they are of a checkpoint or a run.
+        self.trained_steps: int | None = None
 
     def about(self) -> dict[str, str]:
         """What a run of this is about, in a few lines by what they are called."""
@@ -99,6 +99,10 @@ class TrainedWeightsModule(LightningModule):
         """Average the gradients of what is not sharded; a stage that steps by itself does so itself."""
         if self.automatic_optimization:
             average_gradients(self)
+
+    def on_fit_end(self) -> None:
+        """Remember how far the weights have come."""
+        self.trained_steps = self.trainer.global_step
 
     def configure_gradient_clipping(
         self,
@@ -171,7 +175,7 @@ class TrainedWeightsModule(LightningModule):
             raise ValueError(f"checkpoint: expected one of stage {self.stage!r}, got one of stage {stage!r}")
         update_checkpoint(checkpoint)
         self.figures = dict(checkpoint.get(FIGURES_KEY, {}))
-        self.loaded_step = checkpoint.get("global_step")
+        self.trained_steps = checkpoint.get("global_step")
         self._check_optimizer(checkpoint)
         self._tell_differences(checkpoint)
         self.choose_state(checkpoint)

@@ -44,6 +44,7 @@ KINDS = {
     "sft-accumulated": ("sft", {**PAIRS, "trainer.accumulate_grad_batches": "2"}),
     "sft-stream": ("sft", {**PAIRS, **STREAM, "trainer.max_epochs": "9", "trainer.max_steps": "6"}),
     "heads": ("reward", {**REWARD, **head("HeadEnsemble", num_members=3)}),
+    "aleatoric": ("reward", {**REWARD, **head("AleatoricEnsemble", num_members=3)}),
     "heads-trained-backbone": (
         "reward",
         {**REWARD, **head("HeadEnsemble", num_members=3), "model.freeze_backbone": "false"},

@@ -122,8 +122,17 @@ def test_a_token_that_is_taken_back_is_not_written_down():
 @pytest.mark.parametrize("wrong", [[math.nan, 0.0, 0.0], [-math.inf] * 3], ids=["nan", "nothing"])
 def test_logits_that_are_no_numbers_are_refused(wrong):
     logits = torch.tensor([[0.0, 0.0, 0.0], wrong])
-    with pytest.raises(ValueError, match="row 1, token 2 of its response: expected logits that are numbers, got NaN"):
-        _Draw(3, 1.0, None)(torch.zeros(2, 5, dtype=torch.long), logits)
+    drawing = _Draw(3, 1.0, None)
+    for row, broken in ((0, False), (1, True), (0, True)):
+        drawing(torch.zeros(1, 5, dtype=torch.long), logits[row, None])
+        assert bool(drawing.broken) == broken
+
+
+def test_a_model_that_gives_no_numbers_is_refused(lm):
+    broken = copy.deepcopy(lm)
+    broken.model.norm.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="expected logits that are numbers, got NaN in sampling"):
+        draw(broken, torch.ones(2, 3, dtype=torch.long), torch.full((2,), 3), Sampling(2), [])
 
 
 def test_generate_is_left_the_drawn_token_alone():

@@ -179,6 +179,18 @@ def test_an_untrained_policy_answers_as_the_reference_does(tiny_model_dir, rewar
     assert [(record["prompt"], record["policy"]) for record in module.samples] == expected
 
 
+def test_a_test_says_how_far_its_weights_had_come(tiny_model_dir, reward, data, tmp_path):
+    def found():
+        trainer.test(module, data, verbose=False)
+        return json.loads((tmp_path / "test" / "evaluation.json").read_text())["step"]
+
+    module = ppo_module(tiny_model_dir, reward)
+    trainer = ppo_helpers.trainer(tmp_path, max_epochs=1, limit_train_batches=2, limit_val_batches=0)
+    assert found() is None
+    trainer.fit(module, datamodule=data)
+    assert found() == trainer.global_step > 0
+
+
 def test_a_test_with_several_responses_writes_best_of_n(tiny_model_dir, reward, data, tmp_path):
     module = ppo_module(tiny_model_dir, reward, gold=Judge(), sampling=Sampling(6, num_responses=3))
     (result,) = ppo_helpers.trainer(tmp_path).test(module, data, verbose=False)

@@ -15,6 +15,7 @@ from lit_vapo.data.datamodule import PreferenceDataModule, SFTDataModule
 from lit_vapo.models.generation import Sampling
 from lit_vapo.models.pretrained import Lora, Pretrained
 from lit_vapo.objectives.covariance_aware import CovarianceAware
+from lit_vapo.rewards.members.aleatoric import AleatoricEnsemble
 from lit_vapo.rewards.members.bayesian import BayesianLinear
 from lit_vapo.rewards.members.dropout import McDropout
 from lit_vapo.rewards.members.heads import HeadEnsemble
@@ -79,6 +80,7 @@ RUNS = {
     "sft stream": lambda made: made.sft(streaming=True, validation_fraction=0.0),
     "sft stream, two workers": lambda made: made.sft(streaming=True, validation_fraction=0.0, num_workers=2),
     "cached features": lambda made: made.reward(HeadEnsemble(3)),
+    "noise of labels": lambda made: made.reward(AleatoricEnsemble(3)),
     "dropout": lambda made: made.reward(McDropout(3)),
     "settled head": lambda made: made.reward(BayesianLinear(3)),
     "reward adapters": lambda made: made.reward(LoraEnsemble(2)),

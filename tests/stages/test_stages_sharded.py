@@ -177,6 +177,7 @@ def test_two_nodes_go_on_after_a_stop_and_export_like_one_process(folders, tmp_p
     together("-m", "lit_vapo", *command(folders, resumed, *shared, "--trainer.devices=2", "--resume"))
     first, second = (torch.load(x / "checkpoints" / "last.ckpt", weights_only=True) for x in (whole, resumed))
     assert first["global_step"] == second["global_step"]
+    assert all((x / name).is_file() for x in (whole, resumed) for name in ("finished.json", "report.html"))
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         torch.testing.assert_close(second[part], first[part], atol=0, rtol=0)
     main(list(map(str, command(folders, alone, "--data.batch_size=4", *([] if lora else ["--model.lora=null"])))))

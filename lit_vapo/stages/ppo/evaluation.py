@@ -135,7 +135,7 @@ class EvaluatedPolicy(TrainedWeightsModule):
         """Log policy and reference, and write all that a test says."""
         policy, reference = self._report(POLICY, "test"), self._report(REFERENCE, "test")
         self.samples = self._in_order([*reference.records, *policy.records], "test")
-        record = {"step": self.loaded_step, **policy_evaluation(policy, reference)}
+        record = {"step": self.trained_steps, **policy_evaluation(policy, reference)}
         self._log_figures("test", record["policy"] | record["comparison"])
         self._log_figures("test_reference", record["reference"])
         if self.trainer.is_global_zero:

@@ -114,7 +114,7 @@ class EvaluatedRewards(TrainedWeightsModule):
         report = reports["test"]
         cut = self.cut_rewards("test") if report.num_pairs else None
         found = tested(reports, self._rows("test"), cut, bool(self.head.calibrated))
-        self.evaluation = {"step": self.loaded_step, **found}
+        self.evaluation = {"step": self.trained_steps, **found}
         fitted = self.evaluation.get("temperature", {})
         shown = {k: fitted[k] for k in ("temperature", "nll_calibrated", "ece_calibrated") if k in fitted}
         more = {"ood_auroc": self.evaluation["ood_auroc"]} if "ood_auroc" in self.evaluation else {}
