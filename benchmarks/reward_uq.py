@@ -1,8 +1,10 @@
-"""Reward ensembles against RewardUQ 0.1.0: time and memory of training on the same pairs with the same backbone.
+"""Reward ensembles against RewardUQ 0.1.0 and TRL 1.12.0: time and memory of training, same pairs, same backbone.
 
     python -m venv peer && peer/bin/pip install rewarduq==0.1.0 "transformers<5"
     python benchmarks/reward_uq.py --peer_python peer/bin/python
     python benchmarks/reward_uq.py --peer_python peer/bin/python --model FOLDER --dtype bfloat16
+    python -m venv trl && trl/bin/pip install -c constraints-cpu.txt trl==1.12.0
+    python benchmarks/reward_uq.py --trl_python trl/bin/python --parts '[trl]'
 
 Without `--peer_python` only our own times are taken. Every training has a process of its own, with its own clock and
 its own peak of memory; ours and the peer's alternate, and ratios are taken pair by pair, so a machine whose speed
@@ -13,6 +15,7 @@ What is measured:
 
 - heads: K linear heads on a frozen backbone, from features that are there (`cached`), and the first epoch with the
   computation of the features;
+- trl: ten heads of ours against one reward model of TRL's on a frozen backbone, one epoch of both;
 - adapters: K LoRA members with a reward head each, on all blocks and on the top quarter of them; ours in one
   training, the peer's in one training per member, times summed;
 - defaults: the same on all blocks as both come: the peer recomputes activations, and our members each read the pairs
@@ -198,6 +201,7 @@ def alternating(jobs: list[Job], quantity: Callable[[Answer], float], repetition
 
 def main(
     peer_python: str | None = None,
+    trl_python: str | None = None,
     model: str | None = None,
     members: int = 4,
     pairs: int = 256,
@@ -211,12 +215,13 @@ def main(
     repetitions: int | None = None,
     threads: int = 1,
     processor_time: bool = False,
-    parts: list[str] = ["heads", "adapters", "defaults", "growth", "bootstrap"],  # noqa: B006
+    parts: list[str] = ["heads", "trl", "adapters", "defaults", "growth", "bootstrap"],  # noqa: B006
 ) -> None:
     """Print the table.
 
     Args:
         peer_python: Interpreter of an environment with RewardUQ; `null` leaves the peer out.
+        trl_python: Interpreter of an environment with TRL; `null` leaves it out.
         model: Folder of a Llama-like model with its tokenizer; `null` makes a small one.
         members: K.
         pairs: Preferences that the heads learn from.
@@ -233,7 +238,7 @@ def main(
             thread.
         parts: What to measure.
     """
-    repetitions = repetitions or (5 if peer_python else 3)
+    repetitions = repetitions or (5 if peer_python or trl_python else 3)
     quiet()
     with tempfile.TemporaryDirectory() as root:
         folder = Path(model) if model else Path(root) / "model"
@@ -264,11 +269,17 @@ def main(
             f"{folder.name}, {layers} blocks, {dtype}; K = {members}, batch {batch_size}, {threads} thread(s), "
             f"{repetitions} alternating pairs; ratio = peer / ours, median (from–to)"
         )
-        print(f"{'':44} {'ours':>12} {'RewardUQ':>12}  {'ratio':20} target", flush=True)
+        print(f"{'':44} {'ours':>12} {'the peer':>12}  {'ratio':20} target", flush=True)
         if "heads" in parts:
             both = Comparison(job, peer, repetitions)
             both.line(f"heads, cached features, {epochs}×{pairs} pairs", lambda a: a.train, ">= 2")
             both.line(f"heads, features and first epoch, {pairs} pairs", lambda a: a.whole, ">= 1")
+            both.line("    reading, tokenising, loading", lambda a: a.rest)
+            both.line("    peak memory", lambda a: a.peak_mb, unit="MB")
+        if "trl" in parts and trl_python is not None:
+            ten = replace(job, members=10, epochs=1)
+            both = Comparison(ten, lambda job: run(trl_python, "trl_rewards.py", job), repetitions)
+            both.line(f"10 heads, first epoch, {pairs} pairs; TRL: one", lambda a: a.whole, ">= 0.83")
             both.line("    reading, tokenising, loading", lambda a: a.rest)
             both.line("    peak memory", lambda a: a.peak_mb, unit="MB")
         job = replace(job, part="adapters", pairs=f"{root}/adapter_pairs.jsonl", epochs=1)

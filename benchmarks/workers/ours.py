@@ -18,20 +18,28 @@ from lit_vapo.models.weights import quiet
 from lit_vapo.rewards.members.base import RewardHead
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.members.lora import LoraEnsemble
-from lit_vapo.stages.reward import module as reward
+from lit_vapo.stages.reward import building
+from lit_vapo.stages.reward.module import RewardModule
 
 
-class Timed(reward.RewardModule):
+class Timed(RewardModule):
     """The reward stage with a clock."""
 
     prepared = 0.0
     now: Callable[[], float]
 
     def configure_model(self) -> None:
-        """Time what is made ready: the backbone's features, where it is frozen."""
+        """Time what is made ready."""
         start = self.now()
         super().configure_model()
         self.prepared += self.now() - start
+
+    def _pair_features(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Time the backbone's features, where it is frozen."""
+        start = self.now()
+        features = super()._pair_features(split)
+        self.prepared += self.now() - start
+        return features
 
     def on_train_start(self) -> None:
         """Start the clock."""
@@ -78,7 +86,7 @@ def fit(job: Job, head: RewardHead, epochs: int, loads: list[float]) -> tuple[Ti
 
 def stopwatch(job: Job, loads: list[float]) -> Any:
     """Loading of the backbone, timed."""
-    load = reward.load_backbone
+    load = building.load_backbone
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = job.now()
@@ -96,7 +104,7 @@ def work(job: Job) -> Answer:
     quiet()
     torch.set_num_threads(job.threads)
     loads: list[float] = []
-    reward.load_backbone = stopwatch(job, loads)
+    building.load_backbone = stopwatch(job, loads)
     if job.part == "heads":
         module, seconds = fit(job, HeadEnsemble(job.members, bootstrap=False), 1, loads)
         whole = module.prepared - sum(loads) + module.seconds
