@@ -18,6 +18,8 @@ Row = Mapping[str, Any]
 FAR, VERY_FAR = 10.0, 30.0
 # Growth of σ from the reference's responses to the policy's.
 MORE_DOUBT, MUCH_MORE_DOUBT = 1.25, 2.0
+# As near as two means are that are the same but for rounding.
+SAME = 1e-5
 # How much longer or shorter responses may become, and what may be lost of their distinct pairs of words.
 OTHER_LENGTH, LOST_WORDS = 1.5, 0.2
 # Share of responses that end by themselves from which on its fall says anything.
@@ -153,6 +155,14 @@ def _distance(after: Row) -> Iterator[Finding]:
 def _doubt(before: Row, after: Row) -> Iterator[Finding]:
     then, now = _known(before, "ensemble_sigma"), _known(after, "ensemble_sigma")
     if not then or now is None:
+        return
+    if math.isclose(now, then, rel_tol=SAME):
+        # Means over other responses; only constants are as near.
+        yield Finding(
+            "look",
+            f"σ is {now:.3g} for every response: members differ from response to response no more than by chance, so "
+            "their disagreement steers nothing. Try more members, or another estimator.",
+        )
         return
     seen = f"σ is {now / then:.2f} times as large on the policy's responses as on the reference's"
     if now <= MORE_DOUBT * then:
