@@ -138,7 +138,7 @@ def headline(train: Series, reference: Records, policy: Records) -> Figure:
     figure.colorbar(_course(axes[0], train, "gold", POLICY), ax=axes[0], label="iteration", pad=0.01)
     axes[0].set(title="Gold reward against KL", xlabel="KL to the reference (nats)", ylabel="P(positive)")
     _line(axes[1], train["iteration"], train["ensemble_sigma"], REWARD, "σ")
-    axes[1].set(title="Disagreement of ten reward heads", xlabel="iteration", ylabel="σ", ylim=(0, None))
+    axes[1].set(title="Disagreement of the reward heads", xlabel="iteration", ylabel="σ", ylim=(0, None))
     bins = np.linspace(0, 1, 21)
     for records, color, name in ((reference, REFERENCE, "before"), (policy, POLICY, "after")):
         gold = np.array([r["gold"] for r in records])
