@@ -6,15 +6,11 @@ Needs rewarduq 0.1.0 and nothing of ours.
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import transformers
 from job import Answer, Job, serve
 from rewarduq.methods.lora_ensemble import (
     LoraEnsembleModelConfig,
@@ -28,23 +24,7 @@ from rewarduq.methods.mlp_head_ensemble import (
     MLPHeadEnsembleTrainer,
     MLPHeadEnsembleTrainerConfig,
 )
-
-
-class Clock(transformers.TrainerCallback):
-    """When trainings began and ended. Before it computes features the peer calls a training of no steps."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self.now = now
-        self.begins: list[float] = []
-        self.ends: list[float] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the time."""
-        self.begins.append(self.now())
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the time."""
-        self.ends.append(self.now())
+from trainer import Clock, quiet
 
 
 def options(job: Job, epochs: int, name: str) -> dict[str, Any]:
@@ -145,11 +125,7 @@ def adapter(job: Job, member: int) -> tuple[float, float, int]:
 
 def work(job: Job) -> Answer:
     """Train what the job says: all heads at once, or the adapters one after another."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    torch.set_num_threads(job.threads)
+    quiet(job.threads)
     if job.part == "heads":
         _, whole, everything, _ = heads(job, 1)
         train, _, _, steps = heads(job, job.epochs)

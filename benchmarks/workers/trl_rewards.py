@@ -6,47 +6,24 @@ Needs trl 1.12.0 and nothing of ours.
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
-import transformers
 from job import Answer, Job, serve
+from trainer import Clock, quiet
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
 
-class Clock(transformers.TrainerCallback):
-    """When training began and ended."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.seconds = 0.0
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self.started = self.job.now()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop the clock."""
-        self.seconds = self.job.now() - self.started
-
-
 def work(job: Job) -> Answer:
     """Train the head alone."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    torch.set_num_threads(job.threads)
+    quiet(job.threads)
     start = job.now()
     dtype = getattr(torch, job.dtype)
     model = AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=1, dtype=dtype)
     model.base_model.requires_grad_(False)
-    clock = Clock(job)
+    clock = Clock(job.now)
     trainer = RewardTrainer(
         model,
         RewardConfig(
@@ -72,7 +49,8 @@ def work(job: Job) -> Answer:
     )
     trainer.train()
     everything = job.now() - start
-    return Answer(clock.seconds, clock.seconds, everything - clock.seconds, trainer.state.global_step)
+    seconds = clock.ends[-1] - clock.begins[-1]
+    return Answer(seconds, seconds, everything - seconds, trainer.state.global_step)
 
 
 if __name__ == "__main__":
