@@ -16,6 +16,7 @@ from lit_vapo.models.vllm_generator import VllmGenerator
 from lit_vapo.objectives.mean_reward import MeanReward
 from lit_vapo.stages.ppo.experience import compute_advantages
 from lit_vapo.stages.ppo.update import PPOUpdate, UpdateSettings
+from lit_vapo.types import RewardEstimate
 
 
 class Silent(Generator):
@@ -132,19 +133,67 @@ def test_a_model_that_samples_otherwise_than_it_reads_is_read_again(nets, tiny_m
         torch.testing.assert_close(rollout.logprobs, learner.logprobs, atol=1e-5, rtol=1e-5)
 
 
+def reference_rollout(nets, model, taught=True):
+    """A maker that has seen what sampling finds, if it was taught, and a rollout of the reference's by it."""
+    maker = ppo_helpers.maker(nets, model, generator=None if taught else Silent())
+    torch.manual_seed(0)
+    first = maker.make(ppo_helpers.prompt_batch(model), MeanReward(), "reference", values=False)
+    torch.manual_seed(0)
+    return maker, first, maker.make(ppo_helpers.prompt_batch(model), MeanReward(), "reference", values=False)
+
+
+def test_the_reference_s_own_responses_are_read_no_deeper_than_rewards_do(tiny_model_dir, tmp_path, monkeypatch):
+    shallow = ppo_helpers.ensemble(tmp_path / "ensemble", tiny_model_dir, layer=1, pooling="mean")
+    nets = ppo_helpers.moved_networks(tiny_model_dir, shallow)
+    asked, reference = [], nets.reference
+    monkeypatch.setattr(nets, "reference", lambda *args, **options: asked.append(1) or reference(*args, **options))
+    _, first, told = reference_rollout(nets, tiny_model_dir)
+    # The first time a pass looked whether sampling finds the same.
+    assert len(asked) == 1
+    assert first.stopped.any()
+    _, _, read = reference_rollout(nets, tiny_model_dir, taught=False)
+    assert len(asked) == 3
+    assert torch.equal(told.rows.input_ids, read.rows.input_ids)
+    for name in ("logprobs", "ref_logprobs", "entropy", "reward"):
+        torch.testing.assert_close(getattr(told, name), getattr(read, name), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(told.estimate.members, read.estimate.members, atol=1e-5, rtol=1e-5)
+    assert torch.equal(told.logprobs, told.ref_logprobs)
+
+
+def test_rewards_that_read_no_pass_have_none_made_for_them(nets, tiny_model_dir, monkeypatch):
+    maker, _, _ = reference_rollout(nets, tiny_model_dir)
+    monkeypatch.setattr(type(nets.scorer), "taps", [])
+    ones = torch.ones(len(ppo_helpers.PROMPTS))
+    monkeypatch.setattr(nets.scorer, "estimate", lambda responses: RewardEstimate(ones, ones, None))
+    monkeypatch.setattr(nets.policy, "layers", lambda *_: pytest.fail("a pass nobody reads"))
+    maker.make(ppo_helpers.prompt_batch(tiny_model_dir), MeanReward(), "reference", values=False)
+
+
+def test_longer_references_than_any_before_are_read_whole(nets, tiny_model_dir):
+    maker, _, _ = reference_rollout(nets, tiny_model_dir)
+    rows = ppo_helpers.make_rollout(nets, tiny_model_dir, tokens=20).rows
+    assert int(rows.lengths.max()) > maker._passes._held_up_to
+    wrong = TokenLogprobs(*torch.full((2, *rows.response_mask.shape), -1.0))
+    found = maker._passes(rows, "reference", nets.scorer.taps, values=False, own=wrong)
+    torch.testing.assert_close(found.logprobs, nets.reference(rows, maker.shaping).logprobs, atol=1e-5, rtol=1e-5)
+    assert maker._passes._held_up_to is None
+    again = maker._passes(rows, "reference", nets.scorer.taps, values=False, own=wrong)
+    assert torch.equal(again.logprobs, found.logprobs)
+
+
 def test_longer_rows_than_any_before_are_read_again(nets, tiny_model_dir, monkeypatch):
     asked = passes(nets, monkeypatch)
     maker, _ = rollout_of(nets, tiny_model_dir, None)
     asked.clear()
     rows = ppo_helpers.make_rollout(nets, tiny_model_dir, tokens=20).rows
-    assert int(rows.lengths.max()) > maker._held_up_to
+    assert int(rows.lengths.max()) > maker._passes._held_up_to
     asked.clear()
     wrong = TokenLogprobs(*torch.full((2, *rows.response_mask.shape), -1.0))
-    found = maker._actor(rows, wrong)
+    found = maker._passes._actor(rows, wrong)
     learner = nets.actor(rows, maker.shaping)
     assert torch.equal(found.logprobs, learner.logprobs)
     # From now on nothing that sampling says is taken.
-    assert maker._held_up_to is None
+    assert maker._passes._held_up_to is None
 
 
 def test_responses_of_other_weights_are_refused_with_both_versions(nets, tiny_model_dir):

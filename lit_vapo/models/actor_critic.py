@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -158,12 +159,17 @@ class ActorCritic(nn.Module):
         value_states = None
         if self.critic_trunk == "reference":
             value_states = response_states(valued, rows.prompt_lengths, size)
-        pooled = []
-        for tap, hidden in zip(taps, tapped, strict=True):
-            read = content_lengths(rows.input_ids, rows.lengths, rows.prompt_lengths, tap.ends)
-            pooled.append(pool(hidden, read, rows.prompt_lengths, tap.pooling))
+        pooled = _pooled(rows, taps, tapped)
         lower_states = kept[0] if kept and self.lower.depth else None
         return ReferencePass(logprobs.logprobs, logprobs.entropy, value_states, pooled, states, lower_states)
+
+    @torch.no_grad()
+    def features(self, rows: TokenRows, taps: Sequence[Tap]) -> list[Tensor]:
+        """What `reference` yields for the taps alone (B, H), from a pass that goes no deeper than they read."""
+        if not taps:
+            return []
+        read = partial(self.policy.layers, "reference", rows.input_ids, rows.lengths, [tap.layer for tap in taps])
+        return _pooled(rows, taps, self.policy.within("reference", lambda _: read()))
 
     def actor(self, rows: TokenRows, shaping: Shaping) -> TokenLogprobs:
         """Log-probabilities and entropies of the responses under the policy (B, T)."""
@@ -249,3 +255,12 @@ class ActorCritic(nn.Module):
             if self.critic is not None:
                 save_critic(target / CRITIC_NAME, self.critic, adapters, self.reads)
             seal(target)
+
+
+def _pooled(rows: TokenRows, taps: Sequence[Tap], hidden: Sequence[Tensor]) -> list[Tensor]:
+    """Features of the responses (B, H) from the hidden states (B, L, H) that each tap reads."""
+    found = []
+    for tap, states in zip(taps, hidden, strict=True):
+        read = content_lengths(rows.input_ids, rows.lengths, rows.prompt_lengths, tap.ends)
+        found.append(pool(states, read, rows.prompt_lengths, tap.pooling))
+    return found

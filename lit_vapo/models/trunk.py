@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_vapo.models.pretrained import decoder_layers, final_norm
-from lit_vapo.models.recompute import Again, recomputed
+from lit_vapo.models.recompute import Again, forwards, recomputed
 
 Pooling = Literal["last", "mean"]
 
@@ -70,6 +70,23 @@ def _tap(backbone: PreTrainedModel, layers: Iterable[int], store: dict[int, Tens
 
 
 @contextmanager
+def _unread(backbone: PreTrainedModel, depth: int) -> Iterator[None]:
+    """A block in which nothing is computed above this many blocks: those hand on what reached the first of them."""
+    blocks = list(decoder_layers(backbone))
+    output: list[Any] = []
+
+    def keep(module: nn.Module, args: object, found: Any) -> None:
+        output[:] = [found]
+
+    handle = blocks[depth - 1].register_forward_hook(keep)
+    try:
+        with forwards(blocks[depth:], lambda _: lambda *args, **options: output[0]):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def last_rows_only(backbone: PreTrainedModel, lengths: Tensor) -> Iterator[None]:
     """Let the last block's output projection and MLP see the last real token of each row alone.
 
@@ -120,6 +137,8 @@ def run_layers(
 ) -> list[Tensor]:
     """Hidden states (B, L, H) after each of some blocks and the final normalisation, from one pass.
 
+    The pass ends with the last block that is read: those above compute nothing.
+
     Args:
         backbone: A decoder without its language-model head.
         input_ids: Token ids (B, L), right-padded with anything.
@@ -130,8 +149,9 @@ def run_layers(
     mask = length_mask(lengths, input_ids.shape[1]).long()
     count = len(decoder_layers(backbone))
     store: dict[int, Tensor] = {}
-    tapped = {layer for layer in layers if layer not in (None, count)}
-    with _tap(backbone, tapped, store), recomputed(backbone, again):
+    tapped = {layer for layer in layers if layer is not None and layer != count}
+    unread = _unread(backbone, max(tapped)) if len(tapped) == len(set(layers)) else nullcontext()
+    with _tap(backbone, tapped, store), recomputed(backbone, again), unread:
         last = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
     normed = {layer: final_norm(backbone)(states) for layer, states in store.items()}
     return [last if layer in (None, count) else normed[layer] for layer in layers]

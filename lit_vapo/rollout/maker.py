@@ -7,24 +7,23 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lit_vapo.data.collate import PromptBatch
-from lit_vapo.functional import TokenLogprobs, clip_rewards, sequence_log_ratio
-from lit_vapo.models.actor_critic import ActorCritic, ReferencePass
-from lit_vapo.models.batching import even_batches
+from lit_vapo.functional import clip_rewards, sequence_log_ratio
+from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.generation import Generated, Generator, Sampling, stop_ids
 from lit_vapo.models.policy import Role
 from lit_vapo.models.token_rows import TokenRows
 from lit_vapo.models.transformers_generator import TransformersGenerator
-from lit_vapo.models.trunk import widen
 from lit_vapo.models.vocabulary import vocabulary_size
 from lit_vapo.objectives.base import Objective
 from lit_vapo.rewards.source import Responses, RewardSource
 from lit_vapo.rollout.ending import EndingWatch
+from lit_vapo.rollout.passes import Passes
 from lit_vapo.rollout.responses import Encoders
 from lit_vapo.rollout.rollout import Rollout, assemble_rows
 from lit_vapo.rollout.sampler import compared, refuse_stale
@@ -32,21 +31,6 @@ from lit_vapo.types import Prompt, RewardEstimate, TextReward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-# Nats that log-probabilities of one token differ by at most, if two ways to compute them in float32 are right.
-_ROUNDING = 1e-3
-
-
-class _Scored(NamedTuple):
-    logprobs: Tensor
-    entropy: Tensor
-    ref_logprobs: Tensor
-    values: Tensor | None
-    value_states: Tensor | None
-    kl: Tensor | None
-    lower_states: Tensor | None
-    pooled: list[Tensor]
 
 
 class RolloutMaker:
@@ -87,15 +71,12 @@ class RolloutMaker:
         self.gold = gold
         self.reward_clip = reward_clip
         self.missing_eos_penalty = missing_eos_penalty
-        self.tokens_per_batch = tokens_per_batch
         self.stops = stop_ids(networks.policy.causal_lm, sampling, tokenizer.eos_token_id)
         self.shaping = sampling.shaping(self.stops)
         self.generator = generator or TransformersGenerator()
         self.marks = marks
-        self.exact_kl = exact_kl
         self._warned = False
-        # Up to which length sampling was seen to find what a pass finds; `None` once it was not.
-        self._held_up_to: int | None = 0
+        self._passes = Passes(networks, self.shaping, tokens_per_batch, exact_kl)
         self._ending = EndingWatch()
         self._encoders = Encoders()
 
@@ -144,8 +125,7 @@ class RolloutMaker:
         prompts = [prompt for prompt in batch.prompts for _ in range(each)]
         texts = self._decode(rows)
         generated_at = time.perf_counter()
-        own = generated.own if role == "actor" else None
-        scored = self._score(rows, role, values, all_sum is not None, own)
+        scored = self._passes(rows, role, self.reward.taps, values, all_sum is not None, generated.own)
         sampler_logprobs, sampler = compared(generated, scored.logprobs, rows.response_mask, self.generator.max_kl)
         responses = self._responses(batch, rows, texts, generated.stopped, scored.pooled)
         estimate = self.reward.estimate(responses)
@@ -192,7 +172,8 @@ class RolloutMaker:
             out = self._generate(batch, "reference", sampling)
             rows = assemble_rows(batch, out)
             # Without a tap there is nothing that a pass of the reference could tell.
-            pooled = self._score(rows, "reference", values=False).pooled if self.reward.taps else []
+            taps = self.reward.taps
+            pooled = self._passes(rows, "reference", taps, values=False, own=out.own).pooled if taps else []
             yield self._responses(batch, rows, self._decode(rows), out.stopped, pooled)
 
     def _responses(
@@ -238,63 +219,3 @@ class RolloutMaker:
     def _decode(self, rows: TokenRows) -> list[str]:
         bounds = zip(rows.input_ids, rows.prompt_lengths, rows.lengths, strict=True)
         return [self.tokenizer.decode(ids[start:end], skip_special_tokens=True) for ids, start, end in bounds]
-
-    def _score(
-        self, rows: TokenRows, role: Role, values: bool, learns: bool = False, own: TokenLogprobs | None = None
-    ) -> _Scored:
-        """Log-probabilities, values and what rewards read, in batches of similar length."""
-        size = rows.response_mask.shape[1]
-        parts: list[Tensor] = []
-        outputs: list[_Scored] = []
-        for chosen in even_batches(
-            rows.lengths.tolist(), self.tokens_per_batch, self.networks.policy.most, rows.input_ids.device
-        ):
-            index = torch.tensor(chosen, device=rows.input_ids.device)
-            part = rows.select(index)
-            reference = self.networks.reference(
-                part, self.shaping, self.reward.taps, keep_states=self.exact_kl and learns
-            )
-            part = part._replace(lower_states=reference.lower_states)
-            sampler: TokenLogprobs | ReferencePass = reference
-            kl = None
-            if reference.states is not None:
-                sampler, kl = self.networks.actor_with_kl(part, self.shaping, reference.states)
-            elif role == "actor":
-                sampler = self._actor(part, None if own is None else TokenLogprobs(*(x[index] for x in own)))
-            outputs.append(
-                _Scored(
-                    widen(sampler.logprobs, size),
-                    widen(sampler.entropy, size),
-                    widen(reference.logprobs, size),
-                    widen(self.networks.values(part, reference.value_states), size) if values else None,
-                    _widened(reference.value_states if values else None, size),
-                    _widened(kl, size),
-                    _widened(part.lower_states if learns else None, rows.input_ids.shape[1]),
-                    reference.pooled,
-                )
-            )
-            parts.append(index)
-        order = torch.cat(parts).argsort()
-        *columns, pooled = zip(*outputs, strict=True)
-        joined = [torch.cat(c)[order] if c[0] is not None else None for c in columns]
-        taps = [torch.cat(each)[order] for each in zip(*pooled, strict=True)]
-        return _Scored(*joined, taps)  # type: ignore[arg-type,call-arg]
-
-    def _actor(self, rows: TokenRows, own: TokenLogprobs | None) -> TokenLogprobs:
-        """Log-probabilities under the policy: what sampling found, if it was found right, or those of another pass."""
-        if own is None or self._held_up_to is None:
-            return self.networks.actor(rows, self.shaping)
-        mask = rows.response_mask
-        own = TokenLogprobs(*(x[:, : mask.shape[1]].masked_fill(~mask, 0.0) for x in own))
-        longest = int(rows.lengths.max())
-        if longest > self._held_up_to:
-            # With a cache and padding on the left a model may compute otherwise, or only beyond some length.
-            learner = self.networks.actor(rows, self.shaping)
-            holds = bool((own.logprobs - learner.logprobs).abs().amax() <= _ROUNDING)
-            self._held_up_to = longest if holds else None
-            return own if holds else learner
-        return own
-
-
-def _widened(x: Tensor | None, size: int) -> Tensor | None:
-    return None if x is None else widen(x, size)

@@ -4,13 +4,14 @@ import itertools
 import json
 import os
 
+import helpers
 import ppo_helpers
 import pytest
 import torch
 
 from lit_vapo.models.batching import PASS_ON_CPU, length_batches, right_pad
-from lit_vapo.models.pretrained import Pretrained, hidden_size, load_backbone
-from lit_vapo.models.trunk import last_rows_only, pool, run_trunk
+from lit_vapo.models.pretrained import Pretrained, decoder_layers, hidden_size, load_backbone
+from lit_vapo.models.trunk import last_rows_only, pool, run_layers, run_trunk
 from lit_vapo.rewards.features import compute_features, feature_key, load_features, save_features
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.reward_model import FeatureSpec, RewardModel
@@ -72,6 +73,26 @@ def test_features_do_not_depend_on_batching(tiny_model_dir, monkeypatch, pooling
             hidden = run_trunk(backbone, ids, lengths).last
         alone = pool(hidden, lengths, torch.tensor([sequence.prompt_length]), pooling)
         torch.testing.assert_close(features[row], alone[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "falcon"])
+def test_a_pass_ends_with_the_last_block_that_is_read(tmp_path, kind):
+    sizes = {"gemma2": {"head_dim": 16}}.get(kind, {})
+    folder = helpers.tiny_model(tmp_path / "m", helpers.tiny_tokenizer(tmp_path / "t"), kind, layers=3, **sizes)
+    backbone = load_backbone(Pretrained(folder))
+    ids, lengths = right_pad([s.ids for s in SEQUENCES])
+    computed = []
+    for i, block in enumerate(decoder_layers(backbone), start=1):
+        block.mlp.register_forward_hook(lambda *_, i=i: computed.append(i))
+    with torch.no_grad():
+        last, first, second = run_layers(backbone, ids, lengths, [None, 1, 2])
+        assert computed == [1, 2, 3]
+        for layers, expected, depth in (([1], [first], 1), ([2, 1], [second, first], 2), ([3, 1], [last, first], 3)):
+            computed.clear()
+            assert all(map(torch.equal, run_layers(backbone, ids, lengths, layers), expected))
+            assert computed == list(range(1, depth + 1))
+        # Nothing is left behind.
+        assert torch.equal(run_layers(backbone, ids, lengths, [None])[0], last)
 
 
 def test_the_key_changes_with_everything_the_features_depend_on(tiny_model_dir):
