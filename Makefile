@@ -6,7 +6,7 @@ SHELL := bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
-export VENV PYTHON TORCH TORCH_INDEX
+export VENV PYTHON TORCH TORCH_INDEX PAIRS MODEL
 
 .PHONY: help setup demo test faults strategies gpu lint format type audit lock validate image site bench clean
 
@@ -62,11 +62,8 @@ site: setup ## Build the documentation as a site, and fail on a broken link (zen
 image: ## Build the image for a CPU and run the tiny pipeline in it (docker, podman, or buildah as root)
 	@bash scripts/image.sh
 
-bench: setup ## Run every script of benchmarks/
-	@for script in benchmarks/*.py; do \
-		if [[ ! -e $$script ]]; then echo 'no scripts in benchmarks/'; break; fi; \
-		echo "$$ python $$script"; $(BIN)/python "$$script"; \
-	done
+bench: setup ## Time PPO and reward ensembles beside those of peers (hours; PAIRS=1 for a first look)
+	@bash scripts/bench.sh
 
 clean: ## Remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage .coverage.* htmlcov build dist *.egg-info

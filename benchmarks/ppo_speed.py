@@ -1,4 +1,4 @@
-"""How long an iteration of PPO takes: against TRL 1.12.0's, and by phase against the floors of this machine.
+"""How long an iteration takes: against TRL 1.12.0's PPO, RLOO and GRPO, and by phase against this machine's floors.
 
     python -m venv peer && peer/bin/pip install -c constraints-cpu.txt trl==1.12.0 peft
     python benchmarks/ppo_speed.py --peer_python peer/bin/python
@@ -7,7 +7,10 @@
 Ours is variance-aware PPO with ten reward heads, TRL's has one reward model. Equal on both sides: policy, prompts,
 batch, lengths, temperature, learning rate, adapters, data type, one thread, and the number of times the weights change,
 which is counted. Not equal, because that is how each is built: TRL trains a critic of its own beside the policy; ours,
-by default, reads hidden states of the reference. The last side of ours has a critic as TRL's.
+by default, reads hidden states of the reference. One side of ours has a critic as TRL's.
+
+RLOO and GRPO have no critic; both sides draw four responses to each prompt, and as many responses in all. Penalties
+stand where each puts them: in the reward, but for TRL's GRPO, whose is a term of the loss.
 
 The reward counts good words less bad ones, and the table says how much each side's rose: a fast iteration that learns
 nothing is worth nothing. Every run has a process of its own; the sides alternate, and ratios are taken pair by pair.
@@ -21,12 +24,13 @@ head for response tokens, and on the way back gradients of states alone, since t
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +49,8 @@ from lit_vapo.models.pretrained import Pretrained, load_causal_lm  # noqa: E402
 from lit_vapo.models.weights import quiet  # noqa: E402
 
 RANK = 16
+# Responses to each prompt where there is no critic.
+GROUP = 4
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,19 @@ class Side:
         worker: The script that runs it.
         lora_rank: Rank of the adapters that train; all weights train without.
         critic: Ours alone.
+        advantage: `gae`, `rloo` or `grpo`.
     """
 
     label: str
     worker: str = "ppo_ours.py"
     lora_rank: int | None = RANK
     critic: str = "reference"
+    advantage: str = "gae"
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether it is not ours."""
+        return self.worker != "ppo_ours.py"
 
 
 SIDES = {
@@ -70,6 +83,10 @@ SIDES = {
     "ours": Side("ours, adapters"),
     "ours_whole": Side("ours, all weights", lora_rank=None),
     "ours_own": Side("ours, all weights, a critic of its own", lora_rank=None, critic="own"),
+    "trl_rloo": Side("TRL, RLOO, adapters", "group_trl.py", advantage="rloo"),
+    "ours_rloo": Side("ours, RLOO, adapters", advantage="rloo"),
+    "trl_grpo": Side("TRL, GRPO, adapters", "group_trl.py", advantage="grpo"),
+    "ours_grpo": Side("ours, GRPO, adapters", advantage="grpo"),
 }
 
 
@@ -167,7 +184,8 @@ def main(
 
     Args:
         peer_python: Interpreter of an environment with TRL; `null` leaves the peer out.
-        work: Folder for models and runs; what is there is used again, and that of other options refused.
+        work: Folder for models, runs and `answers.json`; what is there is used again, and that of other options
+            refused.
         model: Folder of the policy; `null` makes a Llama of 6.3 million random parameters.
         pairs: Runs of each side; ratios are taken pair by pair.
         iterations: Iterations of a run.
@@ -208,20 +226,29 @@ def main(
     for pair in range(pairs):
         for side in sides[:: -1 if pair % 2 else 1]:
             about = SIDES[side]
-            python = peer_python if about.worker == "ppo_trl.py" else sys.executable
+            python = peer_python if about.is_peer else sys.executable
             if python is None:
                 continue
             output = root / f"{side}_{pair}"
             output.mkdir(exist_ok=True)
-            one = replace(job, output=str(output), seed=pair, critic=about.critic, lora_rank=about.lora_rank)
+            own = {"critic": about.critic, "lora_rank": about.lora_rank, "advantage": about.advantage}
+            responses = 1 if about.advantage == "gae" else GROUP
+            one = replace(job, output=str(output), seed=pair, responses=responses, **own)
             answer = Answer(**start(python, about.worker, one, output, threads=1))
             if answer.updates != iterations * epochs * minibatches:
                 raise SystemExit(f"{about.label}: {iterations * epochs * minibatches} updates, got {answer.updates}")
             answers.setdefault(side, []).append(answer)
+            record = {name: [asdict(run) for run in runs] for name, runs in answers.items()}
+            (root / "answers.json").write_text(json.dumps(record, indent=1))
             print(f"{about.label}: {statistics.median(answer.seconds[1:]):.3g} s, {answer.peak_mb:.0f} MB", flush=True)
     table(answers)
     if "ours" in answers:
         by_phase(answers["ours"], policy, job)
+
+
+def _answers(peer: Side, side: Side, rank: int | None) -> bool:
+    """Whether a side is the peer's with adapters of this rank, and estimates advantages as another."""
+    return peer.is_peer and (peer.advantage, peer.lora_rank) == (side.advantage, rank)
 
 
 def table(answers: dict[str, list[Answer]]) -> None:
@@ -230,10 +257,12 @@ def table(answers: dict[str, list[Answer]]) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     seconds = {side: [statistics.median(a.seconds[1:]) for a in runs] for side, runs in answers.items()}
     for side, runs in answers.items():
+        about = SIDES[side]
         cells = [spread(seconds[side])]
-        for peer in ("trl", "trl_lora"):
-            there = peer in seconds and not side.startswith("trl")
-            ratios = [b / a for a, b in zip(seconds[side], seconds.get(peer, []), strict=False)]
+        for rank in (None, RANK):
+            peer = next((s for s in seconds if _answers(SIDES[s], about, rank)), None)
+            there = peer is not None and not about.is_peer
+            ratios = [b / a for a, b in zip(seconds[side], seconds[peer], strict=True)] if there else []
             cells.append(spread(ratios) if there else "")
         rose = statistics.median(a.rewards[-1] - a.rewards[0] for a in runs)
         cells += [spread([a.peak_mb for a in runs], 0), f"{rose:+.2f}"]

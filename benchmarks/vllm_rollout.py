@@ -1,10 +1,13 @@
-"""Rollouts by vLLM beside those by transformers: tokens a second, alternating, and how far the two are apart.
+"""Rollouts by vLLM, by `generate` of transformers as it comes, and by ours: tokens a second, alternating.
 
     python benchmarks/vllm_rollout.py --model MODEL --python VLLM_ENVIRONMENT/bin/python
 
-One server is started for all pairs. Each pair draws the same prompts with both, in turn first and second. A few tokens
-by each come before and are not counted (the server compiles then). The policy has LoRA adapters that do something.
-Tokens are those of the responses, which all have the full length, since nothing stops them.
+One server is started for all rounds. Each round draws the same prompts with all of them, in turn first and last. A few
+tokens by each come before and are not counted (the server compiles then). The policy has LoRA adapters that do
+something. Tokens are those of the responses, which all have the full length, since nothing stops them. Ours also looks
+for ends, and leaves the log-probabilities and entropies of its tokens behind, as vLLM does; `generate` leaves nothing.
+
+It also says how far vLLM's log-probabilities are from those of a pass.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_vapo.functional import sampler_gap
 from lit_vapo.models.generation import Generated, Generator, Sampling
@@ -32,8 +37,29 @@ from lit_vapo.models.vllm_generator import VllmGenerator
 PROMPT = "The film was long, and the people who saw it said that"
 
 
+class Plain(Generator):
+    """`generate` of transformers, as it comes."""
+
+    def __call__(
+        self,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Tensor,
+        prompt_lengths: Tensor,
+        sampling: Sampling,
+        stops: list[int],
+    ) -> Generated:
+        """Respond to each prompt, of which all have one length."""
+        count = sampling.max_new_tokens
+        shape = {"do_sample": True, "top_k": 0, "temperature": sampling.temperature}
+        length = {"max_new_tokens": count, "min_new_tokens": count}
+        out = lm.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), pad_token_id=0, **shape, **length)
+        full = torch.full_like(prompt_lengths, count)
+        return Generated(out[:, prompt_ids.shape[1] :], full, torch.zeros_like(full, dtype=torch.bool))
+
+
 def main() -> None:
-    """Time pairs and print what came of them as JSON."""
+    """Time rounds and print what came of them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--python", required=True, help="interpreter of an environment with vLLM")
@@ -41,7 +67,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--environment", nargs="*", default=[], help="NAME=VALUE for the server")
     args = parser.parse_args()
@@ -57,7 +83,7 @@ def main() -> None:
     sampling = Sampling(args.tokens, args.temperature)
     given = dict(x.split("=", 1) for x in args.environment)
     vllm = VllmGenerator(python=args.python, options=args.options.split(), environment=given)
-    generators: dict[str, Generator] = {"transformers": TransformersGenerator(), "vllm": vllm}
+    generators: dict[str, Generator] = {"generate": Plain(), "ours": TransformersGenerator(), "vllm": vllm}
 
     def draw(name: str, sampling: Sampling = sampling) -> tuple[float, Generated]:
         with policy.acting_as("actor") as lm:
@@ -72,8 +98,8 @@ def main() -> None:
         loads = []
         for name in generators:
             draw(name, replace(sampling, max_new_tokens=min(8, args.tokens)))
-        for pair in range(args.pairs):
-            order = list(generators) if pair % 2 == 0 else list(generators)[::-1]
+        for number in range(args.rounds):
+            order = list(generators) if number % 2 == 0 else list(generators)[::-1]
             loads.append(os.getloadavg()[0])
             for name in order:
                 rate, out = draw(name)
@@ -85,15 +111,18 @@ def main() -> None:
     learner = learner_logprobs(policy, ids, last, sampling)
     mask = length_mask(last.response_lengths, last.logprobs.shape[1])
     gap = sampler_gap(learner, last.logprobs, mask)
-    ratios = [v / t for v, t in zip(rates["vllm"], rates["transformers"], strict=True)]
+    ratios = {
+        f"{one} / {other}": [a / b for a, b in zip(rates[one], rates[other], strict=True)]
+        for one, other in (("ours", "generate"), ("vllm", "generate"), ("ours", "vllm"))
+    }
     found = {
         "prompts": args.prompts,
         "tokens": args.tokens,
         "dtype": str(policy.causal_lm.dtype),
         "tokens_per_second": rates,
         "ratios": ratios,
-        "median_ratio": statistics.median(ratios),
-        "load_before_each_pair": loads,
+        "median_ratios": {name: statistics.median(each) for name, each in ratios.items()},
+        "load_before_each_round": loads,
         "largest_logprob_difference": float((learner - last.logprobs)[mask].abs().max()),
         "sampler_kl": float(gap.kl),
         "sampler_ratio_max": float(gap.ratio_max),

@@ -44,6 +44,8 @@ class Job:
         objective: Ours alone, by class name.
         dtype: Of frozen weights; what is trained is float32.
         processes: Ours alone: so many train together, each with a batch of its own.
+        advantage: `gae`, with a critic; `rloo` or `grpo`, with several responses to each prompt.
+        responses: Responses to each prompt.
     """
 
     policy: str
@@ -67,6 +69,8 @@ class Job:
     objective: str = "SingleReward"
     dtype: str = "float32"
     processes: int = 1
+    advantage: str = "gae"
+    responses: int = 1
 
 
 @dataclass

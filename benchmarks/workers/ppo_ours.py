@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from ppo_job import Answer, Job, Stopwatch, serve
 
 from lit_vapo import objectives
+from lit_vapo.advantages import Gae, Grpo, Rloo
 from lit_vapo.data.datamodule import PromptDataModule
 from lit_vapo.models.critic import CriticSpec
 from lit_vapo.models.generation import Sampling
@@ -20,6 +21,7 @@ from lit_vapo.stages.ppo.module import PPOModule
 from lit_vapo.stages.ppo.update import UpdateSettings
 
 PHASES = ("generate", "score", "update")
+ADVANTAGES = {"gae": Gae, "rloo": Rloo, "grpo": Grpo}
 
 
 class Laps(Callback):
@@ -66,7 +68,7 @@ def work(job: Job, answer: Answer) -> None:
         tokenizer=job.policy,
         prompts=job.prompts,
         validation_fraction=0.0,
-        batch_size=job.batch_size,
+        batch_size=job.batch_size // job.responses,
         max_prompt_length=job.max_prompt_length,
     )
     module = PPOModule(
@@ -74,8 +76,9 @@ def work(job: Job, answer: Answer) -> None:
         job.ensemble,
         getattr(objectives, job.objective)(),
         lora=None if job.lora_rank is None else Lora(job.lora_rank, 2.0 * job.lora_rank),
-        critic=CriticSpec(job.critic),
-        sampling=Sampling(job.response_length),
+        critic=CriticSpec(job.critic) if job.advantage == "gae" else None,
+        advantage=ADVANTAGES[job.advantage](),
+        sampling=Sampling(job.response_length, num_responses=job.responses),
         # The peer does not clip gradients.
         update=UpdateSettings(job.epochs, job.minibatches, max_grad_norm=1e9),
         learning_rate=job.learning_rate,

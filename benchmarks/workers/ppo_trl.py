@@ -6,10 +6,8 @@ Needs trl 1.12.0 and nothing of ours.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 import transformers
 from peft import LoraConfig
 from ppo_job import Answer, Job, Stopwatch, serve
+from trainer import quiet
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -59,11 +58,7 @@ def leave_end_unread(reward: torch.nn.Module, end: int) -> None:
 
 def work(job: Job, answer: Answer) -> None:
     """Run PPO."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet(threads=1)
     tokenizer = AutoTokenizer.from_pretrained(job.policy, padding_side="left")
     texts = [json.loads(line)["prompt"] for line in Path(job.prompts).read_text().splitlines()]
     rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in texts]

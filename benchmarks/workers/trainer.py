@@ -34,5 +34,6 @@ def quiet(threads: int) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     torch.set_num_threads(threads)
