@@ -128,7 +128,7 @@ def test_a_score_does_not_depend_on_its_neighbours(nets, tiny_model_dir, rollout
     scorer = ppo_helpers.maker(nets, tiny_model_dir)
     for i in range(len(rollout.prompts)):
         row = rollout.rows.select(torch.tensor([i]))
-        scored = scorer._score(row, "actor", values=True)
+        scored = scorer._passes.score(row, "actor", nets.scorer.taps, values=True)
         size = row.response_mask.shape[1]
         torch.testing.assert_close(scored.logprobs[0], rollout.logprobs[i, :size], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(scored.values[0], rollout.values[i, :size], atol=1e-5, rtol=1e-5)

@@ -158,6 +158,9 @@ def test_the_reference_s_own_responses_are_read_no_deeper_than_rewards_do(tiny_m
         torch.testing.assert_close(getattr(told, name), getattr(read, name), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(told.estimate.members, read.estimate.members, atol=1e-5, rtol=1e-5)
     assert torch.equal(told.logprobs, told.ref_logprobs)
+    # Figures do not depend on whether somebody looked.
+    for name in ("logprobs", "ref_logprobs", "entropy"):
+        assert torch.equal(getattr(first, name), getattr(told, name))
 
 
 def test_rewards_that_read_no_pass_have_none_made_for_them(nets, tiny_model_dir, monkeypatch):
@@ -172,12 +175,12 @@ def test_rewards_that_read_no_pass_have_none_made_for_them(nets, tiny_model_dir,
 def test_longer_references_than_any_before_are_read_whole(nets, tiny_model_dir):
     maker, _, _ = reference_rollout(nets, tiny_model_dir)
     rows = ppo_helpers.make_rollout(nets, tiny_model_dir, tokens=20).rows
-    assert int(rows.lengths.max()) > maker._passes._held_up_to
+    assert int(rows.lengths.max()) > maker._passes._held_up_to["reference"]
     wrong = TokenLogprobs(*torch.full((2, *rows.response_mask.shape), -1.0))
-    found = maker._passes(rows, "reference", nets.scorer.taps, values=False, own=wrong)
+    found = maker._passes.score(rows, "reference", nets.scorer.taps, values=False, own=wrong)
     torch.testing.assert_close(found.logprobs, nets.reference(rows, maker.shaping).logprobs, atol=1e-5, rtol=1e-5)
-    assert maker._passes._held_up_to is None
-    again = maker._passes(rows, "reference", nets.scorer.taps, values=False, own=wrong)
+    assert maker._passes._held_up_to["reference"] is None
+    again = maker._passes.score(rows, "reference", nets.scorer.taps, values=False, own=wrong)
     assert torch.equal(again.logprobs, found.logprobs)
 
 
@@ -186,14 +189,14 @@ def test_longer_rows_than_any_before_are_read_again(nets, tiny_model_dir, monkey
     maker, _ = rollout_of(nets, tiny_model_dir, None)
     asked.clear()
     rows = ppo_helpers.make_rollout(nets, tiny_model_dir, tokens=20).rows
-    assert int(rows.lengths.max()) > maker._passes._held_up_to
+    assert int(rows.lengths.max()) > maker._passes._held_up_to["actor"]
     asked.clear()
     wrong = TokenLogprobs(*torch.full((2, *rows.response_mask.shape), -1.0))
     found = maker._passes._actor(rows, wrong)
     learner = nets.actor(rows, maker.shaping)
     assert torch.equal(found.logprobs, learner.logprobs)
     # From now on nothing that sampling says is taken.
-    assert maker._passes._held_up_to is None
+    assert maker._passes._held_up_to["actor"] is None
 
 
 def test_responses_of_other_weights_are_refused_with_both_versions(nets, tiny_model_dir):

@@ -20,6 +20,7 @@ from lit_vapo.commands.run import StageCLI
 from lit_vapo.commands.stages import STAGES
 from lit_vapo.models.weights import quiet
 from lit_vapo.rollout import RolloutMaker
+from lit_vapo.rollout.passes import Passes
 from lit_vapo.stages.ppo.update import PPOUpdate
 
 MARK = "phase:"
@@ -77,7 +78,7 @@ def main(stage: str, words: list[str]) -> None:
     quiet()
     torch.manual_seed(0)
     marked(RolloutMaker, "_generate", "rollout")
-    marked(RolloutMaker, "_score", "scoring")
+    marked(Passes, "score", "scoring")
     marked(PPOUpdate, "run", "update")
 
     class Built(StageCLI):

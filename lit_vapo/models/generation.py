@@ -80,8 +80,9 @@ class Generated(NamedTuple):
         logprobs: Log-probabilities that the sampler says its tokens had when it drew them (B·n, T), under the
             sampling's temperature and minimum length; anything after the end of a response. `None` if it does not say.
         weights_version: Version of the weights that it says it sampled with; `None` if it has no weights of its own.
-        own: What the policy's own model computed in float32 while it drew (B·n, T): log-probabilities and entropies
-            that nobody has to compute again. `None` from a sampler with other weights or another precision.
+        own: What the model that was given, policy or reference, computed in float32 while it drew (B·n, T):
+            log-probabilities and entropies that nobody has to compute again. `None` from a sampler with other weights
+            or another precision.
     """
 
     response_ids: Tensor

@@ -125,7 +125,7 @@ class RolloutMaker:
         prompts = [prompt for prompt in batch.prompts for _ in range(each)]
         texts = self._decode(rows)
         generated_at = time.perf_counter()
-        scored = self._passes(rows, role, self.reward.taps, values, all_sum is not None, generated.own)
+        scored = self._passes.score(rows, role, self.reward.taps, values, all_sum is not None, generated.own)
         sampler_logprobs, sampler = compared(generated, scored.logprobs, rows.response_mask, self.generator.max_kl)
         responses = self._responses(batch, rows, texts, generated.stopped, scored.pooled)
         estimate = self.reward.estimate(responses)
@@ -173,7 +173,7 @@ class RolloutMaker:
             rows = assemble_rows(batch, out)
             # Without a tap there is nothing that a pass of the reference could tell.
             taps = self.reward.taps
-            pooled = self._passes(rows, "reference", taps, values=False, own=out.own).pooled if taps else []
+            pooled = self._passes.score(rows, "reference", taps, values=False, own=out.own).pooled if taps else []
             yield self._responses(batch, rows, self._decode(rows), out.stopped, pooled)
 
     def _responses(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_vapo.functional import TokenLogprobs
-from lit_vapo.models.actor_critic import ActorCritic, ReferencePass
+from lit_vapo.models.actor_critic import ActorCritic
 from lit_vapo.models.batching import even_batches
 from lit_vapo.models.policy import Role
 from lit_vapo.models.shaping import Shaping
@@ -65,10 +65,10 @@ class Passes:
         self.shaping = shaping
         self.tokens_per_batch = tokens_per_batch
         self.exact_kl = exact_kl
-        # Up to which length sampling was seen to find what a pass finds; `None` once it was not.
-        self._held_up_to: int | None = 0
+        # Up to which length sampling was seen to find what a pass finds; `None` once it was not. Two models may differ.
+        self._held_up_to: dict[Role, int | None] = {"actor": 0, "reference": 0}
 
-    def __call__(
+    def score(
         self,
         rows: TokenRows,
         role: Role,
@@ -106,24 +106,24 @@ class Passes:
         self, rows: TokenRows, role: Role, taps: Sequence[Tap], values: bool, learns: bool, own: TokenLogprobs | None
     ) -> Scored:
         """One batch."""
-        if role == "reference" and not values and own is not None and self._holds_for(rows):
+        if role == "reference" and not values and own is not None and self._holds_for(role, rows):
             found = _masked(own, rows)
             pooled = self.networks.features(rows, taps)
             return Scored(found.logprobs, found.entropy, found.logprobs, None, None, None, None, pooled)
         reference = self.networks.reference(rows, self.shaping, taps, keep_states=self.exact_kl and learns)
         rows = rows._replace(lower_states=reference.lower_states)
-        answered: TokenLogprobs | ReferencePass = reference
-        kl = None
+        ref_logprobs, kl = reference.logprobs, None
         if reference.states is not None:
             answered, kl = self.networks.actor_with_kl(rows, self.shaping, reference.states)
         elif role == "actor":
             answered = self._actor(rows, own)
-        elif own is not None:
-            self._compare(own, reference.logprobs, rows)
+        else:
+            answered = self._checked(role, rows, own, TokenLogprobs(reference.logprobs, reference.entropy))
+            ref_logprobs = answered.logprobs
         return Scored(
             answered.logprobs,
             answered.entropy,
-            reference.logprobs,
+            ref_logprobs,
             self.networks.values(rows, reference.value_states) if values else None,
             reference.value_states if values else None,
             kl,
@@ -133,23 +133,25 @@ class Passes:
 
     def _actor(self, rows: TokenRows, own: TokenLogprobs | None) -> TokenLogprobs:
         """Log-probabilities under the policy: what sampling found, if it was found right, or those of another pass."""
-        if own is None or self._held_up_to is None:
-            return self.networks.actor(rows, self.shaping)
-        if self._holds_for(rows):
+        if own is not None and self._holds_for("actor", rows):
             return _masked(own, rows)
-        learner = self.networks.actor(rows, self.shaping)
-        return _masked(own, rows) if self._compare(own, learner.logprobs, rows) else learner
+        return self._checked("actor", rows, own, self.networks.actor(rows, self.shaping))
 
-    def _holds_for(self, rows: TokenRows) -> bool:
+    def _holds_for(self, role: Role, rows: TokenRows) -> bool:
         """Whether sampling was seen to find what a pass finds, for rows that are no shorter."""
-        return self._held_up_to is not None and int(rows.lengths.max()) <= self._held_up_to
+        held = self._held_up_to[role]
+        return held is not None and int(rows.lengths.max()) <= held
 
-    def _compare(self, own: TokenLogprobs, logprobs: Tensor, rows: TokenRows) -> bool:
-        """Whether sampling found what a pass did; if not, nothing that it finds is taken from now on."""
-        holds = bool((_masked(own, rows).logprobs - logprobs).abs().amax() <= _ROUNDING)
-        if self._held_up_to is not None:
-            self._held_up_to = max(self._held_up_to, int(rows.lengths.max())) if holds else None
-        return holds
+    def _checked(self, role: Role, rows: TokenRows, own: TokenLogprobs | None, read: TokenLogprobs) -> TokenLogprobs:
+        """What sampling found, if a pass found the same. If not, the pass's, and sampling is not believed again."""
+        held = self._held_up_to[role]
+        if own is None or held is None:
+            return read
+        told = _masked(own, rows)
+        holds = bool((told.logprobs - read.logprobs).abs().amax() <= _ROUNDING)
+        self._held_up_to[role] = max(held, int(rows.lengths.max())) if holds else None
+        # Not the pass's, though it is there: whether there was one depends on what came before, the figures must not.
+        return told if holds else read
 
 
 def _masked(own: TokenLogprobs, rows: TokenRows) -> TokenLogprobs:
