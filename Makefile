@@ -14,7 +14,7 @@ help: ## List the targets
 	@echo 'make <target>'
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{ printf "%-10s %s\n", $$1, $$2 }'
 	@echo 'Options: PYTHON=python3.12 (interpreter), TORCH=cpu|cuda (build), TORCH_INDEX=<address> (extra index for torch),'
-	@echo '         WORKERS=2 (test processes)'
+	@echo '         WORKERS=2 (test processes), PAIRS=5 and MODEL=<folder> (bench)'
 
 setup: ## Make the virtual environment in .venv (a second run installs nothing)
 	@bash scripts/setup.sh

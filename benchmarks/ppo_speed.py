@@ -10,7 +10,8 @@ which is counted. Not equal, because that is how each is built: TRL trains a cri
 by default, reads hidden states of the reference. One side of ours has a critic as TRL's.
 
 RLOO and GRPO have no critic; both sides draw four responses to each prompt, and as many responses in all. Penalties
-stand where each puts them: in the reward, but for TRL's GRPO, whose is a term of the loss.
+stand where each puts them: in the reward, but for TRL's GRPO, whose is a term of the loss. TRL's RLOO clips ratios of
+whole responses, ours those of tokens: what they learn in so few steps is not to be compared.
 
 The reward counts good words less bad ones, and the table says how much each side's rose: a fast iteration that learns
 nothing is worth nothing. Every run has a process of its own; the sides alternate, and ratios are taken pair by pair.

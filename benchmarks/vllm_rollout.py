@@ -51,7 +51,9 @@ class Plain(Generator):
     ) -> Generated:
         """Respond to each prompt, of which all have one length."""
         count = sampling.max_new_tokens
-        shape = {"do_sample": True, "top_k": 0, "temperature": sampling.temperature}
+        # Nothing of the model's own settings.
+        shape = {"do_sample": True, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+        shape["temperature"] = sampling.temperature
         length = {"max_new_tokens": count, "min_new_tokens": count}
         out = lm.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), pad_token_id=0, **shape, **length)
         full = torch.full_like(prompt_lengths, count)

@@ -2,29 +2,37 @@
 # Time PPO, RLOO, GRPO and reward ensembles beside those of peers, and say how cost grows. Called by `make bench`.
 #
 #   PAIRS=5                   alternating runs of ours and theirs; ratios are taken pair by pair
-#   MODEL=runs/demo/policy-base    a real model to time as well, beside a small random one (default: the demo's, if made)
+#   MODEL=FOLDER              a model to time as well, beside a small random one (default: that of the demo, if there is one)
 #
-# Each peer gets an environment of its own below build/peers, once. Tables go to build/bench/*.md, and each run of PPO to
-# build/bench/*/answers.json. Hours, on two cores; nothing else should run meanwhile.
+# Each peer gets an environment of its own below build/peers, once. Tables go to runs/bench/*.md, and each run of PPO to
+# runs/bench/*/answers.json. Hours, on two cores; nothing else should run meanwhile.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PYTHON=${VENV:-.venv}/bin/python
+VENV=${VENV:-.venv}
 PAIRS=${PAIRS:-5}
-MODEL=${MODEL:-runs/demo/policy-base}
-OUT=build/bench
+OUT=runs/bench
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-# An environment of this name with these packages.
+if [[ -n ${MODEL:-} && ! -e $MODEL/config.json ]]; then
+    printf 'bench: MODEL=%s: expected the folder of a model, with its config.json\n' "$MODEL" >&2
+    exit 1
+fi
+MODEL=${MODEL:-runs/demo/policy-base}
+
+# An environment of this name with these packages, and with our build of torch.
 peer() {
-    local folder=build/peers/$1
+    local folder=build/peers/$1 key="$* $("$VENV/bin/pip" freeze | grep '^torch==')"
     shift
-    if [[ ! -e $folder/complete ]]; then
-        rm -rf "$folder"
-        "$PYTHON" -m venv "$folder"
-        "$folder/bin/pip" install --quiet --disable-pip-version-check "$@"
-        touch "$folder/complete"
+    if [[ -e $folder/complete && $(<"$folder/complete") == "$key" ]]; then
+        return
     fi
+    rm -rf "$folder"
+    "$VENV/bin/python" -m venv "$folder"
+    "$VENV/bin/pip" freeze | grep '^torch==' >"$folder/torch.txt"
+    "$folder/bin/pip" --disable-pip-version-check install -qq -c "$folder/torch.txt" \
+        ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$@"
+    printf '%s\n' "$key" >"$folder/complete"
 }
 
 # A script of benchmarks/, and what it prints in a file of this name.
@@ -32,11 +40,11 @@ measure() {
     local name=$1
     shift
     printf '\n$ python %s\n' "$*"
-    "$PYTHON" "$@" | tee "$OUT/$name.md"
+    "$VENV/bin/python" "$@" | tee "$OUT/$name.md"
 }
 
 mkdir -p "$OUT"
-peer trl -c constraints-cpu.txt trl==1.12.0 peft
+peer trl -c "$VENV/constraints.txt" trl==1.12.0 peft
 peer rewarduq rewarduq==0.1.0 'transformers<5'
 TRL=(--peer_python build/peers/trl/bin/python --pairs "$PAIRS")
 
@@ -45,8 +53,8 @@ measure small benchmarks/ppo_speed.py "${TRL[@]}" --work "$OUT/small"
 measure mixed benchmarks/ppo_speed.py "${TRL[@]}" --work "$OUT/mixed" --sides '[trl_lora,ours]' \
     --shortest_prompt 8 --prompt_length 200 --response_length 56
 if [[ -e $MODEL/config.json ]]; then
-    measure model benchmarks/ppo_speed.py "${TRL[@]}" --work "$OUT/model" --sides '[trl_lora,ours]' \
-        --model "$MODEL" --epochs 2 --iterations 2
+    measure "${MODEL//\//_}" benchmarks/ppo_speed.py "${TRL[@]}" --work "$OUT/${MODEL//\//_}" \
+        --sides '[trl_lora,ours]' --model "$MODEL" --epochs 2 --iterations 2
 fi
 measure rewards benchmarks/reward_uq.py --repetitions "$PAIRS" \
     --peer_python build/peers/rewarduq/bin/python --trl_python build/peers/trl/bin/python

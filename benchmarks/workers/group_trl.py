@@ -44,6 +44,7 @@ def work(job: Job, answer: Answer) -> None:
     quiet(threads=1)
     tokenizer = AutoTokenizer.from_pretrained(job.policy, padding_side="left")
     texts = [json.loads(line)["prompt"] for line in Path(job.prompts).read_text().splitlines()]
+    gap = "" if tokenizer("a ")["input_ids"] != tokenizer("a")["input_ids"] else " "
     dtype = getattr(torch, job.dtype)
     policy = AutoModelForCausalLM.from_pretrained(job.policy, dtype=torch.float32 if job.lora_rank is None else dtype)
     reward = AutoModelForSequenceClassification.from_pretrained(job.classifier, dtype=dtype)
@@ -84,7 +85,8 @@ def work(job: Job, answer: Answer) -> None:
             policy,
             reward,
             options,
-            datasets.Dataset.from_list([{"prompt": text} for text in texts]),
+            # The reward model reads both as one text, which the tokenizer of whole words does not part by itself.
+            datasets.Dataset.from_list([{"prompt": text + gap} for text in texts]),
             processing_class=tokenizer,
             reward_processing_classes=AutoTokenizer.from_pretrained(job.policy),
             callbacks=[Laps(Stopwatch(job, answer), updates)],
