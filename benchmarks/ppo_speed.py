@@ -1,6 +1,6 @@
 """How long an iteration takes: against TRL 1.12.0's PPO, RLOO and GRPO, and by phase against this machine's floors.
 
-    python -m venv peer && peer/bin/pip install -c constraints-cpu.txt trl==1.12.0 peft
+    python -m venv peer && peer/bin/pip install -c constraints-cpu.txt trl==1.12.0 peft requests
     python benchmarks/ppo_speed.py --peer_python peer/bin/python
     python benchmarks/ppo_speed.py --peer_python peer/bin/python --model FOLDER --epochs 2
 
@@ -20,7 +20,8 @@ Times are processor times of whole iterations, the first left out.
 The floor of a phase is the larger of two: its floating-point operations at the rate of a large matrix product, and the
 bytes of weights that it has to read at the speed of a copy. Both are measured here, in one thread. Counted are
 operations that nobody can leave out: each token of a prompt and a response once through the blocks for each pass, the
-head for response tokens, and on the way back gradients of states alone, since the base is frozen.
+head for response tokens, and on the way back gradients of states alone, since the base is frozen. Adapters count where
+they train, there and back; anywhere else they could be added to the weights.
 """
 
 from __future__ import annotations
@@ -134,6 +135,8 @@ def floors(model: Path, dtype: torch.dtype, job: Job, tokens: float) -> dict[str
     lm = load_causal_lm(Pretrained(str(model), dtype=job.dtype))  # type: ignore[arg-type]
     head = lm.get_output_embeddings().weight.numel()
     blocks = sum(p.numel() for p in lm.base_model.layers.parameters())
+    adapted = [m for m in lm.base_model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    adapters = sum(RANK * (m.in_features + m.out_features) for m in adapted)
     machine = Machine.measured(dtype, lm.config.hidden_size)
     prompts = job.batch_size * job.max_prompt_length
     every = prompts + tokens
@@ -141,7 +144,7 @@ def floors(model: Path, dtype: torch.dtype, job: Job, tokens: float) -> dict[str
     size = torch.finfo(dtype).bits // 8
     print(
         f"this machine, one thread: {machine.rate / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.1f} GB/s; blocks of "
-        f"{blocks / 1e6:.1f} M weights, a head of {head / 1e6:.1f} M"
+        f"{blocks / 1e6:.1f} M weights, a head of {head / 1e6:.1f} M, adapters of {adapters / 1e6:.1f} M"
     )
 
     def floor(operations: float, weights: float) -> float:
@@ -150,8 +153,8 @@ def floors(model: Path, dtype: torch.dtype, job: Job, tokens: float) -> dict[str
     step = floor(2 * (blocks + head) * job.batch_size, blocks + head)
     read = floor(2 * blocks * prompts, blocks)
     scoring = floor(2 * blocks * every + 2 * head * tokens, blocks + head)
-    # There and back; of the head as well, whose way back goes through the states.
-    passes = floor(4 * blocks * every + 4 * head * tokens, 2 * (blocks + head))
+    # There and back; of the head as well, whose way back goes through the states. Adapters have gradients themselves.
+    passes = floor((4 * blocks + 6 * adapters) * every + 4 * head * tokens, 2 * (blocks + head))
     # Where sampling tells the policy's log-probabilities, the reference alone is left to be read.
     read_again = 1 if dtype == torch.float32 else 2
     return {"generate": read + steps * step, "score": read_again * scoring, "update": job.epochs * passes}

@@ -21,7 +21,8 @@ What is measured:
 - defaults: the same on all blocks as both come: the peer recomputes activations, and our members each read the pairs
   of their own bootstrap (the peer has none);
 - growth: ours alone, 2K members on the top quarter against one;
-- bootstrap: ours alone, adapters on all blocks that each read the pairs of their own bootstrap, against all pairs.
+- bootstrap: ours alone, members that each read the pairs of their own bootstrap, against all pairs: adapters on all
+  blocks, and whole models.
 
 Equal on both sides, but for `defaults`: texts, tokens, batch size, steps, data type, threads, AdamW and its settings,
 rank, scale and place of the adapters. Off on both sides: bootstrap, regularisation, gradient clipping, logging,
@@ -181,13 +182,15 @@ def growth(job: Job, repetitions: int) -> None:
 
 def bootstrapped(job: Job, repetitions: int) -> None:
     """Ours alone: members that read the pairs of their own bootstrap against members that read all."""
-    jobs = [replace(job, bootstrap=bootstrap) for bootstrap in (True, False)]
-    own, every = alternating(jobs, lambda answer: answer.train, repetitions)
-    ratios = [b / a for a, b in zip(own, every, strict=True)]
-    print(
-        f"bootstrap: {job.members} members on all blocks, each with its own pairs against all pairs: "
-        f"{statistics.median(own):.3g} s, {statistics.median(every):.3g} s, ratio {spread(ratios)}"
-    )
+    for part, name in (("adapters", "adapters on all blocks"), ("whole", "whole models")):
+        jobs = [replace(job, part=part, bootstrap=bootstrap) for bootstrap in (True, False)]
+        own, every = alternating(jobs, lambda answer: answer.train, repetitions)
+        ratios = [b / a for a, b in zip(own, every, strict=True)]
+        print(
+            f"bootstrap: {job.members} members, {name}, each with its own pairs against all pairs: "
+            f"{statistics.median(own):.3g} s, {statistics.median(every):.3g} s, ratio {spread(ratios)}",
+            flush=True,
+        )
 
 
 def alternating(jobs: list[Job], quantity: Callable[[Answer], float], repetitions: int) -> list[list[float]]:

@@ -44,7 +44,8 @@ measure() {
 }
 
 mkdir -p "$OUT"
-peer trl -c "$VENV/constraints.txt" trl==1.12.0 peft
+# TRL imports requests, and does not ask for it.
+peer trl -c "$VENV/constraints.txt" trl==1.12.0 peft requests
 peer rewarduq rewarduq==0.1.0 'transformers<5'
 TRL=(--peer_python build/peers/trl/bin/python --pairs "$PAIRS")
 

@@ -93,6 +93,9 @@ def test_who_was_better_before_is_told():
     assert len(found) == 1
     assert found[0].text.startswith("Gold on validation prompts was 0.3 higher at iteration 4")
     assert "over-optimised" not in str(policy_findings([REFERENCE, POLICY | {"gold_gain": 0.45}, POLICY]))
+    # A gain of nothing is a gain, and iterations that nobody judged are none.
+    course = [POLICY | {"iteration": i, "gold_gain": x} for i, x in enumerate([0.0, float("nan"), -0.5], start=1)]
+    assert "was 0.5 higher at iteration 1" in str(policy_findings([REFERENCE, *course]))
 
 
 def test_a_test_is_judged_in_place_of_the_last_validation():

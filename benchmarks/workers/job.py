@@ -22,7 +22,8 @@ class Job:
     """One training to be timed.
 
     Attributes:
-        part: `heads`, heads on a frozen backbone; `adapters`, LoRA members.
+        part: `heads`, heads on a frozen backbone; `adapters`, LoRA members; `whole`, whole models as members, ours
+            alone.
         model: Folder of the model and its tokenizer.
         pairs: Preferences, a `.jsonl` with `prompt`, `chosen` and `rejected`.
         work: Empty folder for what the training writes.
@@ -41,7 +42,7 @@ class Job:
         threads: Threads of torch.
         learning_rate: Peak learning rate of AdamW; it decays linearly.
         processor_time: Count the seconds that the process computed, not those that passed.
-        bootstrap: Ours alone: each adapter has its own bootstrap of the pairs, and reads no others.
+        bootstrap: Ours alone: each member has its own bootstrap of the pairs, and reads no others.
     """
 
     part: str

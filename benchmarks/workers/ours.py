@@ -16,6 +16,7 @@ from lit_vapo.data.datamodule import PreferenceDataModule
 from lit_vapo.models.pretrained import Pretrained
 from lit_vapo.models.weights import quiet
 from lit_vapo.rewards.members.base import RewardHead
+from lit_vapo.rewards.members.full import FullEnsemble
 from lit_vapo.rewards.members.heads import HeadEnsemble
 from lit_vapo.rewards.members.lora import LoraEnsemble
 from lit_vapo.stages.reward import building
@@ -111,14 +112,16 @@ def work(job: Job) -> Answer:
         rest = seconds - whole
         again, _ = fit(job, HeadEnsemble(job.members, bootstrap=False), job.epochs, loads)
         return Answer(again.seconds, whole, rest, again.trainer.global_step)
-    head = LoraEnsemble(
-        num_members=job.members,
-        rank=job.rank,
-        alpha=job.alpha,
-        target_modules=job.targets,
-        top_layers=None if job.top_layers == job.layers else job.top_layers,
-        bootstrap=job.bootstrap,
-    )
+    head: RewardHead = FullEnsemble(job.members, bootstrap=job.bootstrap)
+    if job.part == "adapters":
+        head = LoraEnsemble(
+            num_members=job.members,
+            rank=job.rank,
+            alpha=job.alpha,
+            target_modules=job.targets,
+            top_layers=None if job.top_layers == job.layers else job.top_layers,
+            bootstrap=job.bootstrap,
+        )
     module, seconds = fit(job, head, job.epochs, loads)
     whole = module.prepared - sum(loads) + module.seconds
     return Answer(module.seconds, whole, seconds - whole, module.trainer.global_step)

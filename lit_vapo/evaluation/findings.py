@@ -129,7 +129,8 @@ def _over_optimised(course: Sequence[Row]) -> Iterator[Finding]:
     if len(course) < 2 or _known(course[-1], "gold_gain") is None:
         return
     after = course[-1]
-    best = max(course[1:], key=lambda row: _known(row, "gold_gain") or -math.inf)
+    judged = [row for row in course[1:] if _known(row, "gold_gain") is not None]
+    best = max(judged, key=lambda row: float(row["gold_gain"]))
     lost = float(best["gold_gain"]) - float(after["gold_gain"])
     if lost > NORMAL_95 * (_known(after, "gold_gain_se") or math.inf):
         yield Finding(

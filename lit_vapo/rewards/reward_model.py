@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -69,9 +70,15 @@ class RewardModel(nn.Module):
 
     def encode(self, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> Tensor:
         """Features (B, H) of right-padded sequences (B, L), or (B, K, H) where members differ in them."""
-        inputs = (input_ids, lengths, prompt_lengths, self.spec.pooling, self.spec.ends)
         options: dict[str, Any] = {"again": self.head.in_place, "rows": self.head.rows}
-        return self.head.join(self.each_pass(lambda x: pooled(x, *inputs, **options)[0]))
+        reads: Iterator[Tensor | slice] = iter(self.head.reads or itertools.repeat(slice(None)))
+
+        def features(backbone: PreTrainedModel) -> Tensor:
+            rows = next(reads)
+            part = input_ids[rows], lengths[rows], prompt_lengths[rows]
+            return pooled(backbone, *part, self.spec.pooling, self.spec.ends, **options)[0]
+
+        return self.head.join(self.each_pass(features))
 
     def each_pass(self, work: Callable[[PreTrainedModel], T]) -> list[T]:
         """What a function makes of each of the models to run, one after another."""

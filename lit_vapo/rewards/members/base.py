@@ -53,6 +53,8 @@ class RewardHead(ModeratedNormaliser, ABC):
     resident: bool = True
     # Which rows of a batch its pass answers for, where not for all (see `learning_from`).
     rows: Tensor | None = None
+    # Which rows of a batch each of its passes reads, where not all.
+    reads: Sequence[Tensor] | None = None
 
     def __init__(
         self,

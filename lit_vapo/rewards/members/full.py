@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_vapo.ranges import PositiveInt, Smoothing
 from lit_vapo.rewards.members.base import RewardHead
+from lit_vapo.types import PairLabels
 
 
 class FullEnsemble(RewardHead):
@@ -18,7 +20,8 @@ class FullEnsemble(RewardHead):
 
     Every member is a whole backbone with a linear head. By default one run trains them all and holds weights, optimiser
     states and activations of all. With `model.member` a run trains one of them, in the memory of one: run after run, or
-    in any number of processes at once. `lit-vapo reward join` then makes an ensemble of the members.
+    in any number of processes at once. `lit-vapo reward join` then makes an ensemble of the members. In training no
+    member reads the pairs that its bootstrap leaves out.
 
     Args:
         num_members: Number of members K. A variance needs at least 2.
@@ -47,6 +50,7 @@ class FullEnsemble(RewardHead):
     ) -> None:
         super().__init__(num_members, bootstrap, label_smoothing, centering, seed, moderated)
         self.resident = resident
+        self._rows = 0
 
     def make_parameters(self, hidden_size: int) -> None:
         """Draw the members' heads."""
@@ -74,8 +78,29 @@ class FullEnsemble(RewardHead):
         for member in backbone:
             yield member if isinstance(member, nn.Module) else member().to(self.weight.device)
 
+    @contextmanager
+    def learning_from(self, labels: PairLabels) -> Iterator[None]:
+        """A block in which each member reads the pairs that its bootstrap counts; one, if it counts none.
+
+        A member that read nothing would have no gradients, for which data-parallel processes wait.
+        """
+        counted = self.pair_weights(labels, len(self.present_members)) > 0
+        self._rows = 2 * len(counted)
+        if not counted.all():
+            pairs = [torch.nonzero(member)[:, 0] if member.any() else member[:1].long() * 0 for member in counted.T]
+            self.reads = [torch.cat([some, some + len(counted)]) for some in pairs]
+        try:
+            yield
+        finally:
+            self.reads = None
+
     def join(self, outputs: list[Tensor]) -> Tensor:
         """Features (B, K, H)."""
+        if self.reads is not None:
+            # Zeros for what nobody has read.
+            empty = (x.new_zeros(self._rows, x.shape[-1]) for x in outputs)
+            members = zip(empty, self.reads, outputs, strict=True)
+            outputs = [zeros.index_put((rows,), features) for zeros, rows, features in members]
         return torch.stack(outputs, dim=1)
 
     def rewards(self, features: Tensor) -> Tensor:
