@@ -21,7 +21,8 @@ The floor of a phase is the larger of two: its floating-point operations at the 
 bytes of weights that it has to read at the speed of a copy. Both are measured here, in one thread. Counted are
 operations that nobody can leave out: each token of a prompt and a response once through the blocks for each pass, the
 head for response tokens, and on the way back gradients of states alone, since the base is frozen. Adapters count where
-they train, there and back; anywhere else they could be added to the weights.
+they train, there and back; anywhere else they could be added to the weights. It counts a percent or so too much: the
+first block needs no gradient of its states, and the last one little of a prompt.
 """
 
 from __future__ import annotations

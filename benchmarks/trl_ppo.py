@@ -1,6 +1,6 @@
 """PPO against TRL 1.12.0's: gold reward at equal KL, time of an iteration, memory.
 
-    python -m venv peer && peer/bin/pip install -c constraints-cpu.txt trl==1.12.0
+    python -m venv peer && peer/bin/pip install -c constraints-cpu.txt trl==1.12.0 peft
     python benchmarks/trl_ppo.py --peer_python peer/bin/python
 
 A small Llama learns a made-up language. Words belong to topics, topics have a worth, and the gold reward of a response
