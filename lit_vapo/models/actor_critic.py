@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -168,8 +167,8 @@ class ActorCritic(nn.Module):
         """What `reference` yields for the taps alone (B, H), from a pass that goes no deeper than they read."""
         if not taps:
             return []
-        read = partial(self.policy.layers, "reference", rows.input_ids, rows.lengths, [tap.layer for tap in taps])
-        return _pooled(rows, taps, self.policy.within("reference", lambda _: read()))
+        hidden = self.policy.layers("reference", rows.input_ids, rows.lengths, [tap.layer for tap in taps])
+        return _pooled(rows, taps, hidden)
 
     def actor(self, rows: TokenRows, shaping: Shaping) -> TokenLogprobs:
         """Log-probabilities and entropies of the responses under the policy (B, T)."""
