@@ -13,9 +13,8 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from peft import LoraConfig
 from ppo_job import Answer, Job, Stopwatch, serve
-from trainer import quiet
+from trainer import adapters, quiet
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -48,10 +47,6 @@ def work(job: Job, answer: Answer) -> None:
     dtype = getattr(torch, job.dtype)
     policy = AutoModelForCausalLM.from_pretrained(job.policy, dtype=torch.float32 if job.lora_rank is None else dtype)
     reward = AutoModelForSequenceClassification.from_pretrained(job.classifier, dtype=dtype)
-    adapters = None
-    if job.lora_rank is not None:
-        rank = job.lora_rank
-        adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer, config = TRAINERS[job.advantage]
     updates = job.epochs * job.minibatches
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +85,7 @@ def work(job: Job, answer: Answer) -> None:
             processing_class=tokenizer,
             reward_processing_classes=AutoTokenizer.from_pretrained(job.policy),
             callbacks=[Laps(Stopwatch(job, answer), updates)],
-            peft_config=adapters,
+            peft_config=adapters(job.lora_rank),
         )
         run.remove_callback(transformers.PrinterCallback)
         run.train()

@@ -16,9 +16,8 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import datasets
 import torch
 import transformers
-from peft import LoraConfig
 from ppo_job import Answer, Job, Stopwatch, serve
-from trainer import quiet
+from trainer import adapters, quiet
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -70,10 +69,6 @@ def work(job: Job, answer: Answer) -> None:
     reward, value = (
         AutoModelForSequenceClassification.from_pretrained(job.classifier, dtype=x) for x in (dtype, torch.float32)
     )
-    adapters = None
-    if job.lora_rank is not None:
-        rank = job.lora_rank
-        adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     leave_end_unread(reward, tokenizer.eos_token_id)
     with tempfile.TemporaryDirectory() as folder:
         options = PPOConfig(
@@ -111,7 +106,7 @@ def work(job: Job, answer: Answer) -> None:
             datasets.Dataset.from_list(rows),
             value,
             callbacks=[laps],
-            peft_config=adapters,
+            peft_config=adapters(job.lora_rank),
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()

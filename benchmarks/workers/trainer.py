@@ -37,3 +37,12 @@ def quiet(threads: int) -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     torch.set_num_threads(threads)
+
+
+def adapters(rank: int | None) -> Any:
+    """The adapters that a policy trains, as peft wants them; `None` where all weights train."""
+    from peft import LoraConfig
+
+    if rank is None:
+        return None
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
